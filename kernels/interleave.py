@@ -1,0 +1,51 @@
+"""The gradient of the input as stride-1 convolutions, for every engine that can convolve forward.
+
+grad_input = sum over the phases of the stride of conv(grad_output, rotated and channel-swapped weight)
+
+The algebra, which taps and which positions make a phase, is that of ``dims``; here are only the views. No zero is
+inserted, no array is copied but the weights of a grouped convolution (whose swapped channels are no view).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Kernel = Callable[..., None]
+
+
+def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
+    """Return (K, C/g, ...) weights as (C, K/g, ...): what was an input channel is now a filter."""
+    k, c, *kernel = weight.shape
+    if groups == 1:
+        return weight.swapaxes(0, 1)
+    split = weight.reshape(groups, k // groups, c, *kernel)  # (g, K/g, C/g, ...)
+    return split.swapaxes(1, 2).reshape(groups * c, k // groups, *kernel)
+
+
+def input_grad(
+    forward: Kernel,
+    grad_output: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    grad_input: np.ndarray,
+    dims: Any,
+    options: Any,
+) -> None:
+    """Fill ``grad_input`` by one call of ``forward`` for each phase of the stride."""
+    swapped = swap_channels(weight, dims.groups)
+    for part in dims.input_grad_parts():
+        target = grad_input[(..., *part.input_slices)]
+        if part.dims is None:
+            fill(target, bias, options.activation)
+        else:
+            source = grad_output[(..., *part.output_slices)]
+            forward(source, swapped[(..., *part.kernel_slices)], bias, target, part.dims, options)
+
+
+def fill(target: np.ndarray, bias: np.ndarray | None, activation: str | None) -> None:
+    """Store what an empty sum gives: zero, plus the bias, through the activation."""
+    value = np.zeros(1, target.dtype) if bias is None else bias
+    target[...] = (np.maximum(value, 0) if activation == "relu" else value)[:, None, None, None]

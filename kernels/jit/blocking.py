@@ -1,0 +1,160 @@
+"""How a convolution is cut into pieces that fit the caches: sizes only, no data.
+
+    output of one group:  (N, OD, OH, OW) pixels, cut into boxes   x   K filters, cut into panels of ``lanes``
+    what a box needs:     C channels, cut into blocks              x   the cells of the input that its taps reach
+
+A box's cells are packed into [C/block][N][D][H][W][block], padding included. Cells that no tap reaches are left out where
+a dimension allows it: ``unit`` is the distance in the input between neighbouring packed cells.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, Panel, panel_for
+
+Triple = tuple[int, int, int]
+
+BOX_BYTES = 1024 * 1024  #: a packed box: about the L2 cache
+IM2COL_PIXELS = 256  #: columns of a panel of patches
+
+
+class Plan(NamedTuple):
+    """One convolution and its cutting; triples are (depth, height, width).
+
+    Depthwise convolution is the case of ``panel.elementwise``: its groups are ``lanes`` channels wide, and panel p holds
+    the p-th filter of each of these channels.
+    """
+
+    batch: int
+    groups: int
+    in_channels: int  #: of all groups together
+    channels: int  #: of one group (the last may have fewer)
+    filters: int  #: of one group; depthwise: of one channel
+    input_size: Triple
+    kernel_size: Triple
+    stride: Triple
+    pad: Triple
+    dilation: Triple
+    output_size: Triple
+    panel: Panel
+    panels: int  #: of one group
+    block: int  #: channels side by side in the packed image
+    blocks: int  #: of one group
+    box: tuple[int, int, int, int]  #: output images, depths, rows and columns of a full box
+    packed: Triple  #: cells of a packed box along depth, height, width
+    unit: Triple
+    pixel_step: Triple  #: elements between the packed cells of neighbouring output pixels
+    tap_step: Triple  #: elements between the packed cells of neighbouring taps
+    taps: int  #: cells of a filter, without channels
+    reduction: int  #: rows of a panel of weights: products summed for one output element
+    sum_rows: int  #: the same in whole tiles: rows of a panel of sums in the gradient of the weights
+    box_count: int
+    plane: int  #: elements of one image and one block in the packed box
+    box_block: int  #: elements of one block in the packed box
+
+
+@lru_cache(maxsize=512)
+def forward_plan(dims: Any, itemsize: int, threads: int) -> Plan:
+    """Return the cutting for the forward pass; it depends on ``threads``, but no result does."""
+    # The reduction is summed in blocks of about 200 products, and a channel's neighbours share its cache lines.
+    block = min(dims.group_in_channels, -(-max(16, 192 // dims.taps) // 16) * 16)
+    pixels = math.prod(dims.output_size) * dims.batch * dims.groups
+    return _plan(dims, itemsize, block, most_pixels=max(CHUNK, -(-pixels // threads)), most_columns=dims.output_size[2])
+
+
+@lru_cache(maxsize=512)
+def weight_grad_plan(dims: Any, itemsize: int) -> Plan:
+    """Return the cutting for the gradient of the weights, where the boxes are summed: the shape alone decides."""
+    # A block of ROW_MULTIPLE channels makes whole tiles of rows, whatever the taps.
+    block = min(dims.group_in_channels, ROW_MULTIPLE)
+    panel = panel_for(dims.group_out_channels, False, itemsize)
+    columns = BLOCK_BYTES // (panel.lanes * itemsize)
+    return _plan(dims, itemsize, block, most_pixels=math.prod(dims.output_size) * dims.batch, most_columns=columns)
+
+
+@lru_cache(maxsize=512)
+def im2col_plan(dims: Any, itemsize: int) -> Plan:
+    """Return the cutting for im2col: a box's patches are a matrix [C * taps][pixels], rather than a packed image."""
+    pixels = max(ROW_MULTIPLE, min(IM2COL_PIXELS, BOX_BYTES // (dims.reduction * itemsize)))
+    return _plan(dims, itemsize, 1, most_pixels=pixels, most_columns=pixels, depthwise=False)
+
+
+class GradTasks(NamedTuple):
+    """How the gradient of the weights is shared out."""
+
+    splits: int  #: parts of the boxes, each with sums of its own: fixed by the shape, for they change the result
+    panel_parts: int
+    channel_parts: int
+
+
+def grad_tasks(plan: Plan, threads: int) -> GradTasks:
+    """Return enough tasks for ``threads``; where the weights are few, the boxes are split for up to 32."""
+    chunks = plan.groups * plan.panels * -(-plan.reduction // CHUNK)
+    splits = max(1, min(plan.box_count, -(-32 // chunks)))
+    shares = -(-threads // (splits * plan.groups))
+    panel_parts = min(plan.panels, shares)
+    # Parts must not share a tile of rows, and so are made of blocks of ROW_MULTIPLE channels.
+    channel_parts = min(plan.blocks, -(-shares // panel_parts)) if plan.block % ROW_MULTIPLE == 0 else 1
+    return GradTasks(splits, panel_parts, channel_parts)
+
+
+def _plan(
+    dims: Any, itemsize: int, block: int, most_pixels: int, most_columns: int, depthwise: bool | None = None
+) -> Plan:
+    channels, filters, groups = dims.group_in_channels, dims.group_out_channels, dims.groups
+    if dims.depthwise if depthwise is None else depthwise:
+        panel = panel_for(dims.in_channels, True, itemsize)
+        channels = block = panel.lanes
+        groups, panels, blocks = -(-dims.in_channels // channels), filters, 1
+    else:
+        panel = panel_for(filters, False, itemsize)
+        panels, blocks = -(-filters // panel.lanes), -(-channels // block)
+    box = _fit_box(dims, BOX_BYTES // (blocks * block * itemsize), most_pixels, most_columns)
+    units, packed, pixel_cells, tap_cells = zip(*(_extent(dims, axis, box[1 + axis]) for axis in range(3)), strict=True)
+    steps = (packed[1] * packed[2] * block, packed[2] * block, block)
+    taps = dims.taps
+    reduction = taps if panel.elementwise else taps * channels
+    box_count = math.prod(-(-n // b) for n, b in zip((dims.batch, *dims.output_size), box, strict=True))
+    plane = math.prod(packed) * block
+    return Plan(
+        dims.batch, groups, dims.in_channels, channels, filters,
+        dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation, dims.output_size,
+        panel, panels, block, blocks, box, packed, units,
+        _times(pixel_cells, steps), _times(tap_cells, steps),
+        taps, reduction, -(-reduction // ROW_MULTIPLE) * ROW_MULTIPLE, box_count, plane, box[0] * plane,
+    )  # fmt: skip
+
+
+def _times(a: Triple, b: Triple) -> Triple:
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
+
+
+def _extent(dims: Any, axis: int, outputs: int) -> tuple[int, int, int, int]:
+    """Return unit, packed cells, and cells between output pixels and between taps, for a box of ``outputs``."""
+    taps, stride, dilation = dims.kernel_size[axis], dims.stride[axis], dims.dilation[axis]
+    if taps == 1:
+        dilation = stride  # a step that is never taken may as well fit the other
+    elif outputs == 1:
+        stride = dilation
+    unit = math.gcd(stride, dilation)
+    stride, dilation = stride // unit, dilation // unit
+    return unit, (outputs - 1) * stride + (taps - 1) * dilation + 1, stride, dilation
+
+
+def _fit_box(dims: Any, most_cells: int, most_pixels: int, most_columns: int) -> tuple[int, int, int, int]:
+    """Return the largest box within the limits: whole rows first, then whole planes, volumes, and several images."""
+    sizes = (dims.batch, *dims.output_size)
+    box = [1, 1, 1, 1]
+    for axis in (3, 2, 1, 0):
+        size = sizes[axis]
+        for parts in range(1, size + 1):
+            box[axis] = -(-size // parts)  # parts of equal size, so that no last one is a sliver
+            cells = box[0] * math.prod(_extent(dims, a, box[1 + a])[1] for a in range(3))
+            if cells <= most_cells and math.prod(box) <= most_pixels and box[3] <= most_columns:
+                break
+        if box[axis] < size:
+            break
+    return box[0], box[1], box[2], box[3]

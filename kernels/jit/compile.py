@@ -1,0 +1,50 @@
+"""``jit``: compile a function with Numba, without the GIL, cached on disk and never stale.
+
+Numba's own cache looks at the file a function stands in, and so misses a change in another file whose functions were
+inlined. Ours is stamped with the contents of every file of this folder: an edit anywhere here recompiles everything here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+
+def _folder_stamp() -> str:
+    """Return a hash of what compiled code depends on beside the CPU and Numba's version, which Numba itself looks at."""
+    digest = hashlib.sha256(os.environ.get("FASTCONV_ISA", "").encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _folder_stamp()
+
+
+class _FolderCache(FunctionCache):
+    """Numba's cache of one function, fresh only while no file of the folder changes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path, filename_base=self._impl.filename_base, source_stamp=_STAMP
+        )
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile ``function`` at its first call with each combination of argument types.
+
+    Float arithmetic is IEEE's (no fastmath); indices are not checked.
+    """
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    try:
+        dispatcher._cache = _FolderCache(function)
+    except RuntimeError:
+        pass  # no folder to write to (Numba looks beside the file, then in the user's): compile in every process
+    return dispatcher

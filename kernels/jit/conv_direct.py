@@ -1,0 +1,164 @@
+"""Direct convolution: the image is packed once, and the filter's taps are only addresses.
+
+    output[n, k, o] = bias[k] + sum over c, t of  input[n, c, o * stride - pad + t * dilation] * weight[k, c, t]
+
+    for each box of output pixels (a task):                       packed into [C/block][D][H][W][block]: L2 cache
+        for each chunk of its pixels:
+            for each panel of filters:
+                sums [chunk][lanes] = bias                        L1 cache
+                for each block of channels, and of taps:
+                    sums += cells of the chunk * panel            the register tile; this part of the panel in L1
+                output = activation(sums)                         the epilogue
+
+The gradient of the input is that same convolution of grad_output, once for each phase of the stride. The gradient of the
+weights,
+
+    grad_weight[k, c, t] = sum over n, o of  input[n, c, o * stride - pad + t * dilation] * grad_output[n, k, o]
+
+is the same tile the other way round: its rows are the (c, t), its reduction runs over pixels, its "taps" are rows of pixels.
+
+    for each part of the boxes, of the channels and of the panels (a task):
+        for each box:                                             input packed as above, grad_output as [panel][pixel][lanes]
+            for each few rows of its pixels:
+                for each chunk of (c, t), each panel:
+                    sums [panel][(c, t)][lanes] += cells * pixels
+    grad_weight = sum of the parts of the boxes, in order
+
+No sum is cut by the number of threads: every result has the same bits with one thread and with many.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..interleave import input_grad
+from . import packing
+from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
+from .compile import jit
+from .packing import Strided, strided
+from .threads import parallel, workspace
+from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
+from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
+
+
+def conv_forward(
+    input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
+) -> None:
+    """Fill ``output``."""
+    dtype = output.dtype
+    plan = forward_plan(dims, dtype.itemsize, options.threads)
+    packed = packing.packed_weight(weight, plan, dtype, options.threads)
+    all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
+    boxes = plan.box_count * plan.groups
+    splits = min(plan.panels, -(-options.threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
+
+    def work(first: int, last: int) -> None:
+        _forward(
+            first, last, splits, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
+            workspace(plan.blocks * plan.box_block, dtype), workspace(CHUNK * plan.panel.lanes, dtype), 
+            np.zeros(CHUNK + plan.taps, np.int64),
+        )  # fmt: skip
+
+    parallel(work, boxes * splits, options.threads)
+
+
+def conv_input_grad(
+    grad_output: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, grad_input: np.ndarray, dims: Any, options: Any
+) -> None:
+    """Fill ``grad_input``: stride-1 convolutions of ``grad_output``, see ``interleave``."""
+    input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+
+
+def conv_weight_grad(
+    input: np.ndarray, grad_output: np.ndarray, grad_weight: np.ndarray, grad_bias: np.ndarray | None, dims: Any, options: Any
+) -> None:
+    """Fill ``grad_weight``, and ``grad_bias`` where it is wanted."""
+    plan = weight_grad_plan(dims, grad_weight.itemsize)
+    weight_grad(
+        _weight_grad, plan.blocks * plan.box_block, input, grad_output, grad_weight, grad_bias, plan, options
+    )
+
+
+@jit
+def _forward(
+    first: int, last: int, splits: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
+    plan: Plan, relu: bool, box: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
+) -> None:  # fmt: skip
+    """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
+    rows, taps = data(offsets), shift(data(offsets), CHUNK)
+    packing.tap_offsets(plan, taps)
+    source, target = pointer(input.address, box), pointer(output.address, box)
+    for task in range(first, last):
+        split, group, number = task % splits, task // splits % plan.groups, task // (splits * plan.groups)
+        origin, size = packing.box_of(plan, number)
+        packing.pack_box(data(box), source, input, plan, origin, size, group, 0, plan.channels)
+        pixels = size[0] * size[1] * size[2] * size[3]
+        for pixel in range(0, pixels, CHUNK):
+            count = min(CHUNK, pixels - pixel)
+            for i in range(count):
+                n, d, h, w = packing.position(pixel + i, size)
+                rows[i] = packing.packed_offset(plan, n, d, h, w)
+            packing.repeat_last(rows, count)
+            for panel in range(plan.panels * split // splits, plan.panels * (split + 1) // splits):
+                filters = packing.filters_of(plan, group, panel)
+                packing.start_sums(data(sums), data(bias), filters, count, plan.panel.lanes)
+                _multiply_chunk(sums, box, rows, count, taps, packed, group * plan.panels + panel, plan)
+                packing.store_chunk(target, output, data(sums), plan, origin, size, pixel, count, filters, relu)
+
+
+@jit
+def _multiply_chunk(
+    sums: np.ndarray, box: np.ndarray, rows: Any, count: int, taps: Any, packed: np.ndarray, number: int, plan: Plan
+) -> None:
+    """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
+    lanes, channels = plan.panel.lanes, plan.reduction // plan.taps
+    panel = shift(data(packed), number * plan.reduction * lanes)
+    for channel in range(0, channels, plan.block):
+        depth = min(plan.block, channels - channel)
+        cells = shift(data(box), channel // plan.block * plan.box_block)
+        most_taps = max(1, BLOCK_BYTES // (depth * lanes * packed.itemsize))
+        for tap in range(0, plan.taps, most_taps):
+            b = shift(panel, (channel * plan.taps + tap * depth) * lanes)
+            multiply(
+                data(sums), cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1, b, plan.panel
+            )
+
+
+@jit
+def _weight_grad(
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
+    sums: Sums, box: np.ndarray, pixels: np.ndarray, offsets: np.ndarray,
+) -> None:  # fmt: skip
+    """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and a "tap" is a row of output pixels."""
+    rows = data(offsets)
+    taps, lines = shift(rows, plan.sum_rows), shift(rows, plan.sum_rows + plan.taps)
+    packing.tap_offsets(plan, taps)
+    image, gradient = pointer(input.address, box), pointer(grad_output.address, box)
+    for number in range(first, last):
+        task = task_of(number, tasks, plan)
+        channel0, channel1 = task.block0 * plan.block, min(task.block1 * plan.block, plan.channels)
+        row_count = (1 if plan.panel.elementwise else channel1 - channel0) * plan.taps
+        _row_offsets(rows, row_count, taps, plan)
+        for box_number in range(task.box0, task.box1):
+            origin, size = packing.box_of(plan, box_number)
+            packing.pack_box(data(box), image, input, plan, origin, size, task.group, channel0, channel1)
+            pack_gradient(pixels, gradient, grad_output, plan, task, sums, origin, size)
+            line_count = size[0] * size[1] * size[2]
+            for line in range(line_count):
+                n, d, h, w = packing.position(line * size[3], size)
+                lines[line] = packing.packed_offset(plan, n, d, h, w)
+            add_products(
+                sums, box, rows, channel0 * plan.taps, row_count, lines, line_count, size[3], plan.pixel_step[2],
+                pixels, plan, task,
+            )  # fmt: skip
+
+
+@jit
+def _row_offsets(rows: Any, count: int, taps: Any, plan: Plan) -> None:
+    """Store where each (c, tap) sees the first output pixel of a box."""
+    for row in range(count):
+        channel, tap = row // plan.taps, row % plan.taps
+        rows[row] = channel // plan.block * plan.box_block + channel % plan.block + taps[tap]
+    packing.repeat_last(rows, count)

@@ -1,0 +1,356 @@
+"""Everything that moves numbers between the caller's strided arrays and the tile's packed form.
+
+    pack_weight   (K, C, taps)         -> panels   [group][panel][block][tap][channel][lane]
+    pack_box      (C, D, H, W)         -> a box    [block][n][d][h][w][channel], padding included
+    pack_patches  (C, D, H, W)         -> patches  [C * taps][pixel]
+    pack_pixels   (K, OD, OH, OW)      -> a panel  [pixel][lane]: the gradient of the output, as a reduction sees it
+    store_chunk   sums [pixel][lane]   -> (K, OD, OH, OW)
+
+All of them are ``copy_block`` in loops: a two-dimensional copy between any strides, which is a row copy or a transposition
+in registers wherever the strides allow.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .blocking import Plan
+from .compile import jit
+from .threads import parallel, workspace
+from .tile import MACHINE, ROW_MULTIPLE, pointer, shift
+
+
+class Strided(NamedTuple):
+    """An array as compiled code sees it: the address of its first element, and its strides in elements."""
+
+    address: int
+    n: int
+    c: int
+    d: int
+    h: int
+    w: int
+
+
+def strided(array: np.ndarray) -> Strided:
+    """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array."""
+    return Strided(array.ctypes.data, *(s // array.itemsize for s in array.strides))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies
+# ---------------------------------------------------------------------------------------------------------------------
+
+SQUARE = min(8, MACHINE.vector_bytes // 4)  #: side of the squares that are transposed in registers
+
+
+@intrinsic
+def transpose(typingctx: Any, target: Any, target_stride: Any, source: Any, source_stride: Any) -> Any:
+    """target[i * target_stride + j] = source[j * source_stride + i] for i, j < SQUARE."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        to, to_stride, start, stride = args
+        number = context.get_value_type(source.dtype)
+        vector, align = ir.VectorType(number, SQUARE), source.dtype.bitwidth // 8
+
+        def row(base: Any, step: Any, i: int) -> Any:
+            where = builder.gep(base, [builder.mul(step, ir.Constant(step.type, i))])
+            return builder.bitcast(where, vector.as_pointer())
+
+        def interleave(a: Any, b: Any, half: int) -> Any:
+            lanes = [lane for i in range(SQUARE // 2) for lane in (half + i, half + i + SQUARE)]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes))
+
+        # Each round interleaves row i with row i + SQUARE/2 and so moves one bit of the row number into the column
+        # number; after log2(SQUARE) rounds the two have changed places.
+        rows = [builder.load(row(start, stride, i), align=align) for i in range(SQUARE)]
+        for _ in range(SQUARE.bit_length() - 1):
+            pairs = [(rows[i], rows[i + SQUARE // 2]) for i in range(SQUARE // 2)]
+            rows = [interleave(a, b, half) for a, b in pairs for half in (0, SQUARE // 2)]
+        for i in range(SQUARE):
+            builder.store(rows[i], row(to, to_stride, i), align=align)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), generate
+
+
+@jit
+def copy_block(target: Any, to_i: int, to_j: int, source: Any, from_i: int, from_j: int, count_i: int, count_j: int) -> None:
+    """target[i * to_i + j * to_j] = source[i * from_i + j * from_j] for i < count_i, j < count_j."""
+    if to_j == 1 and from_j == 1:
+        for i in range(count_i):
+            copy_row(shift(target, i * to_i), shift(source, i * from_i), count_j)
+    elif to_j == 1 and from_i == 1:
+        _transpose_block(target, to_i, source, from_j, count_i, count_j)
+    elif to_i == 1 and from_j == 1:
+        _transpose_block(target, to_j, source, from_i, count_j, count_i)
+    else:
+        for j in range(count_j):
+            for i in range(count_i):
+                target[i * to_i + j * to_j] = source[i * from_i + j * from_j]
+
+
+@jit
+def copy_row(target: Any, source: Any, count: int) -> None:
+    """Copy ``count`` neighbours."""
+    for i in range(count):
+        target[i] = source[i]
+
+
+@jit
+def _transpose_block(target: Any, to_i: int, source: Any, from_j: int, count_i: int, count_j: int) -> None:
+    """target[i * to_i + j] = source[i + j * from_j]: squares in registers, then the edges."""
+    whole_i, whole_j = count_i // SQUARE * SQUARE, count_j // SQUARE * SQUARE
+    for i in range(0, whole_i, SQUARE):
+        for j in range(0, whole_j, SQUARE):
+            transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
+    for j in range(count_j):
+        for i in range(whole_i if j < whole_j else 0, count_i):
+            target[i * to_i + j] = source[i + j * from_j]
+
+
+@jit
+def fill(target: Any, count: int) -> None:
+    """Store ``count`` zeros."""
+    for i in range(count):
+        target[i] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where things are
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def filters_of(plan: Plan, group: int, panel: int) -> tuple[int, int, int]:
+    """Return the first filter of a panel, the distance to the next, and how many there are."""
+    lanes = plan.panel.lanes
+    if plan.panel.elementwise:
+        first_channel = group * plan.channels
+        return first_channel * plan.filters + panel, plan.filters, min(lanes, plan.in_channels - first_channel)
+    return group * plan.filters + panel * lanes, 1, min(lanes, plan.filters - panel * lanes)
+
+
+@jit
+def box_of(plan: Plan, number: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Return the first (n, d, h, w) of a box, and its size, which is smaller at the far edges."""
+    d, h, w = plan.output_size
+    box_n, box_d, box_h, box_w = plan.box
+    count_d, count_h, count_w = -(-d // box_d), -(-h // box_h), -(-w // box_w)
+    w0 = number % count_w * box_w
+    h0 = number // count_w % count_h * box_h
+    d0 = number // (count_w * count_h) % count_d * box_d
+    n0 = number // (count_w * count_h * count_d) * box_n
+    size = min(box_n, plan.batch - n0), min(box_d, d - d0), min(box_h, h - h0), min(box_w, w - w0)
+    return (n0, d0, h0, w0), size
+
+
+@jit
+def position(pixel: int, size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Return the (n, d, h, w) of a pixel in a box."""
+    w, h, d = pixel % size[3], pixel // size[3] % size[2], pixel // (size[3] * size[2]) % size[1]
+    return pixel // (size[3] * size[2] * size[1]), d, h, w
+
+
+@jit
+def packed_offset(plan: Plan, n: int, d: int, h: int, w: int) -> int:
+    """Return where the first tap of an output pixel of a box stands in the packed box, within its first block."""
+    step_d, step_h, step_w = plan.pixel_step
+    return n * plan.plane + d * step_d + h * step_h + w * step_w
+
+
+@jit
+def tap_offsets(plan: Plan, offsets: Any) -> None:
+    """Store how far each tap is from the first in the packed box."""
+    tap = 0
+    for d in range(plan.kernel_size[0]):
+        for h in range(plan.kernel_size[1]):
+            for w in range(plan.kernel_size[2]):
+                offsets[tap] = d * plan.tap_step[0] + h * plan.tap_step[1] + w * plan.tap_step[2]
+                tap += 1
+
+
+@jit
+def repeat_last(rows: Any, count: int) -> None:
+    """Repeat the last row offset up to whole tiles."""
+    for i in range(count, -(-count // ROW_MULTIPLE) * ROW_MULTIPLE):
+        rows[i] = rows[count - 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def packed_weight(weight: np.ndarray, plan: Plan, dtype: np.dtype, threads: int) -> np.ndarray:
+    """Return the weights in panels."""
+    panels = plan.groups * plan.panels
+    packed = workspace(panels * plan.reduction * plan.panel.lanes, dtype)
+    parallel(lambda first, last: pack_weight(first, last, strided(weight), packed, plan), panels, threads)
+    return packed
+
+
+def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> np.ndarray:
+    """Return the bias as an array of its own; no bias is a bias of zero."""
+    return np.zeros(channels, dtype) if bias is None else np.array(bias, order="C")
+
+
+@jit
+def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
+    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes stay as they are."""
+    (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
+    source, target = pointer(weight.address, packed), pointer(packed.ctypes.data, packed)
+    channels = 1 if plan.panel.elementwise else plan.channels
+    for number in range(first, last):
+        filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
+        panel = shift(target, number * plan.reduction * lanes)
+        for channel0 in range(0, channels, plan.block):
+            depth = min(plan.block, channels - channel0)
+            for tap in range(taps):
+                d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
+                start = filter0 * weight.n + channel0 * weight.c + d * weight.d + h * weight.h + w * weight.w
+                copy_block(
+                    shift(panel, (channel0 * taps + tap * depth) * lanes), lanes, 1,
+                    shift(source, start), weight.c, filter_step * weight.n, depth, count,
+                )  # fmt: skip
+
+
+@jit
+def pack_box(
+    box: Any, source: Any, image: Strided, plan: Plan,
+    origin: tuple[int, int, int, int], size: tuple[int, int, int, int],
+    group: int, channel0: int, channel1: int,
+) -> None:  # fmt: skip
+    """Pack the cells that a box of output pixels needs, for the channels ``channel0`` to ``channel1`` of a group."""
+    group0 = group * plan.channels
+    channel1 = min(channel1, plan.in_channels - group0)
+    n0, d0, h0, w0 = origin
+    cells_d, cells_h, cells_w = plan.packed
+    row = 0
+    for block0 in range(channel0, channel1, plan.block):
+        count = min(plan.block, channel1 - block0)
+        for n in range(plan.box[0]):
+            for cell_d in range(cells_d):
+                d = d0 * plan.stride[0] - plan.pad[0] + cell_d * plan.unit[0]
+                for cell_h in range(cells_h):
+                    h = h0 * plan.stride[1] - plan.pad[1] + cell_h * plan.unit[1]
+                    target = shift(box, row * cells_w * plan.block)
+                    row += 1
+                    if n >= size[0] or not (0 <= d < plan.input_size[0] and 0 <= h < plan.input_size[1]):
+                        fill(target, cells_w * plan.block)
+                        continue
+                    start = (n0 + n) * image.n + (group0 + block0) * image.c + d * image.d + h * image.h
+                    _pack_row(target, shift(source, start), image, plan, w0 * plan.stride[2] - plan.pad[2], count)
+
+
+@jit
+def _pack_row(target: Any, source: Any, image: Strided, plan: Plan, w0: int, channels: int) -> None:
+    """Pack the cells of one row from column ``w0`` (perhaps in the padding) on."""
+    unit, cells, width = plan.unit[2], plan.packed[2], plan.input_size[2]
+    begin = min(cells, max(0, -(w0 // unit)))
+    end = max(begin, min(cells, (width - 1 - w0) // unit + 1))
+    fill(target, begin * plan.block)
+    inside = shift(source, (w0 + begin * unit) * image.w)
+    copy_block(shift(target, begin * plan.block), plan.block, 1, inside, unit * image.w, image.c, end - begin, channels)
+    fill(shift(target, end * plan.block), (cells - end) * plan.block)
+
+
+@jit
+def pack_pixels(
+    panel: Any, source: Any, image: Strided, plan: Plan,
+    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], filters: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Pack the pixels of a box of the output, one after the other, ``lanes`` filters side by side."""
+    filter0, filter_step, count = filters
+    lanes, width = plan.panel.lanes, size[3]
+    for row in range(size[0] * size[1] * size[2]):
+        n, d, h, _ = position(row * width, size)
+        start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + origin[3] * image.w
+        copy_block(
+            shift(panel, row * width * lanes), lanes, 1,
+            shift(source, start + filter0 * image.c), image.w, filter_step * image.c, width, count,
+        )  # fmt: skip
+
+
+@jit
+def pack_patches(
+    patches: Any, source: Any, image: Strided, plan: Plan,
+    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], channel0: int,
+) -> None:  # fmt: skip
+    """Gather the patches of a box of output pixels as a matrix [C * taps][pixels], the panel of im2col's matrix."""
+    width, row = size[3], 0
+    for channel in range(channel0, channel0 + plan.channels):
+        for tap_d in range(plan.kernel_size[0]):
+            for tap_h in range(plan.kernel_size[1]):
+                for tap_w in range(plan.kernel_size[2]):
+                    w0 = origin[3] * plan.stride[2] - plan.pad[2] + tap_w * plan.dilation[2]
+                    for line in range(size[0] * size[1] * size[2]):
+                        n, d, h, _ = position(line * width, size)
+                        d = (origin[1] + d) * plan.stride[0] - plan.pad[0] + tap_d * plan.dilation[0]
+                        h = (origin[2] + h) * plan.stride[1] - plan.pad[1] + tap_h * plan.dilation[1]
+                        target = shift(patches, (row * size[0] * size[1] * size[2] + line) * width)
+                        if 0 <= d < plan.input_size[0] and 0 <= h < plan.input_size[1]:
+                            start = (origin[0] + n) * image.n + channel * image.c + d * image.d + h * image.h
+                            _gather_row(target, shift(source, start), image.w, plan, w0, width)
+                        else:
+                            fill(target, width)
+                    row += 1
+
+
+@jit
+def _gather_row(target: Any, source: Any, stride: int, plan: Plan, w0: int, count: int) -> None:
+    """Store what one tap sees along a row of ``count`` output pixels, the first of them at column ``w0``."""
+    step, width = plan.stride[2], plan.input_size[2]
+    begin = min(count, max(0, -(w0 // step)))
+    end = max(begin, min(count, (width - 1 - w0) // step + 1))
+    fill(target, begin)
+    inside = shift(source, (w0 + begin * step) * stride)
+    copy_block(shift(target, begin), 0, 1, inside, 0, step * stride, 1, end - begin)
+    fill(shift(target, end), count - end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The epilogue
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def start_sums(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, lanes: int) -> None:
+    """Let ``count`` rows of sums start at the bias."""
+    filter0, filter_step, used = filters
+    for lane in range(lanes):
+        sums[lane] = bias[filter0 + lane * filter_step] if lane < used else 0
+    for row in range(1, count):
+        copy_row(shift(sums, row * lanes), sums, lanes)
+
+
+@jit
+def store_chunk(
+    target: Any, image: Strided, sums: Any, plan: Plan,
+    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], pixel0: int, count: int,
+    filters: tuple[int, int, int], relu: bool,
+) -> None:  # fmt: skip
+    """Store ``count`` rows of sums, the pixels of a box from ``pixel0`` on, through the activation."""
+    filter0, filter_step, used = filters
+    lanes = plan.panel.lanes
+    if relu:
+        for i in range(count * lanes):
+            if sums[i] < 0:  # noqa: PLR1730 - max() would lose a NaN
+                sums[i] = 0
+    # Rows of the image that follow each other in memory are stored as one.
+    joined = size[3] == plan.output_size[2] and image.h == size[3] * image.w
+    pixel = pixel0
+    while pixel < pixel0 + count:
+        n, d, h, w = position(pixel, size)
+        run = min(pixel0 + count - pixel, (size[2] - h if joined else 1) * size[3] - w)
+        start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + (origin[3] + w) * image.w
+        copy_block(
+            shift(target, start + filter0 * image.c), image.w, filter_step * image.c,
+            shift(sums, (pixel - pixel0) * lanes), lanes, 1, run, used,
+        )  # fmt: skip
+        pixel += run
+

@@ -1,0 +1,42 @@
+"""Threads: a range of tasks is cut into equal parts, one for each thread.
+
+Compiled kernels run without the GIL, so ordinary Python threads will do. Numba's ``prange`` will not: its default
+"workqueue" layer aborts the process when two Python threads call at once, its OpenMP layer hangs in a forked child, and
+TBB is seldom installed. Here the calling thread does the first part itself and a shared pool the others; nobody in the
+pool ever waits for the pool, so any number of threads may call at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="fastconv")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def parallel(work: Callable[[int, int], None], tasks: int, threads: int) -> None:
+    """Call ``work(first, last)`` on disjoint ranges that cover ``range(tasks)``, on up to ``threads`` threads."""
+    parts = max(1, min(tasks, threads))
+    edges = [tasks * part // parts for part in range(parts + 1)]
+    others = [_pool().submit(work, *edges[part : part + 2]) for part in range(1, parts)]
+    work(edges[0], edges[1])
+    for other in others:
+        other.result()
+
+
+def workspace(count: int, dtype: np.dtype) -> np.ndarray:
+    """Return ``count`` zeros that start on a cache line, so that no vector load straddles two."""
+    memory = np.zeros(count * dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + count * dtype.itemsize].view(dtype)

@@ -1,0 +1,221 @@
+"""The register tile: the one place where the multiplications of every convolution happen.
+
+    C[m, n]  +=  sum over taps t and k < depth of  A[rows[m] + taps[t] + k * step] * B[t, k, n]
+
+    A: packed image, reached by offsets              B: a panel, LANES wide, read once, front to back
+
+     rows[m] + taps[t] + k*step                        n ->
+     +--+                                             +----------------+
+   m |a0|  one number, broadcast                    k | b0 ........ bn |  a few vectors
+   | |a1|                      times                  +----------------+
+   v |..|                                                    |
+     +--+                                                    v
+                        C in registers: rows x vectors, e.g. 6 x 2 of 8 floats with AVX2
+
+A compiler that sees plain loops keeps C in memory, and then moves three numbers for each multiplication. Here C stays in
+registers over the whole sum, so that ``rows + vectors`` loads feed ``rows * vectors`` fused multiply-adds: that is all there
+is to a fast matrix product. Since ``rows`` and ``taps`` are arbitrary offsets, the same tile serves a convolution without a
+column matrix (rows are pixels, taps are the filter's cells), the gradient of its weights (rows are the filter's cells, "taps"
+are rows of the image) and an ordinary matrix product. (Georganas et al., arXiv 1906.06440: a "batch-reduce GEMM".)
+
+Numba has no vector types, so the tile is written in LLVM's language, as an ``intrinsic``: a function that emits
+instructions into its caller. ``elementwise`` tiles multiply A[... + n] instead of a broadcast A[...]: depthwise convolution.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from .compile import jit
+
+
+class Shape(NamedTuple):
+    """Registers of a tile: C is ``rows`` x ``vectors``, beside ``vectors`` of B and one of A."""
+
+    rows: int
+    vectors: int
+
+
+class Machine(NamedTuple):
+    """The tiles of an instruction set: as many sums as its registers hold, at least 8 to hide the latency of an addition."""
+
+    vector_bytes: int
+    wide: Shape
+    narrow: Shape  #: half as many lanes, for few output channels
+
+
+# Rows divide ROW_MULTIPLE. More than 12 rows would leave too few of x86's integer registers for the addresses.
+_AVX512 = Machine(64, Shape(12, 2), Shape(12, 1))  # 32 registers
+_AVX2 = Machine(32, Shape(6, 2), Shape(8, 1))  # 16 registers
+_NEON = Machine(16, Shape(6, 4), Shape(8, 2))  # 32 registers
+_SSE = Machine(16, Shape(4, 2), Shape(8, 1))  # 16 registers
+ROW_MULTIPLE = 24
+
+
+def _find_machine() -> Machine:
+    """Return the tiles for the CPU that Numba compiles for, or for less where FASTCONV_ISA caps it."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    cap = os.environ.get("FASTCONV_ISA")
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return _NEON
+    if "+avx512f" in features and cap not in ("scalar", "avx2"):
+        return _AVX512
+    if "+avx2" in features and cap != "scalar":
+        return _AVX2
+    return _SSE
+
+
+MACHINE = _find_machine()
+CHUNK = 4 * ROW_MULTIPLE  #: rows that are multiplied by a block of B while it is in the L1 cache
+WIDE_ROWS, NARROW_ROWS = MACHINE.wide.rows, MACHINE.narrow.rows
+BLOCK_BYTES = 20 * 1024  #: such a block of B: it shares 32 KB of L1 with the rows of A
+
+
+class Panel(NamedTuple):
+    """What B's panels look like, and so which tile multiplies them."""
+
+    lanes: int  #: output channels side by side
+    narrow: bool
+    elementwise: bool  #: depthwise: lane n of A meets lane n of B
+
+
+def panel_for(channels: int, elementwise: bool, itemsize: int) -> Panel:
+    """Return the panel that wastes least on ``channels`` output channels."""
+    wide, narrow = (shape.vectors * MACHINE.vector_bytes // itemsize for shape in (MACHINE.wide, MACHINE.narrow))
+    return Panel(narrow, True, elementwise) if channels <= narrow else Panel(wide, False, elementwise)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory as pointers. Kernels get addresses and element strides, so that one compiled version per dtype serves every
+# layout, read-only arrays included. Who makes a pointer keeps the array alive.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """Return ``address`` as a pointer to elements of the type that array ``like`` has; ``p[i]`` reads and writes."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.intp, like), generate
+
+
+@jit
+def data(array: np.ndarray) -> Any:
+    """Return a pointer to the first element of a contiguous array."""
+    return pointer(array.ctypes.data, array)
+
+
+@intrinsic
+def shift(typingctx: Any, start: Any, elements: Any) -> Any:
+    """Return the pointer ``elements`` after ``start``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.intp), generate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make_tile(shape: Shape, elementwise: bool) -> Callable[..., None]:
+    """Return the tile of the given shape; see the formula at the head of this file."""
+
+    @intrinsic
+    def tile(typingctx: Any, c: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            _emit_tile(context, builder, shape, elementwise, c.dtype, *args)
+            return context.get_dummy_value()
+
+        offsets = types.CPointer(types.int64)
+        return types.void(c, a, offsets, offsets, types.intp, types.intp, types.intp, b), generate
+
+    return tile
+
+
+def _emit_tile(
+    context: Any, builder: ir.IRBuilder, shape: Shape, elementwise: bool, dtype: Any,
+    c: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any,
+) -> None:  # fmt: skip
+    """Emit the loops over taps and depth around ``rows * vectors`` multiply-adds."""
+    width = MACHINE.vector_bytes * 8 // dtype.bitwidth
+    vector = ir.VectorType(context.get_value_type(dtype), width)
+    # "fmuladd" is one instruction where the CPU has it, a multiplication and an addition elsewhere.
+    name = f"llvm.fmuladd.v{width}f{dtype.bitwidth}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+    index = ir.IntType(64)
+    tile_rows, columns = range(shape.rows), range(shape.vectors)
+
+    def load(start: Any, offset: Any) -> Any:
+        return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=dtype.bitwidth // 8)
+
+    def broadcast(scalar: Any) -> Any:
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, index(0))
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), width), None))
+
+    # LLVM turns these variables into registers.
+    sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in columns] for _ in tile_rows]
+    starts = [builder.gep(a, [builder.load(builder.gep(rows, [index(m)]))]) for m in tile_rows]
+    panel = cgutils.alloca_once_value(builder, b)
+    with cgutils.for_range(builder, tap_count) as tap:
+        position = cgutils.alloca_once_value(builder, builder.load(builder.gep(taps, [tap.index])))
+        with cgutils.for_range(builder, depth):
+            here, b_row = builder.load(position), builder.load(panel)
+            b_vectors = [load(b_row, index(v * width)) for v in columns]
+            for m in tile_rows:
+                if elementwise:
+                    a_start = builder.gep(starts[m], [here])
+                    a_vectors = [load(a_start, index(v * width)) for v in columns]
+                else:
+                    a_vectors = [broadcast(builder.load(builder.gep(starts[m], [here])))] * shape.vectors
+                for v in columns:
+                    builder.store(builder.call(fma, [a_vectors[v], b_vectors[v], builder.load(sums[m][v])]), sums[m][v])
+            builder.store(builder.add(here, step), position)
+            builder.store(builder.gep(b_row, [index(shape.vectors * width)]), panel)
+
+    for m in tile_rows:
+        for v in columns:
+            target = builder.gep(c, [index((m * shape.vectors + v) * width)])
+            total = builder.fadd(load(target, index(0)), builder.load(sums[m][v]))
+            builder.store(total, builder.bitcast(target, vector.as_pointer()), align=dtype.bitwidth // 8)
+
+
+_wide = _make_tile(MACHINE.wide, elementwise=False)
+_narrow = _make_tile(MACHINE.narrow, elementwise=False)
+_wide_elementwise = _make_tile(MACHINE.wide, elementwise=True)
+_narrow_elementwise = _make_tile(MACHINE.narrow, elementwise=True)
+
+
+@jit
+def multiply(
+    c: Any, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int, b: Any, panel: Panel
+) -> None:
+    """Add the formula above to ``count`` rows of C (rows, lanes), tile after tile.
+
+    The last tile may be taller than what is left: ``rows`` and C go on up to a multiple of ROW_MULTIPLE.
+    """
+    tile_rows = NARROW_ROWS if panel.narrow else WIDE_ROWS
+    for row in range(0, count, tile_rows):
+        c_row, a_rows = shift(c, row * panel.lanes), shift(rows, row)
+        if panel.elementwise and panel.narrow:
+            _narrow_elementwise(c_row, a, a_rows, taps, tap_count, depth, step, b)
+        elif panel.elementwise:
+            _wide_elementwise(c_row, a, a_rows, taps, tap_count, depth, step, b)
+        elif panel.narrow:
+            _narrow(c_row, a, a_rows, taps, tap_count, depth, step, b)
+        else:
+            _wide(c_row, a, a_rows, taps, tap_count, depth, step, b)

@@ -1,0 +1,157 @@
+"""What the gradients of the weights have in common, however the image was packed.
+
+    sums [split][group][panel][(c, tap)][lane]  +=  for each (c, tap): cells it sees * gradient of the output [pixel][lane]
+
+The sums of a task are its own: a range of panels and of channels, over a range of the boxes. Ranges of boxes ("splits") change
+the order of additions, so their number comes from the shape alone; all else may depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .blocking import GradTasks, Plan, grad_tasks
+from .compile import jit
+from .packing import Strided, filters_of, pack_pixels, strided
+from .threads import parallel, workspace
+from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
+
+
+class Task(NamedTuple):
+    """Ranges of one task: from the first to before the last."""
+
+    split: int
+    group: int
+    panel0: int
+    panel1: int
+    block0: int
+    block1: int
+    box0: int
+    box1: int
+
+
+class Sums(NamedTuple):
+    """Where the tasks add up."""
+
+    weight: np.ndarray  #: [split][group][panel][(c, tap)][lane]
+    bias: np.ndarray  #: [split][group][panel][lane]
+
+
+def weight_grad(
+    accumulate: Callable[..., None], boxes: int, input: np.ndarray, grad_output: np.ndarray,
+    grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, options: Any,
+) -> None:  # fmt: skip
+    """Fill ``grad_weight`` and ``grad_bias``: ``accumulate`` does a range of tasks with ``boxes`` elements of workspace."""
+    dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
+    tasks = grad_tasks(plan, options.threads)
+    sums = Sums(
+        workspace(tasks.splits * panels * plan.sum_rows * lanes, dtype), workspace(tasks.splits * panels * lanes, dtype)
+    )
+    bias = np.empty(grad_weight.shape[0], dtype)
+
+    def work(first: int, last: int) -> None:
+        offsets = np.zeros(plan.sum_rows + plan.taps + math.prod(plan.box[:3]), np.int64)
+        pixels = workspace(plan.panels * math.prod(plan.box) * lanes, dtype)
+        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, workspace(boxes, dtype), pixels, offsets)
+
+    def store(first: int, last: int) -> None:
+        _store(first, last, tasks.splits, sums, strided(grad_weight), bias, plan)
+
+    parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, options.threads)
+    parallel(store, panels, options.threads)
+    if grad_bias is not None:
+        grad_bias[...] = bias
+
+
+@jit
+def task_of(number: int, tasks: GradTasks, plan: Plan) -> Task:
+    """Return the ranges of task ``number``."""
+    number, channel_part = number // tasks.channel_parts, number % tasks.channel_parts
+    number, panel_part = number // tasks.panel_parts, number % tasks.panel_parts
+    split, group = number // plan.groups, number % plan.groups
+    return Task(
+        split, group,
+        plan.panels * panel_part // tasks.panel_parts, plan.panels * (panel_part + 1) // tasks.panel_parts,
+        plan.blocks * channel_part // tasks.channel_parts, plan.blocks * (channel_part + 1) // tasks.channel_parts,
+        plan.box_count * split // tasks.splits, plan.box_count * (split + 1) // tasks.splits,
+    )  # fmt: skip
+
+
+@jit
+def pack_gradient(
+    pixels: np.ndarray, source: Any, grad_output: Strided, plan: Plan, task: Task, sums: Sums,
+    origin: tuple[int, int, int, int], size: tuple[int, int, int, int],
+) -> None:  # fmt: skip
+    """Pack the panels of grad_output for one box, and add them to the gradient of the bias (one of the tasks does)."""
+    count, lanes = size[0] * size[1] * size[2] * size[3], plan.panel.lanes
+    for panel in range(task.panel0, task.panel1):
+        target = shift(data(pixels), panel * count * lanes)
+        pack_pixels(target, source, grad_output, plan, origin, size, filters_of(plan, task.group, panel))
+        if task.block0 == 0:
+            bias = shift(data(sums.bias), ((task.split * plan.groups + task.group) * plan.panels + panel) * lanes)
+            _add_rows(bias, target, count, lanes)
+
+
+@jit
+def _add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
+    for row in range(count):
+        for lane in range(lanes):
+            totals[lane] += rows[row * lanes + lane]
+
+
+@jit
+def add_products(
+    sums: Sums, cells: np.ndarray, rows: Any, row0: int, row_count: int, lines: Any, line_count: int, width: int, step: int,
+    pixels: np.ndarray, plan: Plan, task: Task,
+) -> None:  # fmt: skip
+    """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
+    lanes = plan.panel.lanes
+    most_lines = max(1, BLOCK_BYTES // (width * lanes * pixels.itemsize))
+    for line in range(0, line_count, most_lines):
+        some_lines = min(most_lines, line_count - line)
+        for row in range(0, row_count, CHUNK):
+            for panel in range(task.panel0, task.panel1):
+                place = ((task.split * plan.groups + task.group) * plan.panels + panel) * plan.sum_rows + row0 + row
+                b = shift(data(pixels), (panel * line_count + line) * width * lanes)
+                multiply(
+                    shift(data(sums.weight), place * lanes), data(cells), shift(rows, row), min(CHUNK, row_count - row),
+                    shift(lines, line), some_lines, width, step, b, plan.panel,
+                )  # fmt: skip
+
+
+@jit
+def _store(first: int, last: int, splits: int, sums: Sums, grad_weight: Strided, grad_bias: np.ndarray, plan: Plan) -> None:
+    """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order."""
+    lanes, panels, elements = plan.panel.lanes, plan.groups * plan.panels, plan.sum_rows * plan.panel.lanes
+    for number in range(first, last):
+        filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
+        weight, bias = shift(data(sums.weight), number * elements), shift(data(sums.bias), number * lanes)
+        for split in range(1, splits):
+            _add(weight, shift(weight, split * panels * elements), elements)
+            _add(bias, shift(bias, split * panels * lanes), lanes)
+        for lane in range(count):
+            grad_bias[filter0 + lane * filter_step] = bias[lane]
+        start = shift(pointer(grad_weight.address, grad_bias), filter0 * grad_weight.n)
+        _store_panel(start, grad_weight, weight, plan, filter_step * grad_weight.n, count)
+
+
+@jit
+def _add(totals: Any, values: Any, count: int) -> None:
+    for i in range(count):
+        totals[i] += values[i]
+
+
+@jit
+def _store_panel(target: Any, grad_weight: Strided, panel: Any, plan: Plan, filter_stride: int, count: int) -> None:
+    """Store a panel [(c, tap)][lane]."""
+    _, kh, kw = plan.kernel_size
+    for row in range(plan.reduction):
+        c, tap = row // plan.taps, row % plan.taps
+        d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
+        start = c * grad_weight.c + d * grad_weight.d + h * grad_weight.h + w * grad_weight.w
+        for lane in range(count):
+            target[start + lane * filter_stride] = panel[row * plan.panel.lanes + lane]

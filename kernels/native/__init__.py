@@ -1,0 +1,10 @@
+"""Engine "cython": drivers in Cython (blocking, packing, threads) around microkernels in plain C (``ukernels/``).
+
+===============  ====================================================================================
+``machine``      the instruction set in use, what else there is, threads
+``blocking``     what the drivers share: views, packing, the store of a finished chunk
+``conv_direct``  convolution on packed channel blocks; depthwise; weight gradient
+``conv_im2col``  convolution by way of patches, for few channels; weight gradient
+``max_pool``     max pooling
+===============  ====================================================================================
+"""

@@ -1,0 +1,66 @@
+cimport numpy as cnp
+
+from fastconv.kernels.native.machine cimport fc_ukernels
+
+# A 5-D array of the contract: address and element strides.
+ctypedef struct View:
+    char *data
+    Py_ssize_t size[5]
+    Py_ssize_t stride[5]
+
+# One convolution, unpacked from its dims. `x` is the image that is padded, `y` the (gradient of the) output.
+ctypedef struct Conv:
+    const fc_ukernels *kernels
+    Py_ssize_t item           # bytes in an element
+    View x, w, y
+    Py_ssize_t batch, groups
+    Py_ssize_t channels       # input channels of one group
+    Py_ssize_t filters        # output channels of one group
+    Py_ssize_t taps
+    Py_ssize_t reduction      # channels * taps
+    Py_ssize_t kernel[3]
+    Py_ssize_t stride[3]
+    Py_ssize_t pad[3]
+    Py_ssize_t dilation[3]
+    Py_ssize_t out[3]
+    Py_ssize_t panel          # filters in a full panel: two vectors
+    Py_ssize_t panels         # panels of one group
+    Py_ssize_t chunk          # pixels whose accumulators stay in L1: a multiple of the tile's rows
+    Py_ssize_t threads
+
+# The blocks that the output of one image is cut into: `rows` x `columns` pixels of one depth.
+ctypedef struct Blocks:
+    Py_ssize_t rows, columns
+    Py_ssize_t down, across   # blocks along height and width
+    Py_ssize_t count          # blocks of one image
+
+# One block: which output pixels, and the part of the image that they see.
+ctypedef struct Block:
+    Py_ssize_t image, depth, top, left
+    Py_ssize_t rows, columns
+    Py_ssize_t high, wide     # rows and columns of the packed part of the image
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void make_view(View *view, cnp.ndarray array)
+cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options)
+cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
+cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
+cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, char *out) noexcept nogil
+cdef char *pack_weights(const Conv *c) except NULL
+cdef char *pack_bias(const Conv *c, bias, char *out)
+cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,
+              Blocks *blocks) noexcept nogil
+cdef void locate(const Conv *c, const Blocks *blocks, Py_ssize_t index, Block *block) noexcept nogil
+cdef Py_ssize_t part_cells(const Conv *c, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil
+cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
+                     char *out) noexcept nogil
+cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
+                      Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil
+cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil
+cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil
+cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
+                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channel_step, Py_ssize_t channels, const char *bias,
+                int relu) noexcept nogil

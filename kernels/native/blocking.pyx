@@ -1,0 +1,265 @@
+"""What the convolution drivers share: views, packing, the store of a finished chunk.
+
+A driver cuts the output of each image into blocks of rows x columns pixels and packs what a block sees, padding included:
+
+         columns                           wide = (columns - 1) * stride + (kernel - 1) * dilation + 1
+        +-------+                         +-----------+
+   rows | block |        sees       high  |  part of  |      packed as [channel block][kernel depth][high][wide][width]
+        +-------+                         |   image   |      where width is the channels in a block
+                                          +-----------+
+
+Weights are packed into panels, [panel][channel][tap][filters of the panel], in the order in which OIHW has them: packing is a
+transposition of the K x (C * taps) matrix. Every copy is one call of the microkernel ``transpose``.
+"""
+
+cimport numpy as cnp
+from cython.parallel cimport prange
+from libc.string cimport memset
+
+from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue, ukernels, usable_threads
+
+cdef enum:
+    TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
+    SERIAL_FLOPS = 500_000      # less than this is not worth waking a thread
+
+
+cdef void make_view(View *view, cnp.ndarray array):
+    cdef int axis
+    view.data = cnp.PyArray_BYTES(array)
+    for axis in range(5):
+        view.size[axis] = cnp.PyArray_DIM(array, axis)
+        view.stride[axis] = cnp.PyArray_STRIDE(array, axis) // cnp.PyArray_ITEMSIZE(array)
+
+
+cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options):
+    """Unpack what the contract passes; ``w`` may be None for depthwise drivers that pack it themselves."""
+    cdef int axis
+    c.item = cnp.PyArray_ITEMSIZE(x)
+    c.kernels = ukernels(c.item)
+    make_view(&c.x, x)
+    make_view(&c.w, w)
+    make_view(&c.y, y)
+    c.batch = c.x.size[0]
+    c.groups = dims.groups
+    c.channels = c.w.size[1]
+    c.filters = c.w.size[0] // c.groups
+    for axis in range(3):
+        c.kernel[axis] = c.w.size[2 + axis]
+        c.stride[axis] = dims.stride[axis]
+        c.pad[axis] = dims.pad_before[axis]
+        c.dilation[axis] = dims.dilation[axis]
+        c.out[axis] = c.y.size[2 + axis]
+    c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
+    c.reduction = c.channels * c.taps
+    c.panel = 2 * c.kernels.lanes
+    c.panels = (c.filters + c.panel - 1) // c.panel
+    c.chunk = TILES_PER_CHUNK * c.kernels.tile_rows
+    flops = 2 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
+    c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil:
+    """Elements of one group's packed weights."""
+    return c.panels * c.panel * c.reduction
+
+
+cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil:
+    """Vectors in a panel: two, or one where the last panel has no more filters than that."""
+    return 1 if c.filters - panel * c.panel <= c.kernels.lanes else 2
+
+
+cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, char *out) noexcept nogil:
+    """Pack (filters of the panel, channels, taps) to [channel][tap][filter], missing filters as zeros."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
+    cdef Py_ssize_t first = panel * c.panel
+    cdef Py_ssize_t filters = min(width, c.filters - first)
+    cdef const char *base = w.data + (group * c.filters + first) * w.stride[0] * c.item
+    cdef Py_ssize_t step = w.stride[4]  # from tap to tap
+    # Dimensions that continue one another are one: [c][kd][kh][kw] as far as possible.
+    cdef bint rows = c.kernel[1] == 1 or w.stride[3] == c.kernel[2] * step
+    cdef bint planes = rows and (c.kernel[0] == 1 or w.stride[2] == c.kernel[1] * c.kernel[2] * step)
+    cdef Py_ssize_t i, d, h, run
+    if filters < width:
+        memset(out, 0, <size_t>(width * c.reduction * c.item))
+    if c.taps == 1 or (planes and w.stride[1] == c.taps * step):
+        c.kernels.transpose(base, w.stride[0], w.stride[1] if c.taps == 1 else step, filters, c.reduction, out, width)
+        return
+    run = c.taps if planes else c.kernel[2]
+    for i in range(c.channels):
+        for d in range(1 if planes else c.kernel[0]):
+            for h in range(1 if planes else c.kernel[1]):
+                c.kernels.transpose(
+                    base + (i * w.stride[1] + d * w.stride[2] + h * w.stride[3]) * c.item,
+                    w.stride[0], step, filters, run, out, width,
+                )
+                out += run * width * c.item
+
+
+cdef char *pack_weights(const Conv *c) except NULL:
+    """Return all packed weights, [group][panel][channel][tap][filter], in this thread's arena."""
+    cdef Py_ssize_t group_size = packed_weight_size(c) * c.item
+    cdef Py_ssize_t panel_size = c.panel * c.reduction * c.item
+    cdef char *packed = arena(FC_ARENA_WEIGHTS, c.groups * (group_size + c.panels * c.panel * c.item) + 64)
+    cdef Py_ssize_t i
+    if packed == NULL:
+        raise MemoryError("no memory for packed weights")
+    with nogil:
+        for i in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
+            pack_panel(c, i // c.panels, i % c.panels, packed + i // c.panels * group_size + i % c.panels * panel_size)
+    return packed
+
+
+cdef char *pack_bias(const Conv *c, bias, char *out):
+    """Return the bias as contiguous elements at ``out``, NULL if there is none."""
+    cdef cnp.ndarray array
+    if bias is None:
+        return NULL
+    array = bias
+    c.kernels.transpose(
+        cnp.PyArray_BYTES(array), cnp.PyArray_STRIDE(array, 0) // c.item, 1, cnp.PyArray_DIM(array, 0), 1, out, 0
+    )
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- blocks
+
+cdef Py_ssize_t extent(const Conv *c, int axis, Py_ssize_t pixels) noexcept nogil:
+    """Cells of the image that a run of output pixels sees."""
+    return (pixels - 1) * c.stride[axis] + (c.kernel[axis] - 1) * c.dilation[axis] + 1
+
+
+cdef Py_ssize_t part_cells(const Conv *c, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+    """Cells, without channels, of the part of the image that a block sees."""
+    return c.kernel[0] * extent(c, 1, rows) * extent(c, 2, columns)
+
+
+cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,
+              Blocks *blocks) noexcept nogil:
+    """Choose blocks whose part of the image, ``cell_bytes`` a cell, fits ``block_bytes``: whole rows, or parts of one."""
+    cdef Py_ssize_t rows = c.out[1], columns = min(c.out[2], column_limit)
+    while rows > 1 and part_cells(c, rows, columns) * cell_bytes > block_bytes:
+        rows = (rows + 1) // 2
+    if rows == 1:
+        while columns > c.chunk and part_cells(c, 1, columns) * cell_bytes > block_bytes:
+            columns = (columns + 1) // 2
+    blocks.down = (c.out[1] + rows - 1) // rows
+    blocks.across = (c.out[2] + columns - 1) // columns
+    blocks.rows = (c.out[1] + blocks.down - 1) // blocks.down
+    blocks.columns = (c.out[2] + blocks.across - 1) // blocks.across
+    blocks.down = (c.out[1] + blocks.rows - 1) // blocks.rows
+    blocks.across = (c.out[2] + blocks.columns - 1) // blocks.columns
+    blocks.count = c.out[0] * blocks.down * blocks.across
+
+
+cdef void locate(const Conv *c, const Blocks *blocks, Py_ssize_t index, Block *block) noexcept nogil:
+    """Find block number ``index`` of the batch."""
+    block.left = index % blocks.across * blocks.columns
+    index = index // blocks.across
+    block.top = index % blocks.down * blocks.rows
+    index = index // blocks.down
+    block.depth = index % c.out[0]
+    block.image = index // c.out[0]
+    block.rows = min(blocks.rows, c.out[1] - block.top)
+    block.columns = min(blocks.columns, c.out[2] - block.left)
+    block.high = extent(c, 1, block.rows)
+    block.wide = extent(c, 2, block.columns)
+
+
+cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
+                     char *out) noexcept nogil:
+    """Pack channels ``first`` to ``first + count`` of the block's part of the image to [kernel depth][high][wide][width]."""
+    cdef const View *x = &c.x
+    cdef const char *base = x.data + (block.image * x.stride[0] + first * x.stride[1]) * c.item
+    cdef Py_ssize_t left = block.left * c.stride[2] - c.pad[2]
+    cdef Py_ssize_t start = min(max(0, -left), block.wide)
+    cdef Py_ssize_t stop = max(start, min(block.wide, x.size[4] - left))
+    cdef Py_ssize_t row_bytes = block.wide * width * c.item
+    cdef Py_ssize_t d, h, z, y
+    for d in range(c.kernel[0]):
+        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
+        for h in range(block.high):
+            y = block.top * c.stride[1] - c.pad[1] + h
+            if start == stop or z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
+                memset(out, 0, <size_t>row_bytes)
+            else:
+                if count < width:
+                    memset(out, 0, <size_t>row_bytes)
+                else:
+                    memset(out, 0, <size_t>(start * width * c.item))
+                    memset(out + stop * width * c.item, 0, <size_t>((block.wide - stop) * width * c.item))
+                c.kernels.transpose(
+                    base + (z * x.stride[2] + y * x.stride[3] + (left + start) * x.stride[4]) * c.item,
+                    x.stride[1], x.stride[4], count, stop - start, out + start * width * c.item, width,
+                )
+            out += row_bytes
+
+
+cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
+                      Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil:
+    """Pack channels ``first`` to ``first + count`` of a block's output pixels to [pixel][width], missing ones as zeros."""
+    cdef const View *y = &c.y
+    cdef const char *base = y.data + (
+        block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
+        + block.top * y.stride[3] + block.left * y.stride[4]
+    ) * c.item
+    cdef Py_ssize_t end = first_pixel + pixels, row, column, run
+    if count < width:
+        memset(out, 0, <size_t>(pixels * width * c.item))
+    while first_pixel < end:
+        row = first_pixel // block.columns
+        column = first_pixel % block.columns
+        run = min(end - first_pixel, block.columns - column)
+        c.kernels.transpose(
+            base + (row * y.stride[3] + column * y.stride[4]) * c.item, y.stride[1], y.stride[4], count, run, out, width
+        )
+        out += run * width * c.item
+        first_pixel += run
+
+
+cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil:
+    """Write where each tap is in a packed part of the image, from the first tap."""
+    cdef Py_ssize_t d, h, w, t = 0
+    for d in range(c.kernel[0]):
+        for h in range(c.kernel[1]):
+            for w in range(c.kernel[2]):
+                taps[t] = ((d * block.high + h * c.dilation[1]) * block.wide + w * c.dilation[2]) * width
+                t += 1
+
+
+cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil:
+    """Write where the first tap of each output pixel of the block is in a packed part of the image."""
+    cdef Py_ssize_t r, q, p = 0
+    for r in range(block.rows):
+        for q in range(block.columns):
+            pixels[p] = (r * c.stride[1] * block.wide + q * c.stride[2]) * width
+            p += 1
+
+
+cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
+                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channel_step, Py_ssize_t channels, const char *bias,
+                int relu) noexcept nogil:
+    """Finish accumulators, [pixel][width], and store them as channels ``channel``, ``channel + channel_step``, ..."""
+    cdef const View *y = &c.y
+    cdef fc_epilogue epilogue
+    cdef Py_ssize_t end = first_pixel + pixels, row, column, run
+    cdef bint one_run = block.columns == c.out[2] and y.stride[3] == c.out[2] * y.stride[4]  # rows continue one another
+    cdef char *base = y.data + (
+        block.image * y.stride[0] + channel * y.stride[1] + block.depth * y.stride[2]
+        + block.top * y.stride[3] + block.left * y.stride[4]
+    ) * c.item
+    epilogue.bias = bias
+    epilogue.relu = relu
+    epilogue.pixel_stride = y.stride[4]
+    epilogue.channel_stride = y.stride[1] * channel_step
+    while first_pixel < end:
+        row = first_pixel // block.columns
+        column = first_pixel % block.columns
+        run = end - first_pixel if one_run else min(end - first_pixel, block.columns - column)
+        c.kernels.epilogue(
+            &epilogue, accumulators, width, run, channels, base + (row * y.stride[3] + column * y.stride[4]) * c.item
+        )
+        accumulators += run * width * c.item
+        first_pixel += run

@@ -1,0 +1,391 @@
+"""Convolution on packed channel blocks; every loop ends in the microkernel ``brgemm``.
+
+    output[p][k] = sum over channel blocks b, taps t, channels i of  part[b][p * stride + t * dilation][i] * weight[b, i, t][k]
+
+    for image, group, block of output pixels, share of the panels:         in parallel
+        pack the part of the image that the block sees                     [channel block][kernel depth][high][wide][width]
+        for panel of filters:
+            for chunk of pixels:                                           its accumulators stay in L1
+                for channel block:                                         its share of the panel stays in L1
+                    for tile of pixels: brgemm over taps and channels
+                store the chunk: bias, activation, the caller's layout
+
+       part of the image             panel                  chunk
+      +------------------+         +--------+            +--------+
+      | tile of pixels ->|    x    | taps * |     +=     | tile   |
+      |  width channels  |         | width  |            |        |
+      +------------------+         +--------+            +--------+
+
+A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. The gradient of the input is the same
+loop on other views (``interleave``). A depthwise convolution has no panels: its own microkernel multiplies channel by channel.
+
+The gradient of the weights reduces over pixels: rows of the tile are (tap, channel), the reduction runs along image rows.
+
+    grad_weight[t, i][k] = sum over pixels p of  part[p * stride + t * dilation][i] * grad_output[p][k]
+"""
+
+import numpy as np
+
+cimport numpy as cnp
+from cython.parallel cimport prange
+from libc.string cimport memset
+
+from fastconv.kernels import interleave
+from fastconv.kernels.native.blocking cimport (
+    Block, Blocks, Conv, View, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_pixels, pack_weights,
+    packed_weight_size, panel_vectors, part_cells, pixel_offsets, store, tap_offsets,
+)
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+from fastconv.kernels.native.weight_chunks cimport (
+    WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, store_weight, sum_chunks,
+)
+
+cdef enum:
+    DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
+    DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
+    REDUCTION = 288             # channels of a block times taps: 288 x 16 float32 weights are 18 KB of L1
+    PIXELS = 256                # pixels that one brgemm of the weight gradient reduces over
+    CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
+
+
+def conv_forward(input, weight, bias, output, dims, options):
+    """See ``fastconv.kernels``."""
+    if dims.groups > 1 and weight.shape[1] == 1:
+        multiplier = weight.shape[0] // dims.groups
+        for j in range(multiplier):  # filters j, j + multiplier, ... are one filter for each channel
+            part = None if bias is None else bias[j::multiplier]
+            _depthwise(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
+    else:
+        _forward(input, weight, bias, output, dims, options)
+
+
+def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
+    """See ``fastconv.kernels``."""
+    interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+
+
+def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
+    """See ``fastconv.kernels``."""
+    if dims.groups > 1 and grad_weight.shape[1] == 1:
+        multiplier = grad_weight.shape[0] // dims.groups
+        for j in range(multiplier):
+            _depthwise_weight(input, grad_output[:, j::multiplier], grad_weight[j::multiplier], dims, options)
+    else:
+        _weight_grad(input, grad_output, grad_weight, dims, options)
+    if grad_bias is not None:
+        np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+# What all tasks of one call share.
+ctypedef struct Plan:
+    Conv c
+    Blocks blocks
+    Py_ssize_t width            # channels in a block
+    Py_ssize_t channel_blocks
+    Py_ssize_t shares           # tasks that share the panels of one block
+    const char *weights
+    const char *bias
+    int relu
+
+
+cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+    cdef Plan plan
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t tasks, task, failures = 0
+    make_conv(c, input, weight, output, dims, options)
+    plan.width = min(c.channels, max(CHANNELS, (REDUCTION // c.taps + CHANNELS - 1) // CHANNELS * CHANNELS))
+    plan.channel_blocks = (c.channels + plan.width - 1) // plan.width
+    cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, c.out[2], &plan.blocks)
+    plan.weights = pack_weights(c)
+    plan.bias = pack_bias(c, bias, <char *>plan.weights + c.groups * packed_weight_size(c) * c.item)
+    plan.relu = options.activation == "relu"
+    tasks = c.batch * c.groups * plan.blocks.count
+    plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
+    tasks *= plan.shares
+    with nogil:
+        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
+            failures += _forward_task(&plan, task)
+    if failures:
+        raise MemoryError("no memory for the workspace of a convolution")
+
+
+cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t share = task % plan.shares
+    cdef Py_ssize_t group = task // plan.shares % c.groups
+    cdef Block block
+    locate(c, &plan.blocks, task // (plan.shares * c.groups), &block)
+
+    cdef Py_ssize_t pixels = block.rows * block.columns
+    cdef Py_ssize_t cells = part_cells(c, block.rows, block.columns)
+    cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
+    cdef Py_ssize_t chunk_bytes = c.chunk * c.panel * c.item
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + chunk_bytes + plan.channel_blocks * plan.width * cells * c.item
+    )
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
+    cdef Py_ssize_t *taps = offsets + pixels
+    cdef char *accumulators = memory + offset_bytes
+    cdef char *part = accumulators + chunk_bytes
+    cdef Py_ssize_t b, panel
+    pixel_offsets(c, &block, plan.width, offsets)
+    tap_offsets(c, &block, plan.width, taps)
+    for b in range(plan.channel_blocks):
+        pack_image(
+            c, &block, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
+            part + b * plan.width * cells * c.item,
+        )
+    for panel in range(c.panels * share // plan.shares, c.panels * (share + 1) // plan.shares):
+        _panel(plan, &block, group, panel, offsets, taps, part, plan.width * cells * c.item, accumulators)
+    return 0
+
+
+cdef void _panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, const Py_ssize_t *offsets,
+                 const Py_ssize_t *taps, const char *part, Py_ssize_t part_bytes, char *accumulators) noexcept nogil:
+    """Compute and store the filters of one panel for all pixels of a block."""
+    cdef const Conv *c = &plan.c
+    cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
+    cdef Py_ssize_t width = vectors * c.kernels.lanes
+    cdef Py_ssize_t pixels = block.rows * block.columns
+    cdef Py_ssize_t first = group * c.filters + panel * c.panel
+    cdef const char *weights = plan.weights + (group * packed_weight_size(c) + panel * c.panel * c.reduction) * c.item
+    cdef const char *bias = NULL if plan.bias == NULL else plan.bias + first * c.item
+    cdef Py_ssize_t block_weights = plan.width * c.taps * width * c.item
+    cdef Py_ssize_t p, m, b, stop
+    cdef fc_reduction reduction
+    reduction.taps = taps
+    reduction.n_taps = c.taps
+    reduction.a_step = 1
+    reduction.b_tap = width
+    reduction.b_step = c.taps * width
+    for p from 0 <= p < pixels by c.chunk:
+        stop = min(p + c.chunk, pixels)
+        for b in range(plan.channel_blocks):
+            reduction.depth = min(plan.width, c.channels - b * plan.width)
+            for m from p <= m < stop by tile_rows:
+                c.kernels.brgemm(
+                    &reduction, part + b * part_bytes, offsets + m, <int>min(tile_rows, stop - m),
+                    weights + b * block_weights, vectors, accumulators + (m - p) * width * c.item, b > 0,
+                )
+        store(
+            c, block, p, stop - p, accumulators, width, first, 1, min(width, c.filters - panel * c.panel), bias, plan.relu
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- depthwise
+
+cdef void _depthwise(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+    """One filter for each channel: weight (C, 1, ...), output (N, C, ...)."""
+    cdef Plan plan
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t task, b, tasks, failures = 0
+    cdef char *weights
+    make_conv(c, input, weight, output, dims, options)
+    plan.width = CHANNELS
+    plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
+    cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
+    weights = arena(FC_ARENA_WEIGHTS, plan.channel_blocks * CHANNELS * (c.taps + 1) * c.item)
+    if weights == NULL:
+        raise MemoryError("no memory for packed weights")
+    for b in range(plan.channel_blocks):
+        _pack_depthwise(c, b * CHANNELS, weights + b * CHANNELS * c.taps * c.item)
+    plan.weights = weights
+    plan.bias = pack_bias(c, bias, weights + plan.channel_blocks * CHANNELS * c.taps * c.item)
+    plan.relu = options.activation == "relu"
+    tasks = c.batch * plan.blocks.count * plan.channel_blocks
+    with nogil:
+        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
+            failures += _depthwise_task(&plan, task)
+    if failures:
+        raise MemoryError("no memory for the workspace of a convolution")
+
+
+cdef void _pack_depthwise(const Conv *c, Py_ssize_t first, char *out) noexcept nogil:
+    """Pack a block of channels' filters to [tap][channel], missing channels as zeros."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t d, h, count = min(<Py_ssize_t>CHANNELS, c.groups - first)
+    memset(out, 0, <size_t>(c.taps * CHANNELS * c.item))
+    for d in range(c.kernel[0]):
+        for h in range(c.kernel[1]):
+            c.kernels.transpose(
+                w.data + (first * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item,
+                w.stride[0], w.stride[4], count, c.kernel[2], out, CHANNELS,
+            )
+            out += c.kernel[2] * CHANNELS * c.item
+
+
+cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = task % plan.channel_blocks * CHANNELS
+    cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
+    cdef Block block
+    locate(c, &plan.blocks, task // plan.channel_blocks, &block)
+
+    cdef Py_ssize_t pixels = block.rows * block.columns
+    cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
+    cdef Py_ssize_t chunk_bytes = c.chunk * CHANNELS * c.item
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + chunk_bytes + CHANNELS * part_cells(c, block.rows, block.columns) * c.item
+    )
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
+    cdef Py_ssize_t *taps = offsets + pixels
+    cdef char *accumulators = memory + offset_bytes
+    cdef char *part = accumulators + chunk_bytes
+    cdef const char *bias = NULL if plan.bias == NULL else plan.bias + first * c.item
+    cdef Py_ssize_t p, count
+    pixel_offsets(c, &block, CHANNELS, offsets)
+    tap_offsets(c, &block, CHANNELS, taps)
+    pack_image(c, &block, first, channels, CHANNELS, part)
+    for p from 0 <= p < pixels by c.chunk:
+        count = min(c.chunk, pixels - p)
+        c.kernels.depthwise(
+            taps, c.taps, part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS, accumulators
+        )
+        store(c, &block, p, count, accumulators, CHANNELS, first, 1, channels, bias, plan.relu)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------- gradient of the weights
+
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+    cdef WeightPlan plan
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t task, failures = 0
+    make_conv(c, input, grad_weight, grad_output, dims, options)
+    plan.width = min(<Py_ssize_t>CHANNELS, c.channels)
+    plan.channel_blocks = max(1, WEIGHT_ROWS // (c.taps * plan.width))
+    cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, PIXELS, &plan.blocks)
+    plan_chunks(&plan, c.batch * plan.blocks.count)
+    with nogil:
+        for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
+            failures += _weight_task(&plan, task)
+    sum_chunks(&plan, failures)
+
+
+cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
+    """Reduce one chunk of the units for one task's channels and filters."""
+    cdef const Conv *c = &plan.c
+    cdef WeightTask t
+    locate_task(plan, task, &t)
+    cdef Py_ssize_t cells = part_cells(c, plan.blocks.rows, plan.blocks.columns)
+    cdef Py_ssize_t pixels = plan.blocks.rows * plan.blocks.columns
+    cdef Py_ssize_t rows = c.taps * plan.width
+    cdef Py_ssize_t offset_bytes = (plan.blocks.rows + rows + c.taps + 8) // 8 * 64
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + (t.channel_blocks * plan.width * cells + t.panels * c.panel * pixels) * c.item
+    )
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *row_offsets = <Py_ssize_t *>memory
+    cdef Py_ssize_t *taps = row_offsets + rows
+    cdef Py_ssize_t *lines = taps + c.taps
+    cdef char *part = memory + offset_bytes
+    cdef char *grads = part + t.channel_blocks * plan.width * cells * c.item
+    cdef Block block
+    cdef Py_ssize_t unit, b, panel, line
+    memset(t.accumulators, 0, <size_t>plan.task_bytes)
+    for unit in range(t.first_unit, t.end_unit):
+        locate(c, &plan.blocks, unit, &block)
+        tap_offsets(c, &block, plan.width, taps)
+        for line in range(rows):
+            row_offsets[line] = taps[line // plan.width] + line % plan.width
+        for line in range(block.rows):
+            lines[line] = line * c.stride[1] * block.wide * plan.width
+        for b in range(t.channel_blocks):
+            pack_image(
+                c, &block, t.group * c.channels + t.channel + b * plan.width,
+                min(plan.width, c.channels - t.channel - b * plan.width), plan.width, part + b * plan.width * cells * c.item,
+            )
+        for panel in range(t.panels):
+            pack_pixels(
+                c, &block, t.group * c.filters + (t.panel + panel) * c.panel,
+                min(c.panel, c.filters - (t.panel + panel) * c.panel),
+                panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0,
+                block.rows * block.columns, grads + panel * c.panel * pixels * c.item,
+            )
+        for panel in range(t.panels):
+            for b in range(t.channel_blocks):
+                _weight_block(
+                    plan, &block, panel_vectors(c, t.panel + panel), row_offsets, lines,
+                    part + b * plan.width * cells * c.item, grads + panel * c.panel * pixels * c.item,
+                    t.accumulators + (panel * plan.channel_blocks + b) * c.panel * rows * c.item,
+                )
+    return 0
+
+
+cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors, const Py_ssize_t *row_offsets,
+                        const Py_ssize_t *lines, const char *part, const char *grads, char *accumulators) noexcept nogil:
+    """Add one block's pixels to (taps x channels of a block) x (filters of a panel), some image rows at a time."""
+    cdef const Conv *c = &plan.c
+    cdef int tile_rows = c.kernels.tile_rows
+    cdef Py_ssize_t rows = c.taps * plan.width, width = vectors * c.kernels.lanes, m, line
+    cdef Py_ssize_t together = max(1, PIXELS // block.columns)
+    cdef fc_reduction reduction
+    reduction.depth = block.columns
+    reduction.a_step = c.stride[2] * plan.width
+    reduction.b_tap = block.columns * width
+    reduction.b_step = width
+    for line from 0 <= line < block.rows by together:
+        reduction.taps = lines + line
+        reduction.n_taps = min(together, block.rows - line)
+        for m from 0 <= m < rows by tile_rows:
+            c.kernels.brgemm(
+                &reduction, part, row_offsets + m, <int>min(tile_rows, rows - m),
+                grads + line * block.columns * width * c.item, vectors, accumulators + m * width * c.item, 1,
+            )
+
+
+cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+    """One filter for each channel: a task has a block of channels and all images."""
+    cdef Plan plan
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t task, failures = 0
+    make_conv(c, input, grad_weight, grad_output, dims, options)
+    plan.width = CHANNELS
+    plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
+    cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
+    with nogil:
+        for task in prange(plan.channel_blocks, num_threads=c.threads, schedule="dynamic"):
+            failures += _depthwise_weight_task(&plan, task)
+    if failures:
+        raise MemoryError("no memory for the workspace of a convolution")
+
+
+cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = task * CHANNELS
+    cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
+    cdef Py_ssize_t part_bytes = CHANNELS * part_cells(c, plan.blocks.rows, plan.blocks.columns) * c.item
+    cdef Py_ssize_t tap_bytes = (c.taps + 8) // 8 * 64
+    cdef Py_ssize_t sum_bytes = c.taps * CHANNELS * c.item
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK,
+        tap_bytes + sum_bytes + part_bytes + CHANNELS * plan.blocks.rows * plan.blocks.columns * c.item,
+    )
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *taps = <Py_ssize_t *>memory
+    cdef char *accumulators = memory + tap_bytes
+    cdef char *part = accumulators + sum_bytes
+    cdef char *grads = part + part_bytes
+    cdef Block block
+    cdef Py_ssize_t unit, r
+    memset(accumulators, 0, <size_t>sum_bytes)
+    for unit in range(c.batch * plan.blocks.count):
+        locate(c, &plan.blocks, unit, &block)
+        tap_offsets(c, &block, CHANNELS, taps)
+        pack_image(c, &block, first, channels, CHANNELS, part)
+        pack_pixels(c, &block, first, channels, CHANNELS, 0, block.rows * block.columns, grads)
+        for r in range(block.rows):
+            c.kernels.depthwise_weight(
+                taps, c.taps, part + r * c.stride[1] * block.wide * CHANNELS * c.item, c.stride[2] * CHANNELS,
+                grads + r * block.columns * CHANNELS * c.item, block.columns, CHANNELS, accumulators,
+            )
+    store_weight(c, first, 0, channels, 1, 1, CHANNELS, accumulators)
+    return 0

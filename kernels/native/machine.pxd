@@ -1,0 +1,34 @@
+cdef extern from "ukernels.h" nogil:
+    ctypedef struct fc_reduction:
+        const Py_ssize_t *taps
+        Py_ssize_t n_taps, depth, a_step, b_tap, b_step
+
+    ctypedef struct fc_epilogue:
+        const void *bias
+        int relu
+        Py_ssize_t pixel_stride, channel_stride
+
+    ctypedef struct fc_ukernels:
+        const char *isa
+        int item_size, lanes, tile_rows
+        void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
+        void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
+        void (*depthwise)(const Py_ssize_t *, Py_ssize_t, const void *, const Py_ssize_t *, Py_ssize_t, const void *,
+                          Py_ssize_t, void *) noexcept nogil
+        void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
+                                 Py_ssize_t, void *) noexcept nogil
+        void (*max_update)(const void *, Py_ssize_t, Py_ssize_t, void *, int *, int) noexcept nogil
+
+    ctypedef struct fc_isa:
+        const char *name
+        const fc_ukernels *f32
+        const fc_ukernels *f64
+
+    enum: FC_ARENA_BLOCK, FC_ARENA_WEIGHTS
+
+
+# One copy of the C library in the process: the other modules reach it through these.
+cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil
+cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil
+cdef int usable_threads(int wanted) noexcept nogil

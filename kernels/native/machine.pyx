@@ -1,0 +1,55 @@
+"""The machine as the native engine sees it: the instruction set in use, what else there is, threads, workspace."""
+
+import os
+
+cdef extern from "ukernels.h" nogil:
+    size_t fc_available_isas(const fc_isa **isas, size_t capacity)
+    const fc_isa *fc_select_isa(const char *cap)
+    void *fc_arena(int slot, size_t bytes)
+    int fc_max_threads()
+    int fc_usable_threads(int wanted)
+
+cdef extern from *:
+    """
+    #ifndef FC_COMPILER
+    #define FC_COMPILER __VERSION__
+    #endif
+    """
+    const char *FC_COMPILER
+
+cdef bytes _cap = os.environ.get("FASTCONV_ISA", "").encode()
+cdef const fc_isa *_isa = fc_select_isa(_cap)
+
+
+cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil:
+    return _isa.f32 if item_size == 4 else _isa.f64
+
+
+cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
+    return <char *>fc_arena(slot, <size_t>bytes)
+
+
+cdef int usable_threads(int wanted) noexcept nogil:
+    return fc_usable_threads(wanted)
+
+
+def isa() -> str:
+    """Return the name of the instruction set in use."""
+    return _isa.name.decode()
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that this build and this CPU have, best last."""
+    cdef const fc_isa *found[8]
+    cdef size_t n = fc_available_isas(found, 8)
+    return [found[i].name.decode() for i in range(n)]
+
+
+def max_threads() -> int:
+    """Return how many threads OpenMP allows a parallel region."""
+    return fc_max_threads()
+
+
+def compiler() -> str:
+    """Return the version of the compiler that built this engine."""
+    return "built with " + FC_COMPILER.decode()

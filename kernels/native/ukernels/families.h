@@ -1,0 +1,45 @@
+/* The float32 and the float64 family of the instruction set that the including file defines by
+ *   ISA           its name, as FASTCONV_ISA has it
+ *   VECTOR_BYTES  bytes in a vector register
+ *   TILE_ROWS     pixels of the register tile: TILE_ROWS x 2 accumulators, 2 weights and a broadcast fill the registers, and
+ *                 one pointer for each row must fit into the general registers
+ */
+#include <string.h>
+
+#include "ukernels.h"
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#if __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (__typeof__((a) < (b))){__VA_ARGS__})
+#endif
+#endif
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+#define ISA_NAME TEXT(ISA)
+
+#define T float
+#define FC(name) PASTE(fc_f32_##name##__, ISA)
+#include "family.h"
+#undef T
+#undef FC
+
+#define T double
+#define FC(name) PASTE(fc_f64_##name##__, ISA)
+#include "family.h"
+#undef T
+#undef FC
+
+const fc_isa PASTE(fc_isa_, ISA) = {
+    .name = ISA_NAME,
+    .f32 = &PASTE(fc_f32_table__, ISA),
+    .f64 = &PASTE(fc_f64_table__, ISA),
+};

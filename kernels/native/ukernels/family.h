@@ -1,0 +1,250 @@
+/* All microkernels of one instruction set and element type, written once with vector extensions.
+ *
+ * The including file defines T (the element type), FC(name) (its name in this family), VECTOR_BYTES and TILE_ROWS. Everything
+ * stays static, so that no code of one instruction set can be linked into another.
+ */
+#define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(T)))
+
+typedef T FC(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+typedef T FC(quad) __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef __typeof__((FC(quad)){0} < (FC(quad)){0}) FC(mask); /* integers as wide as T */
+#define V FC(vector)
+#define Q FC(quad)
+
+/* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
+
+/* n_rows and vectors are constants where this is inlined: the accumulators live in registers. */
+static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
+                                                           const int n_rows, const T *b, const int vectors, T *c,
+                                                           int accumulate)
+{
+    V acc[TILE_ROWS][2];
+    UNROLL for (int m = 0; m < n_rows; m++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            acc[m][v] = accumulate ? *(const V *)(c + (m * vectors + v) * LANES) : (V){0};
+
+    for (ptrdiff_t t = 0; t < r->n_taps; t++) {
+        const T *row[TILE_ROWS];
+        UNROLL for (int m = 0; m < n_rows; m++)
+            row[m] = a + rows[m] + r->taps[t];
+        const T *panel = b + t * r->b_tap;
+        ptrdiff_t step = 0;
+        for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
+            V weight[2];
+            UNROLL for (int v = 0; v < vectors; v++)
+                weight[v] = *(const V *)(panel + v * LANES);
+            UNROLL for (int m = 0; m < n_rows; m++)
+                UNROLL for (int v = 0; v < vectors; v++)
+                    acc[m][v] += row[m][step] * weight[v];
+        }
+    }
+
+    UNROLL for (int m = 0; m < n_rows; m++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            *(V *)(c + (m * vectors + v) * LANES) = acc[m][v];
+}
+
+#define TILE_CASE(n)                                                     \
+    case n:                                                              \
+        if (n <= TILE_ROWS) {                                            \
+            if (vectors == 2)                                            \
+                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 2, c, accumulate); \
+            else                                                         \
+                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 1, c, accumulate); \
+        }                                                                \
+        break;
+
+static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
+                       int vectors, void *c, int accumulate)
+{
+    switch (n_rows) {
+        TILE_CASE(1)
+        TILE_CASE(2)
+        TILE_CASE(3)
+        TILE_CASE(4)
+        TILE_CASE(5)
+        TILE_CASE(6)
+        TILE_CASE(7)
+        TILE_CASE(8)
+    }
+}
+#undef TILE_CASE
+
+/* ---------------------------------------------------------------------------------------------- transpose, epilogue */
+
+static inline void FC(transpose_quads)(Q x[4])
+{
+    Q a = SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE(x[2], x[3], 0, 4, 1, 5); /* 00 10 01 11, 20 30 21 31 */
+    Q c = SHUFFLE(x[0], x[1], 2, 6, 3, 7), d = SHUFFLE(x[2], x[3], 2, 6, 3, 7); /* 02 12 03 13, 22 32 23 33 */
+    x[0] = SHUFFLE(a, b, 0, 1, 4, 5);
+    x[1] = SHUFFLE(a, b, 2, 3, 6, 7);
+    x[2] = SHUFFLE(c, d, 0, 1, 4, 5);
+    x[3] = SHUFFLE(c, d, 2, 3, 6, 7);
+}
+
+static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj,
+                          void *output, ptrdiff_t out_stride)
+{
+    const T *in = input;
+    T *out = output;
+    if (i_stride == 1) { /* rows are contiguous on both sides */
+        for (ptrdiff_t j = 0; j < nj; j++)
+            memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
+        return;
+    }
+    if (j_stride == -1) { /* rotated filters: read forwards, write backwards */
+        in -= nj - 1;
+        out += (nj - 1) * out_stride;
+        j_stride = 1;
+        out_stride = -out_stride;
+    }
+    ptrdiff_t quads_i = j_stride == 1 ? ni & ~(ptrdiff_t)3 : 0, quads_j = nj & ~(ptrdiff_t)3;
+    for (ptrdiff_t j = 0; j < quads_j && quads_i; j += 4)
+        for (ptrdiff_t i = 0; i < quads_i; i += 4) {
+            Q x[4];
+            UNROLL for (int n = 0; n < 4; n++)
+                x[n] = *(const Q *)(in + (i + n) * i_stride + j);
+            FC(transpose_quads)(x);
+            UNROLL for (int n = 0; n < 4; n++)
+                *(Q *)(out + (j + n) * out_stride + i) = x[n];
+        }
+    for (ptrdiff_t j = 0; j < nj; j++)
+        for (ptrdiff_t i = j < quads_j ? quads_i : 0; i < ni; i++)
+            out[j * out_stride + i] = in[i * i_stride + j * j_stride];
+}
+
+static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
+{
+    if (bias)
+        value += bias[channel];
+    return relu && value < 0 ? 0 : value; /* a NaN stays one */
+}
+
+static inline void FC(finish_quad)(Q *value, const Q *bias, int relu)
+{
+    *value += *bias;
+    if (relu)
+        *value = (Q)((FC(mask))*value & ~(*value < 0)); /* a NaN stays one */
+}
+
+static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_stride, ptrdiff_t pixels,
+                         ptrdiff_t channels, void *output)
+{
+    const T *c = tile, *bias = e->bias;
+    T *out = output;
+    const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
+    const ptrdiff_t quads = cs == 1 || ps == 1 ? channels & ~(ptrdiff_t)3 : 0;
+    const ptrdiff_t quad_pixels = cs == 1 ? pixels : pixels & ~(ptrdiff_t)3;
+    for (ptrdiff_t i = 0; i < quads; i += 4) {
+        Q shift = bias ? *(const Q *)(bias + i) : (Q){0};
+        if (cs == 1) {
+            for (ptrdiff_t p = 0; p < pixels; p++) {
+                Q x = *(const Q *)(c + p * c_stride + i);
+                FC(finish_quad)(&x, &shift, e->relu);
+                *(Q *)(out + p * ps + i) = x;
+            }
+            continue;
+        }
+        for (ptrdiff_t p = 0; p < quad_pixels; p += 4) {
+            Q x[4];
+            UNROLL for (int n = 0; n < 4; n++) {
+                x[n] = *(const Q *)(c + (p + n) * c_stride + i);
+                FC(finish_quad)(&x[n], &shift, e->relu);
+            }
+            FC(transpose_quads)(x);
+            UNROLL for (int n = 0; n < 4; n++)
+                *(Q *)(out + (i + n) * cs + p) = x[n];
+        }
+    }
+    for (ptrdiff_t p = 0; p < pixels; p++)
+        for (ptrdiff_t i = p < quad_pixels ? quads : 0; i < channels; i++)
+            out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], bias, i, e->relu);
+}
+
+/* ------------------------------------------------------------------------------------------------------- depthwise */
+
+static void FC(depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, const ptrdiff_t *pixels,
+                          ptrdiff_t n_pixels, const void *weight, ptrdiff_t block, void *out)
+{
+    enum { PIXELS = 4 };
+    const T *a = image, *b = weight;
+    T *c = out;
+    for (ptrdiff_t p = 0; p < n_pixels; p += PIXELS) {
+        const T *row[PIXELS];
+        UNROLL for (int n = 0; n < PIXELS; n++)
+            row[n] = a + pixels[p + n < n_pixels ? p + n : n_pixels - 1];
+        for (ptrdiff_t i = 0; i < block; i += LANES) {
+            V acc[PIXELS] = {{0}};
+            for (ptrdiff_t t = 0; t < n_taps; t++) {
+                V w = *(const V *)(b + t * block + i);
+                UNROLL for (int n = 0; n < PIXELS; n++)
+                    acc[n] += *(const V *)(row[n] + taps[t] + i) * w;
+            }
+            for (int n = 0; n < PIXELS && p + n < n_pixels; n++)
+                *(V *)(c + (p + n) * block + i) = acc[n];
+        }
+    }
+}
+
+static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, ptrdiff_t a_step,
+                                 const void *grad, ptrdiff_t n_pixels, ptrdiff_t block, void *out)
+{
+    const T *b = grad;
+    T *c = out;
+    for (ptrdiff_t t = 0; t < n_taps; t++) {
+        const T *a = (const T *)image + taps[t];
+        for (ptrdiff_t i = 0; i < block; i += LANES) {
+            V acc[2] = {*(const V *)(c + t * block + i), {0}};
+            ptrdiff_t p = 0;
+            for (; p + 2 <= n_pixels; p += 2) {
+                acc[0] += *(const V *)(a + p * a_step + i) * *(const V *)(b + p * block + i);
+                acc[1] += *(const V *)(a + (p + 1) * a_step + i) * *(const V *)(b + (p + 1) * block + i);
+            }
+            if (p < n_pixels)
+                acc[0] += *(const V *)(a + p * a_step + i) * *(const V *)(b + p * block + i);
+            *(V *)(c + t * block + i) = acc[0] + acc[1];
+        }
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------- max pooling */
+
+static inline __attribute__((always_inline)) void FC(max_step)(const T *in, ptrdiff_t step, ptrdiff_t n, T *best,
+                                                               int32_t *winner, int32_t cell)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        T value = in[i * step];
+        int take = (value > best[i]) | (value != value) | (winner[i] < 0);
+        best[i] = take ? value : best[i];
+        winner[i] = take ? cell : winner[i];
+    }
+}
+
+static void FC(max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell)
+{
+    if (step == 1)
+        FC(max_step)(in, 1, n, best, winner, cell);
+    else if (step == 2)
+        FC(max_step)(in, 2, n, best, winner, cell);
+    else
+        FC(max_step)(in, step, n, best, winner, cell);
+}
+
+/* ----------------------------------------------------------------------------------------------------------- table */
+
+static const fc_ukernels FC(table) = {
+    .isa = ISA_NAME,
+    .item_size = sizeof(T),
+    .lanes = VECTOR_BYTES / sizeof(T),
+    .tile_rows = TILE_ROWS,
+    .brgemm = FC(brgemm),
+    .epilogue = FC(epilogue),
+    .transpose = FC(transpose),
+    .depthwise = FC(depthwise),
+    .depthwise_weight = FC(depthwise_weight),
+    .max_update = FC(max_update),
+};
+
+#undef V
+#undef Q
+#undef LANES

@@ -1,0 +1,87 @@
+/* The microkernels: plain C, single-threaded, no malloc, no Python. One table of function pointers per instruction set and
+ * element type; a driver knows nothing else of the machine.
+ *
+ * Every array is a pointer to elements of the table's type; every offset, step and stride counts elements. No pointer
+ * needs an alignment beyond that of its element.
+ */
+#ifndef FASTCONV_UKERNELS_H
+#define FASTCONV_UKERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* The reduction of one tile: C[m][n] (+)= sum over taps t, k < depth of
+ *     a[rows[m] + taps[t] + k * a_step] * b[t * b_tap + k * b_step + n]
+ *
+ *            n ->                      a: packed image (or patches), reached through offsets: a tile may span image rows
+ *        +---------+  b panel          b: packed panel, `width` = 1 or 2 vectors of contiguous elements for each (t, k)
+ *        |         |  (taps * depth    c: tile_rows x width scratch, contiguous rows
+ *   k|   +---------+   rows)
+ *    v   +---------+
+ *  a --->|  m x n  |  c, in registers
+ *        +---------+
+ */
+typedef struct {
+    const ptrdiff_t *taps;
+    ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
+} fc_reduction;
+
+/* Where the elements of a finished tile go, and what happens to them on the way. */
+typedef struct {
+    const void *bias; /* one value for each of `channels`, or NULL */
+    int relu;
+    ptrdiff_t pixel_stride, channel_stride;
+} fc_epilogue;
+
+typedef struct {
+    const char *isa;
+    int item_size;
+    int lanes;     /* elements in a vector */
+    int tile_rows; /* pixels of a tile; a tile is 1 or 2 vectors wide */
+
+    /* Rows `n_rows` <= tile_rows of a tile; starts from c if `accumulate`, else from zero. */
+    void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
+                   int vectors, void *c, int accumulate);
+
+    /* out[i * channel_stride + p * pixel_stride] = activation(c[p][i] + bias[i]); rows of c are `c_stride` apart. */
+    void (*epilogue)(const fc_epilogue *epilogue, const void *c, ptrdiff_t c_stride, ptrdiff_t pixels,
+                     ptrdiff_t channels, void *out);
+
+    /* out[j * out_stride + i] = in[i * i_stride + j * j_stride] for i < ni, j < nj: every packing is made of this. */
+    void (*transpose)(const void *in, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, void *out,
+                      ptrdiff_t out_stride);
+
+    /* c[p][i] = sum over taps of a[pixels[p] + taps[t] + i] * b[t * block + i] for i < block, a multiple of `lanes`. */
+    void (*depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, const ptrdiff_t *pixels,
+                      ptrdiff_t n_pixels, const void *b, ptrdiff_t block, void *c);
+
+    /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * block + i] for i < block. */
+    void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
+                             ptrdiff_t n_pixels, ptrdiff_t block, void *c);
+
+    /* One cell of n windows at once: where in[i * step] beats best[i], it and `cell` are the new best and winner.
+     * A winner of -1 is beaten by everything, a number by a greater one, everything by a NaN. */
+    void (*max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell);
+} fc_ukernels;
+
+/* One instruction set: both tables. */
+typedef struct {
+    const char *name;
+    const fc_ukernels *f32, *f64;
+} fc_isa;
+
+extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
+
+/* dispatch.c: the instruction sets that this build and this CPU have, best last, and the one to use under a cap (empty: none). */
+size_t fc_available_isas(const fc_isa *isas[], size_t capacity);
+const fc_isa *fc_select_isa(const char *cap);
+
+/* arena.c: workspace of this thread, 64-byte aligned, kept from call to call; slots don't disturb one another. NULL: no memory. */
+enum { FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_ARENA_SLOTS };
+void *fc_arena(int slot, size_t bytes);
+
+/* threads.c: how many threads a parallel region may take; 1 in a child of fork(), which has none of its parent's threads. */
+int fc_max_threads(void);
+int fc_usable_threads(int wanted);
+
+#endif

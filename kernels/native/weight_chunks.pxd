@@ -1,0 +1,28 @@
+from fastconv.kernels.native.blocking cimport Blocks, Conv
+
+cdef enum:
+    WEIGHT_ROWS = 576     # channels times taps that one task computes, ...
+    WEIGHT_PANELS = 4     # ... for this many panels: each packed element is used some hundred times
+    WEIGHT_TASKS = 16     # fewer tasks than this, and the reduction is cut into fixed chunks
+
+# What all tasks of one weight gradient share. A task computes some channel blocks x some panels of one group, for one fixed
+# chunk of the reduction: `units` are the pieces of all images, in order.
+ctypedef struct WeightPlan:
+    Conv c
+    Blocks blocks
+    Py_ssize_t width, channel_blocks    # channels in a block; blocks that a task has
+    Py_ssize_t channel_tasks, panel_tasks, tasks
+    Py_ssize_t units, chunks
+    Py_ssize_t task_bytes               # accumulators of one task: [panel][channel block][tap][channel][filter]
+    char *accumulators                  # [chunk][task]
+
+# One task: where its channels, filters and units are.
+ctypedef struct WeightTask:
+    Py_ssize_t group, channel, channel_blocks, panel, panels, first_unit, end_unit
+    char *accumulators
+
+cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units) except *
+cdef void locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil
+cdef void sum_chunks(const WeightPlan *plan, Py_ssize_t failures) except *
+cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
+                       Py_ssize_t block_channels, Py_ssize_t width, const char *accumulators) noexcept nogil

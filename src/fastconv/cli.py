@@ -1,0 +1,88 @@
+"""The command ``fastconv demo | bench | info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from . import __version__
+from .runtime import ENGINES, config_context, get_config, show_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the process if None.
+
+    Examples
+    --------
+    >>> from fastconv.cli import main
+    >>> main(["info"])  # doctest: +ELLIPSIS
+    fastconv ...
+    0
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        get_config()  # a mistake in an environment variable is one line here, and not a traceback
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        return run(args)
+    except ImportError as error:  # an extra or an engine that is not installed
+        print(f"fastconv {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .bench import cli as bench
+
+    parser = argparse.ArgumentParser("fastconv", description="Convolution and pooling for NumPy arrays on a CPU.")
+    parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", required=True)
+
+    demo = commands.add_parser("demo", allow_abbrev=False, help="train a network on handwritten digits, time its layers")
+    demo.add_argument("--epochs", type=_positive, default=15, help="times through the digits (default: %(default)s)")
+    demo.add_argument("--engine", choices=ENGINES, help="engine to train on (default: the fastest there is)")
+    demo.add_argument("--threads", type=_positive, help="largest number of threads (default: what the machine has)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and order of the digits (default: %(default)s)")
+    demo.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")
+    demo.set_defaults(run=_demo)
+
+    measure = commands.add_parser("bench", allow_abbrev=False, help="measure the named layers on every engine")
+    bench.add_arguments(measure)
+    measure.set_defaults(run=bench.run)
+
+    info = commands.add_parser("info", allow_abbrev=False, help="show versions, engines, CPU, instruction sets, threads")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    with config_context(engine=args.engine, num_threads=args.threads):
+        run(epochs=args.epochs, seed=args.seed, progress=args.progress)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    show_config()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,981 @@
+"""Convolution and pooling of NumPy arrays: validate, allocate, select, run.
+
+``conv1d/2d/3d``, ``conv_transpose1d/2d/3d``, ``max_pool1d/2d/3d``, ``avg_pool1d/2d/3d``, ``max_blur_pool1d/2d/3d``. Argument
+names and order follow ``torch.nn.functional``. Gradients are in ``fastconv.grad``.
+
+Average pooling is a depthwise convolution with ones, divided by the number of cells; max-blur pooling is a dense max
+pooling followed by a depthwise convolution with a binomial filter. Neither has kernels of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import numpy as np
+
+from . import arrays
+from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape
+from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
+from .registry import Kernel, select
+from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, get_num_threads
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Ints: TypeAlias = int | Sequence[int]
+Indices: TypeAlias = bool | Literal["compact"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all operations share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def options(activation: str | None = None, precision: str | None = None) -> Options:
+    """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    word = get_config().precision if precision is None else check_precision(precision)
+    return Options(activation, word, get_num_threads())
+
+
+def freeze(value: Any) -> Any:
+    """Return a hashable copy of an argument that may be an int, a word or (nested) lists."""
+    return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+
+
+@lru_cache(maxsize=1024, typed=True)
+def kernel(op: str, dims: ConvDims | PoolDims, engine: str | None, algorithm: str | None) -> Kernel:
+    """Return the kernel that the registry selects."""
+    check_engine(engine)
+    return select(op, dims, engine, algorithm).load(op)
+
+
+def run(
+    op: str,
+    dims: ConvDims | PoolDims,
+    inputs: tuple[Array | None, ...],
+    outputs: tuple[Array | None, ...],
+    how: Options,
+    engine: str | None,
+    algorithm: str | None,
+) -> None:
+    """Select and run a kernel; a result array that it can't write straight into is filled by way of a copy."""
+    chosen = kernel(op, dims, engine or get_config().engine, algorithm)
+    direct = tuple(
+        out if out is None or arrays.storable(out, *inputs) else np.empty(out.shape, out.dtype) for out in outputs
+    )
+    chosen(*inputs, *direct, dims, how)
+    for out, filled in zip(outputs, direct, strict=True):
+        if out is not None and filled is not out:
+            out[...] = filled
+
+
+def allocate(out: object, shape: tuple[int, ...], like: Array, batched: bool) -> Array:
+    """Return the array to store a result in: ``out`` itself (checked), or a new one; always with a batch axis."""
+    if out is None:
+        return np.empty(shape, like.dtype)
+    if batched:
+        return arrays.check_out(out, shape, like.dtype)
+    return arrays.check_out(out, shape[1:], like.dtype)[None]
+
+
+def is_batched(array: Array, spatial: int) -> bool:
+    """Whether a (checked) image of the caller's has a batch axis."""
+    return array.ndim == spatial + 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _conv(
+    spatial: int,
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    layout: str,
+    flip_kernel: bool,
+    activation: str | None,
+    precision: str | None,
+    algorithm: str | None,
+    engine: str | None,
+    out: Array | None,
+) -> Array:
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    w = as_weight(weight, "weight", spatial, last, flip_kernel)
+    check_same_dtype(w, "weight", x, "input")
+    dims = _forward_dims(spatial, x.shape, w.shape, freeze(stride), freeze(padding), freeze(dilation), groups)
+    b = as_bias(bias, x, dims.out_channels)
+    how = options(activation, precision)
+    batched = is_batched(input, spatial)
+    shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    result = allocate(out, shape, x, batched)
+    run("conv_forward", dims, (x, w, b), (first_image(result, spatial, last),), how, engine, algorithm)
+    return result if batched else result[0]
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _forward_dims(
+    spatial: int, x: tuple[int, ...], w: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints, groups: int
+) -> ConvDims:
+    skip = 5 - spatial
+    return conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
+
+
+def conv1d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Convolve signals with a filter bank.
+
+    Shapes: ``input`` (N, C, L) or (C, L), ``weight`` (K, C/groups, k); with ``layout="NHWC"`` (N, L, C) and
+    (k, C/groups, K). Everything else is as in `conv2d`.
+
+    Examples
+    --------
+    The left-edge detector F1 = (-1, +1) of the lecture notes; ``"same_lower"`` is their Y_i = F . (X_{i-1}, X_i).
+
+    >>> import numpy as np, fastconv as fc
+    >>> image = np.array([[[0, 1, 1, 1, 0, 1, 0, 0]]], np.float32)
+    >>> fc.conv1d(image, np.array([[[-1, 1]]], np.float32), padding="same_lower")
+    array([[[ 0.,  1.,  0.,  0., -1.,  1., -1.,  0.]]], dtype=float32)
+    """
+    return _conv(
+        1, input, weight, bias, stride, padding, dilation, groups,
+        layout, flip_kernel, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv2d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Convolve images with a filter bank (a correlation, as in all neural-network libraries).
+
+    output[n, k, y, x] = bias[k] + sum over c, i, j of
+    weight[k, c, i, j] * input[n, c, y * stride + i * dilation - padding, x * stride + j * dilation - padding]
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        (N, C, H, W), or (C, H, W) without a batch; with ``layout="NHWC"`` (N, H, W, C) or (H, W, C). Any strides.
+    weight : ndarray, dtype of input
+        (K, C/groups, KH, KW); with ``layout="NHWC"`` (KH, KW, C/groups, K).
+    bias : ndarray, dtype of input, optional
+        (K,).
+    stride, dilation : int or sequence of int
+        In pixels, one for all dimensions or one for each.
+    padding : int, sequence, "valid", "same" or "same_lower"
+        Zeros around the image: one number, one for each dimension, a (before, after) pair for each dimension, or a word.
+        "same" gives ceil(H / stride) rows, an odd surplus after the image; "same_lower" puts it before.
+    groups : int
+        Channel groups that are convolved independently; ``groups=C`` is a depthwise convolution.
+    layout : {"NCHW", "NHWC"}
+        Where the channels are, for input, weight and output alike.
+    flip_kernel : bool
+        Rotate the filters by half a turn: the convolution of signal processing.
+    activation : {None, "relu"}
+        Applied, after the bias, in the pass that stores the output.
+    precision : {"highest", "high", "medium"}, optional
+        Promise about error: no worse than plain float32 accumulation, 1e-5, 1e-2. Default: that of the context.
+    algorithm : str, optional
+        "direct", "im2col" or "naive" instead of the registry's choice; see `explain`.
+    engine : {"cython", "numba", "numpy"}, optional
+        Default: that of the context, or the best there is.
+    out : ndarray, optional
+        Array of the exact shape and dtype to store the output in.
+
+    Returns
+    -------
+    ndarray
+        (N, K, OH, OW), or (K, OH, OW) for an input without a batch; channels last with ``layout="NHWC"``.
+
+    Raises
+    ------
+    ValueError
+        For shapes, sizes or words that don't fit.
+    TypeError
+        For anything but float32 and float64 arrays of one type.
+
+    References
+    ----------
+    MIT 6.036 lecture notes, "Convolutional Neural Networks", section 9.1.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> images = np.ones((2, 3, 32, 32), np.float32)
+    >>> filters = np.ones((8, 3, 5, 5), np.float32)
+    >>> fc.conv2d(images, filters, stride=2, padding=2).shape
+    (2, 8, 16, 16)
+    """
+    return _conv(
+        2, input, weight, bias, stride, padding, dilation, groups,
+        layout, flip_kernel, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv3d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Convolve volumes with a filter bank.
+
+    Shapes: ``input`` (N, C, D, H, W) or (C, D, H, W), ``weight`` (K, C/groups, KD, KH, KW); with ``layout="NHWC"``
+    (N, D, H, W, C) and (KD, KH, KW, C/groups, K). Everything else is as in `conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.conv3d(np.ones((1, 2, 8, 8, 8)), np.ones((4, 2, 3, 3, 3)), padding="same").shape
+    (1, 4, 8, 8, 8)
+    """
+    return _conv(
+        3, input, weight, bias, stride, padding, dilation, groups,
+        layout, flip_kernel, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transposed convolution: the gradient of a convolution's input, plus a bias
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024, typed=True)
+def transpose_dims(
+    spatial: int,
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    stride: Ints,
+    padding: Any,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+) -> ConvDims:
+    """Return the dims of the convolution whose input gradient the transposed convolution of (5-D shapes) x and w is."""
+    skip = 5 - spatial
+    small, kernel_shape = x[:2] + x[skip:], w[:2] + w[skip:]
+    large = conv_transpose_shape(small, kernel_shape, stride, padding, output_padding, groups, dilation)
+    dims = conv_dims(large, kernel_shape, stride, padding, dilation, groups)
+    depth, height, width = x[2:]
+    return dims._replace(output_size=(depth, height, width))  # less than dims has if output_padding reaches the stride
+
+
+def _conv_transpose(
+    spatial: int,
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Ints,
+    padding: Any,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+    layout: str,
+    activation: str | None,
+    precision: str | None,
+    algorithm: str | None,
+    engine: str | None,
+    out: Array | None,
+) -> Array:
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    w = as_weight(weight, "weight", spatial, last, False)
+    check_same_dtype(w, "weight", x, "input")
+    dims = transpose_dims(
+        spatial, x.shape, w.shape, freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation)
+    )
+    b = as_bias(bias, x, dims.in_channels)
+    how = options(activation, precision)
+    batched = is_batched(input, spatial)
+    shape = image_shape(dims.batch, dims.in_channels, dims.input_size, spatial, last)
+    result = allocate(out, shape, x, batched)
+    run("conv_input_grad", dims, (x, w, b), (first_image(result, spatial, last),), how, engine, algorithm)
+    return result if batched else result[0]
+
+
+def conv_transpose1d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Transposed convolution of signals; shapes and arguments as in `conv_transpose2d` and `conv1d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.conv_transpose1d(np.ones((1, 1, 3)), np.ones((1, 1, 2)), stride=2)
+    array([[[1., 1., 1., 1., 1., 1.]]])
+    """
+    return _conv_transpose(
+        1, input, weight, bias, stride, padding, output_padding, groups, dilation,
+        layout, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv_transpose2d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Transposed convolution of images: the gradient of `conv2d` with respect to its input, plus a bias.
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    weight : ndarray, dtype of input
+        (C, K/groups, KH, KW): the weights of the convolution that is transposed, which has C filters; with
+        ``layout="NHWC"`` (KH, KW, K/groups, C).
+    bias : ndarray, dtype of input, optional
+        (K,).
+    stride, padding, dilation, groups
+        Those of the convolution that is transposed; padding as int, one for each dimension, or pairs.
+    output_padding : int or sequence of int
+        Rows and columns added at the end of the output, less than stride or dilation.
+    layout, activation, precision, algorithm, engine, out
+        As in `conv2d`.
+
+    Returns
+    -------
+    ndarray
+        (N, K, OH, OW), OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.conv_transpose2d(np.ones((1, 8, 4, 4)), np.ones((8, 3, 3, 3)), stride=2, padding=1, output_padding=1).shape
+    (1, 3, 8, 8)
+    """
+    return _conv_transpose(
+        2, input, weight, bias, stride, padding, output_padding, groups, dilation,
+        layout, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv_transpose3d(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    activation: str | None = None,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Transposed convolution of volumes; shapes and arguments as in `conv_transpose2d` and `conv3d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.conv_transpose3d(np.ones((1, 2, 3, 3, 3)), np.ones((2, 4, 2, 2, 2)), stride=2).shape
+    (1, 4, 6, 6, 6)
+    """
+    return _conv_transpose(
+        3, input, weight, bias, stride, padding, output_padding, groups, dilation,
+        layout, activation, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024, typed=True)
+def pooling_dims(
+    spatial: int, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints, ceil_mode: bool
+) -> PoolDims:
+    """Return the dims of a pooling of the (5-D shape) x."""
+    return pool_dims(x[:2] + x[5 - spatial :], kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _max_pool(
+    spatial: int,
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    return_indices: Indices,
+    layout: str,
+    algorithm: str | None,
+    engine: str | None,
+    out: Array | None,
+) -> Any:
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    if return_indices not in (False, True, "compact"):
+        raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
+    dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), freeze(dilation), ceil_mode)
+    batched = is_batched(input, spatial)
+    shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
+    result = allocate(out, shape, x, batched)
+    winners = np.empty(shape, arrays.winner_dtype(dims)) if return_indices else None
+    views = (first_image(result, spatial, last), None if winners is None else first_image(winners, spatial, last))
+    run("max_pool_forward", dims, (x,), views, options(), engine, algorithm)
+    pooled = result if batched else result[0]
+    if winners is None:
+        return pooled
+    if return_indices != "compact":  # True, or what equals it, such as numpy.True_
+        winners, compact = np.empty(shape, np.int64), views[1]
+        assert compact is not None
+        first_image(winners, spatial, last)[...] = arrays.winners_to_offsets(compact, dims)
+    return pooled, winners if batched else winners[0]
+
+
+@overload
+def max_pool1d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Literal[False] = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Array: ...  # fmt: skip
+@overload
+def max_pool1d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Indices = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Any: ...  # fmt: skip
+def max_pool1d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: Indices = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Max pooling of signals, (N, C, L) or (C, L); arguments as in `max_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_pool1d(np.array([[[1.0, 3.0, 2.0, 2.0]]]), 2, return_indices=True)
+    (array([[[3., 2.]]]), array([[[1, 2]]]))
+    """
+    return _max_pool(
+        1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout, algorithm, engine, out
+    )
+
+
+@overload
+def max_pool2d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Literal[False] = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Array: ...  # fmt: skip
+@overload
+def max_pool2d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Indices = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Any: ...  # fmt: skip
+def max_pool2d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: Indices = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Max pooling of images: the largest value in each window.
+
+    The first maximum wins a tie, a NaN wins over numbers, padding never wins.
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last. Any strides.
+    kernel_size : int or sequence of int
+        Size of the window.
+    stride : int or sequence of int, optional
+        Step of the window; None means ``kernel_size``.
+    padding : int or sequence of int
+        Cells of minus infinity around the image, at most half of the window.
+    dilation : int or sequence of int
+        Step between the cells of a window.
+    ceil_mode : bool
+        Keep a last, partial window.
+    return_indices : bool or "compact"
+        Return where the maxima are, too: as int64 offsets in the plane (True), or as positions in the window, one byte
+        each (two if the window has more than 256 cells). `fastconv.grad.max_pool2d` takes either.
+    layout, algorithm, engine, out
+        As in `conv2d`.
+
+    Returns
+    -------
+    ndarray, or (ndarray, ndarray)
+        (N, C, OH, OW), and the indices of the same shape if asked for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes, words or types that don't fit.
+
+    References
+    ----------
+    MIT 6.036 lecture notes, "Convolutional Neural Networks", section 9.2.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_pool2d(np.zeros((1, 3, 64, 64), np.float32), 2).shape
+    (1, 3, 32, 32)
+    """
+    return _max_pool(
+        2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout, algorithm, engine, out
+    )
+
+
+@overload
+def max_pool3d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Literal[False] = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Array: ...  # fmt: skip
+@overload
+def max_pool3d(
+    input: Array, kernel_size: Ints, stride: Ints | None = ..., padding: Ints = ..., dilation: Ints = ...,
+    ceil_mode: bool = ..., return_indices: Indices = ..., *, layout: str = ...,
+    algorithm: str | None = ..., engine: str | None = ..., out: Array | None = ...,
+) -> Any: ...  # fmt: skip
+def max_pool3d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: Indices = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Max pooling of volumes, (N, C, D, H, W) or (C, D, H, W); arguments as in `max_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_pool3d(np.zeros((1, 2, 8, 8, 8)), 2).shape
+    (1, 2, 4, 4, 4)
+    """
+    return _max_pool(
+        3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, layout, algorithm, engine, out
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ones_filter(dims: PoolDims, dtype: np.dtype[Any]) -> Array:
+    """Return depthwise (C, 1, KD, KH, KW) weights of ones; a single number in memory."""
+    return np.broadcast_to(np.ones((), dtype), (dims.channels, 1, *dims.kernel_size))
+
+
+def window_counts(dims: PoolDims, count_include_pad: bool, divisor_override: int | None) -> Array:
+    """Return what an average divides by, (OD, OH, OW) or broadcastable to it, as float64."""
+    if divisor_override is not None:
+        return np.full((1, 1, 1), float(integer(divisor_override, "divisor_override", 1)))
+    counts = np.ones((1, 1, 1))
+    for axis in range(3):
+        n, pad = dims.input_size[axis], dims.pad_before[axis]
+        start = np.arange(dims.output_size[axis]) * dims.stride[axis] - pad
+        stop = np.minimum(start + dims.kernel_size[axis], n + pad)  # in ceil mode a window may reach past the padding
+        if not count_include_pad:
+            start, stop = np.maximum(start, 0), np.minimum(stop, n)
+        counts = counts * (stop - start).reshape([-1 if i == axis else 1 for i in range(3)])
+    return counts
+
+
+def _avg_pool(
+    spatial: int,
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    layout: str,
+    algorithm: str | None,
+    engine: str | None,
+    out: Array | None,
+) -> Array:
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), 1, ceil_mode)
+    counts = window_counts(dims, count_include_pad, divisor_override)
+    batched = is_batched(input, spatial)
+    result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), x, batched)
+    view = first_image(result, spatial, last)
+    run("conv_forward", dims.as_depthwise(), (x, ones_filter(dims, x.dtype), None), (view,), options(), engine, algorithm)
+    view /= counts.astype(x.dtype)
+    return result if batched else result[0]
+
+
+def avg_pool1d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Average pooling of signals, (N, C, L) or (C, L); arguments as in `avg_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.avg_pool1d(np.array([[[1.0, 3.0, 2.0, 2.0]]]), 2)
+    array([[[2., 2.]]])
+    """
+    return _avg_pool(
+        1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, layout, algorithm, engine, out
+    )
+
+
+def avg_pool2d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Average pooling of images: the mean of each window.
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last. Any strides.
+    kernel_size, stride, padding, ceil_mode
+        As in `max_pool2d`; padding is with zeros.
+    count_include_pad : bool
+        Whether a mean divides by all cells of the window or only by those inside the image.
+    divisor_override : int, optional
+        Divide by this instead.
+    layout, algorithm, engine, out
+        As in `conv2d`; the algorithm is that of a depthwise convolution.
+
+    Returns
+    -------
+    ndarray
+        (N, C, OH, OW).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes, words or types that don't fit.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.avg_pool2d(np.ones((1, 1, 4, 4)), 3, stride=2, padding=1, count_include_pad=False)
+    array([[[[1., 1.],
+             [1., 1.]]]])
+    """
+    return _avg_pool(
+        2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def avg_pool3d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Average pooling of volumes, (N, C, D, H, W) or (C, D, H, W); arguments as in `avg_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.avg_pool3d(np.zeros((1, 2, 8, 8, 8)), 2).shape
+    (1, 2, 4, 4, 4)
+    """
+    return _avg_pool(
+        3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max-blur pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BlurPlan(NamedTuple):
+    """The two steps of a max-blur pooling, and the reflected border between them."""
+
+    dense: PoolDims
+    blur: ConvDims
+    borders: tuple[tuple[int, int], ...]  #: cells that reflection adds before and after, for the three dimensions
+    weight: Array  #: (C, 1, KD, KH, KW) binomial filter
+
+
+def blur_plan(
+    spatial: int, x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any]
+) -> BlurPlan:
+    """Return the plan of a max-blur pooling of the (5-D shape) x."""
+    size = integer(filter_size, "filter_size", 1)
+    if size > 64:
+        raise ValueError(f"filter_size must be at most 64, got {size}")
+    dense = pooling_dims(spatial, x, freeze(kernel_size), 1, 0, 1, False)
+    row = np.array([math.comb(size - 1, i) for i in range(size)], np.float64) / 2 ** (size - 1)
+    rows = [row if axis >= 3 - spatial else np.ones(1) for axis in range(3)]
+    cube = np.einsum("d,h,w->dhw", *rows).astype(dtype)
+    borders = tuple(((len(r) - 1) // 2, len(r) // 2) for r in rows)
+    padded = tuple(n + sum(b) for n, b in zip(dense.output_size, borders, strict=True))
+    shape = (x[0], x[1], *padded[3 - spatial :])
+    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, freeze(stride), 0, 1, x[1])
+    return BlurPlan(dense, blur, borders, np.broadcast_to(cube, (x[1], 1, *cube.shape)))
+
+
+def reflected(n: int, before: int, after: int) -> Array:
+    """Return, for each cell of a reflected row, the cell of the row of ``n`` that it shows."""
+    return np.pad(np.arange(n), (before, after), mode="reflect" if n > 1 else "edge")
+
+
+def _max_blur_pool(
+    spatial: int,
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int,
+    return_indices: Indices,
+    layout: str,
+    engine: str | None,
+    out: Array | None,
+) -> Any:
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    plan = blur_plan(spatial, x.shape, kernel_size, stride, filter_size, x.dtype)
+    batched = is_batched(input, spatial)
+    blur = plan.blur
+    result = allocate(out, image_shape(blur.batch, blur.out_channels, blur.output_size, spatial, last), x, batched)
+    dense = _max_pool(spatial, input, kernel_size, 1, 0, 1, False, return_indices, layout, None, engine, None)
+    maxima = as_image(dense[0] if return_indices else dense, "input", spatial, last)
+    for axis, (before, after) in enumerate(plan.borders, start=2):
+        if before or after:
+            maxima = maxima.take(reflected(maxima.shape[axis], before, after), axis)
+    run("conv_forward", blur, (maxima, plan.weight, None), (first_image(result, spatial, last),), options(), engine, None)
+    blurred = result if batched else result[0]
+    return (blurred, dense[1]) if return_indices else blurred
+
+
+def max_blur_pool1d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    return_indices: Indices = False,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Max-blur pooling of signals, (N, C, L) or (C, L); arguments as in `max_blur_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_blur_pool1d(np.array([[[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]]), 2, 2)
+    array([[[1.  , 0.25, 0.  ]]])
+    """
+    return _max_blur_pool(1, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)
+
+
+def max_blur_pool2d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    return_indices: Indices = False,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Anti-aliased max pooling: the maxima of all windows (stride 1), blurred and then subsampled.
+
+    A shift of the image by one pixel changes the result much less than that of `max_pool2d`. The blur is the binomial
+    filter (1, 2, 1)/4 and its like; at the border the maxima are reflected, as in the authors' own code, so that a
+    constant image stays constant.
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    kernel_size : int or sequence of int
+        Size of the max window.
+    stride : int or sequence of int
+        Step of the subsampling.
+    filter_size : int
+        Size of the blur, 1 (none) to 64.
+    return_indices : bool or "compact"
+        Return the indices of the dense maxima, too, for `fastconv.grad.max_blur_pool2d`.
+    layout, engine, out
+        As in `conv2d`.
+
+    Returns
+    -------
+    ndarray, or (ndarray, ndarray)
+        (N, C, ceil((H - KH + 1) / stride), ...), and the indices, (N, C, H - KH + 1, ...), if asked for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes, words or types that don't fit.
+
+    References
+    ----------
+    R. Zhang, "Making Convolutional Networks Shift-Invariant Again", arXiv 1904.11486.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_blur_pool2d(np.ones((1, 3, 32, 32), np.float32), 2, 2).shape
+    (1, 3, 16, 16)
+    """
+    return _max_blur_pool(2, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)
+
+
+def max_blur_pool3d(
+    input: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    return_indices: Indices = False,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Max-blur pooling of volumes, (N, C, D, H, W) or (C, D, H, W); arguments as in `max_blur_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.max_blur_pool3d(np.ones((1, 2, 9, 9, 9)), 2, 2).shape
+    (1, 2, 4, 4, 4)
+    """
+    return _max_blur_pool(3, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)

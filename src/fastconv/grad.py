@@ -1,0 +1,1168 @@
+"""Gradients of convolution and pooling: validate, allocate, select, run.
+
+``conv1d/2d/3d_input`` and ``_weight`` follow ``torch.nn.grad``; ``conv1d/2d/3d`` give all gradients of a convolution at once.
+Sizes (``input_size``, ``weight_size``) are full shapes in the caller's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import as_image, as_weight, check_same_dtype, first_image, first_shape, first_weight, first_weight_shape
+from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer, pool_dims
+from .functional import (
+    Array,
+    Ints,
+    allocate,
+    blur_plan,
+    freeze,
+    is_batched,
+    ones_filter,
+    options,
+    reflected,
+    run,
+    transpose_dims,
+    window_counts,
+)
+
+__all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_pool") for n in (1, 2, 3)] + [
+    f"{name}{n}d_{what}" for name in ("conv", "conv_transpose") for n in (1, 2, 3) for what in ("input", "weight")
+]
+
+Size = Sequence[int]
+
+
+class ConvGradients(NamedTuple):
+    """Gradients of a convolution; None for those that were not asked for."""
+
+    input: Array | None
+    weight: Array | None
+    bias: Array | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the gradients share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape that the user gave as a tuple of ints."""
+    if not isinstance(size, (list, tuple)):
+        raise TypeError(f"{name} must be a sequence of integers, got {size!r}")
+    if len(size) not in ndims:
+        wanted = " or ".join(map(str, ndims))
+        raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
+    return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
+
+
+def _image_size(size: object, spatial: int, grad_output: Array) -> tuple[int, ...]:
+    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output`` has."""
+    shape = _size(size, "input_size", (spatial + 1, spatial + 2))
+    if len(shape) != np.ndim(grad_output):
+        raise ValueError(f"input_size must have as many entries as grad_output, {np.ndim(grad_output)}, got {shape}")
+    return shape if len(shape) == spatial + 2 else (1, *shape)
+
+
+def _check_grad_output(grad: Array, batch: int, channels: int, size: tuple[int, ...], spatial: int, last: bool) -> None:
+    """Raise ValueError unless the (5-D view) gradient has the shape of the operation's output."""
+    if grad.shape != (batch, channels, *size):
+        wanted = arrays.image_shape(batch, channels, (size[0], size[1], size[2]), spatial, last)
+        got = arrays.image_shape(grad.shape[0], grad.shape[1], (grad.shape[2], grad.shape[3], grad.shape[4]), spatial, last)
+        raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
+
+
+def _check_conv_output(grad: Array, dims: ConvDims, last: bool) -> None:
+    _check_grad_output(grad, dims.batch, dims.out_channels, dims.output_size, dims.spatial, last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _conv_input(
+    spatial: int, input_size: Size, weight: Array, grad_output: Array, stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, layout: str, flip_kernel: bool, precision: str | None, algorithm: str | None, engine: str | None,
+    out: Array | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    w = as_weight(weight, "weight", spatial, last, flip_kernel)
+    check_same_dtype(w, "weight", g, "grad_output")
+    shape = _image_size(input_size, spatial, grad_output)
+    first = first_shape(shape, spatial, last)
+    kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
+    dims = conv_dims(first, kernel_shape, freeze(stride), freeze(padding), freeze(dilation), groups, input_name="input_size")
+    _check_conv_output(g, dims, last)
+    batched = is_batched(grad_output, spatial)
+    result = allocate(out, shape, g, batched)
+    how = options(precision=precision)
+    run("conv_input_grad", dims, (g, w, None), (first_image(result, spatial, last),), how, engine, algorithm)
+    return result if batched else result[0]
+
+
+def _conv_weight(
+    spatial: int, input: Array, weight_size: Size, grad_output: Array, stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, layout: str, flip_kernel: bool, precision: str | None, algorithm: str | None, engine: str | None,
+    out: Array | None, with_bias: bool = False,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    check_same_dtype(g, "grad_output", x, "input")
+    shape = _size(weight_size, "weight_size", (spatial + 2,))
+    first = first_weight_shape(shape, spatial, last)
+    image = x.shape[:2] + x.shape[5 - spatial :]
+    dims = conv_dims(image, first, freeze(stride), freeze(padding), freeze(dilation), groups, weight_name="weight_size")
+    _check_conv_output(g, dims, last)
+    result = allocate(out, shape, x, True)
+    bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
+    views = (first_weight(result, spatial, last, flip_kernel), bias)
+    run("conv_weight_grad", dims, (x, g), views, options(precision=precision), engine, algorithm)
+    return result, bias
+
+
+def _conv(
+    spatial: int, input: Array, weight: Array, grad_output: Array, stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, needs: Sequence[str], layout: str, flip_kernel: bool, precision: str | None, algorithm: str | None,
+    engine: str | None,
+) -> ConvGradients:  # fmt: skip
+    unknown = [need for need in needs if need not in ConvGradients._fields]
+    if isinstance(needs, str) or unknown:
+        raise ValueError(f"needs must be a sequence of 'input', 'weight' and 'bias', got {needs!r}")
+    geometry = (stride, padding, dilation, groups, layout, flip_kernel, precision, algorithm, engine)
+    grad_input = grad_weight = grad_bias = None
+    if "input" in needs:
+        grad_input = _conv_input(spatial, np.shape(input), weight, grad_output, *geometry, None)
+    if "weight" in needs:
+        size = np.shape(weight)
+        grad_weight, grad_bias = _conv_weight(spatial, input, size, grad_output, *geometry, None, "bias" in needs)
+    elif "bias" in needs:
+        g = as_image(grad_output, "grad_output", spatial, channels_last(layout))
+        grad_bias = g.sum(axis=(0, 2, 3, 4))
+    return ConvGradients(grad_input, grad_weight, grad_bias)
+
+
+def conv1d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv1d` with respect to its input; as `conv2d_input`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv1d_input((1, 1, 4), np.array([[[-1.0, 1.0]]]), np.ones((1, 1, 3)))
+    array([[[-1.,  0.,  0.,  1.]]])
+    """
+    return _conv_input(
+        1, input_size, weight, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv2d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv2d` with respect to its input.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    weight : ndarray, float32 or float64
+        The filters of the convolution.
+    grad_output : ndarray, dtype of weight
+        Gradient of the loss with respect to the output, in the output's shape.
+    stride, padding, dilation, groups, layout, flip_kernel, precision, algorithm, engine
+        Those of the convolution.
+    out : ndarray, optional
+        Array of shape ``input_size`` to store the result in.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``input_size``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `fastconv.conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv2d_input((1, 1, 3, 3), np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2)))
+    array([[[[1., 2., 1.],
+             [2., 4., 2.],
+             [1., 2., 1.]]]])
+    """
+    return _conv_input(
+        2, input_size, weight, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv3d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv3d` with respect to its input; as `conv2d_input`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv3d_input((1, 1, 3, 3, 3), np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 2, 2, 2))).max()
+    np.float64(8.0)
+    """
+    return _conv_input(
+        3, input_size, weight, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def conv1d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv1d` with respect to its weight; as `conv2d_weight`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv1d_weight(np.array([[[1.0, 2.0, 3.0]]]), (1, 1, 2), np.ones((1, 1, 2)))
+    array([[[3., 5.]]])
+    """
+    return _conv_weight(
+        1, input, weight_size, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )[0]  # fmt: skip
+
+
+def conv2d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv2d` with respect to its weight.
+
+    Parameters
+    ----------
+    input : ndarray, float32 or float64
+        What was convolved.
+    weight_size : sequence of int
+        Shape of the weight, (K, C/groups, KH, KW); with ``layout="NHWC"`` (KH, KW, C/groups, K).
+    grad_output : ndarray, dtype of input
+        Gradient of the loss with respect to the output, in the output's shape.
+    stride, padding, dilation, groups, layout, flip_kernel, precision, algorithm, engine
+        Those of the convolution.
+    out : ndarray, optional
+        Array of shape ``weight_size`` to store the result in.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``weight_size``, summed over the batch.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `fastconv.conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv2d_weight(np.ones((1, 1, 3, 3)), (1, 1, 2, 2), np.ones((1, 1, 2, 2)))
+    array([[[[4., 4.],
+             [4., 4.]]]])
+    """
+    return _conv_weight(
+        2, input, weight_size, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )[0]  # fmt: skip
+
+
+def conv3d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv3d` with respect to its weight; as `conv2d_weight`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv3d_weight(np.ones((1, 1, 3, 3, 3)), (1, 1, 2, 2, 2), np.ones((1, 1, 2, 2, 2))).max()
+    np.float64(8.0)
+    """
+    return _conv_weight(
+        3, input, weight_size, grad_output, stride, padding, dilation, groups,
+        layout, flip_kernel, precision, algorithm, engine, out,
+    )[0]  # fmt: skip
+
+
+def conv1d(
+    input: Array,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    needs: Sequence[str] = ("input", "weight", "bias"),
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+) -> ConvGradients:
+    """All gradients of `fastconv.conv1d` in one call; as `conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv1d(np.ones((1, 1, 4)), np.ones((1, 1, 2)), np.ones((1, 1, 3)), needs=["bias"])
+    ConvGradients(input=None, weight=None, bias=array([3.]))
+    """
+    return _conv(
+        1, input, weight, grad_output, stride, padding, dilation, groups, needs,
+        layout, flip_kernel, precision, algorithm, engine,
+    )  # fmt: skip
+
+
+def conv2d(
+    input: Array,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    needs: Sequence[str] = ("input", "weight", "bias"),
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+) -> ConvGradients:
+    """All gradients of `fastconv.conv2d` in one call.
+
+    Parameters
+    ----------
+    input, weight : ndarray, float32 or float64
+        Of the convolution.
+    grad_output : ndarray, dtype of input
+        Gradient of the loss with respect to the output, in the output's shape.
+    stride, padding, dilation, groups, layout, flip_kernel, precision, algorithm, engine
+        Those of the convolution.
+    needs : sequence of {"input", "weight", "bias"}
+        Which gradients to compute.
+
+    Returns
+    -------
+    ConvGradients
+        Named tuple ``(input, weight, bias)`` with None for what was not needed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `fastconv.conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> grads = fc.grad.conv2d(np.ones((1, 1, 3, 3)), np.ones((2, 1, 2, 2)), np.ones((1, 2, 2, 2)))
+    >>> grads.input.shape, grads.weight.shape, grads.bias
+    ((1, 1, 3, 3), (2, 1, 2, 2), array([4., 4.]))
+    """
+    return _conv(
+        2, input, weight, grad_output, stride, padding, dilation, groups, needs,
+        layout, flip_kernel, precision, algorithm, engine,
+    )  # fmt: skip
+
+
+def conv3d(
+    input: Array,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    needs: Sequence[str] = ("input", "weight", "bias"),
+    layout: str = "NCHW",
+    flip_kernel: bool = False,
+    precision: str | None = None,
+    algorithm: str | None = None,
+    engine: str | None = None,
+) -> ConvGradients:
+    """All gradients of `fastconv.conv3d` in one call; as `conv2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> grads = fc.grad.conv3d(np.ones((1, 1, 3, 3, 3)), np.ones((2, 1, 2, 2, 2)), np.ones((1, 2, 2, 2, 2)))
+    >>> grads.weight.shape
+    (2, 1, 2, 2, 2)
+    """
+    return _conv(
+        3, input, weight, grad_output, stride, padding, dilation, groups, needs,
+        layout, flip_kernel, precision, algorithm, engine,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transposed convolution: its gradients are a convolution and a weight gradient with the two images changing places
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _transpose_dims(
+    small: tuple[int, ...], weight: tuple[int, ...], grad: Array, geometry: tuple[Any, ...], spatial: int, last: bool
+) -> ConvDims:
+    """Return the transposed convolution's dims; ``small`` and ``weight`` are (N, C, *spatial) and (C, K/g, *kernel)."""
+    ones = (1,) * (3 - spatial)
+    dims = transpose_dims(spatial, (*small[:2], *ones, *small[2:]), (*weight[:2], *ones, *weight[2:]), *geometry)
+    _check_grad_output(grad, dims.batch, dims.in_channels, dims.input_size, spatial, last)
+    return dims
+
+
+def _conv_transpose_input(
+    spatial: int, input_size: Size, weight: Array, grad_output: Array, stride: Ints, padding: Any,
+    output_padding: Ints, groups: int, dilation: Ints, layout: str, engine: str | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    w = as_weight(weight, "weight", spatial, last, False)
+    check_same_dtype(w, "weight", g, "grad_output")
+    shape = _image_size(input_size, spatial, grad_output)
+    geometry = (freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation))
+    kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
+    dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, g, geometry, spatial, last)
+    result = np.empty(shape, g.dtype)
+    run("conv_forward", dims, (g, w, None), (first_image(result, spatial, last),), options(), engine, None)
+    return result if is_batched(grad_output, spatial) else result[0]
+
+
+def _conv_transpose_weight(
+    spatial: int, input: Array, weight_size: Size, grad_output: Array, stride: Ints, padding: Any,
+    output_padding: Ints, groups: int, dilation: Ints, layout: str, engine: str | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    x = as_image(input, "input", spatial, last)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    check_same_dtype(g, "grad_output", x, "input")
+    shape = _size(weight_size, "weight_size", (spatial + 2,))
+    geometry = (freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation))
+    small = x.shape[:2] + x.shape[5 - spatial :]
+    dims = _transpose_dims(small, first_weight_shape(shape, spatial, last), g, geometry, spatial, last)
+    result = np.empty(shape, x.dtype)
+    views = (first_weight(result, spatial, last, False), None)
+    run("conv_weight_grad", dims, (g, x), views, options(), engine, None)
+    return result
+
+
+def conv_transpose1d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose1d` with respect to its input; as `conv_transpose2d_input`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose1d_input((1, 1, 3), np.ones((1, 1, 2)), np.ones((1, 1, 6)), stride=2)
+    array([[[2., 2., 2.]]])
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_input(1, input_size, weight, grad_output, *geometry, layout, engine)
+
+
+def conv_transpose2d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose2d` with respect to its input: a convolution of ``grad_output``.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    weight, grad_output : ndarray, float32 or float64
+        The weight, and the gradient of the loss with respect to the output.
+    stride, padding, output_padding, groups, dilation, layout, engine
+        Those of the transposed convolution.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``input_size``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `fastconv.conv_transpose2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose2d_input((1, 8, 4, 4), np.ones((8, 3, 2, 2)), np.ones((1, 3, 8, 8)), stride=2).shape
+    (1, 8, 4, 4)
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_input(2, input_size, weight, grad_output, *geometry, layout, engine)
+
+
+def conv_transpose3d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose3d` with respect to its input; as `conv_transpose2d_input`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose3d_input((1, 1, 2, 2, 2), np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 4, 4, 4)), stride=2).max()
+    np.float64(8.0)
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_input(3, input_size, weight, grad_output, *geometry, layout, engine)
+
+
+def conv_transpose1d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose1d` with respect to its weight; as `conv_transpose2d_weight`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose1d_weight(np.ones((1, 1, 3)), (1, 1, 2), np.ones((1, 1, 6)), stride=2)
+    array([[[3., 3.]]])
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_weight(1, input, weight_size, grad_output, *geometry, layout, engine)
+
+
+def conv_transpose2d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose2d` with respect to its weight.
+
+    Parameters
+    ----------
+    input, grad_output : ndarray, float32 or float64
+        The input, and the gradient of the loss with respect to the output.
+    weight_size : sequence of int
+        Shape of the weight, (C, K/groups, KH, KW); with ``layout="NHWC"`` (KH, KW, K/groups, C).
+    stride, padding, output_padding, groups, dilation, layout, engine
+        Those of the transposed convolution.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``weight_size``, summed over the batch.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `fastconv.conv_transpose2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose2d_weight(np.ones((1, 8, 4, 4)), (8, 3, 2, 2), np.ones((1, 3, 8, 8)), stride=2).shape
+    (8, 3, 2, 2)
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_weight(2, input, weight_size, grad_output, *geometry, layout, engine)
+
+
+def conv_transpose3d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: Ints = 1,
+    padding: Any = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+) -> Array:
+    """Gradient of `fastconv.conv_transpose3d` with respect to its weight; as `conv_transpose2d_weight`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.conv_transpose3d_weight(np.ones((1, 1, 2, 2, 2)), (1, 1, 2, 2, 2), np.ones((1, 1, 4, 4, 4)), stride=2).max()
+    np.float64(8.0)
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_weight(3, input, weight_size, grad_output, *geometry, layout, engine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _winners(indices: object, grad: Array, dims: PoolDims, spatial: int, last: bool) -> Array:
+    """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
+    if not isinstance(indices, np.ndarray) or indices.dtype not in (np.int64, arrays.winner_dtype(dims)):
+        got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
+        raise TypeError(f"indices must be an int64 or {arrays.winner_dtype(dims)} array that max_pool returned, got {got}")
+    batched = indices if indices.ndim == spatial + 2 else indices[None]
+    view = first_image(batched, spatial, last) if batched.ndim == spatial + 2 else batched
+    if view.shape != grad.shape:
+        raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
+    if indices.dtype == np.int64:
+        return arrays.offsets_to_winners(view, dims)
+    if view.size and int(view.max()) >= dims.taps:
+        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {int(view.max())}")
+    return view
+
+
+def _max_pool(
+    spatial: int, input_size: Size, indices: Array, grad_output: Array, kernel_size: Ints, stride: Ints | None,
+    padding: Ints, dilation: Ints, ceil_mode: bool, layout: str, algorithm: str | None, engine: str | None,
+    out: Array | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    shape = _image_size(input_size, spatial, grad_output)
+    sizes = (kernel_size, stride, padding, dilation, ceil_mode)
+    dims = pool_dims(first_shape(shape, spatial, last), *sizes, input_name="input_size")
+    _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
+    winners = _winners(indices, g, dims, spatial, last)
+    batched = is_batched(grad_output, spatial)
+    result = allocate(out, shape, g, batched)
+    run("max_pool_backward", dims, (g, winners), (first_image(result, spatial, last),), options(), engine, algorithm)
+    return result if batched else result[0]
+
+
+def max_pool1d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_pool1d`; as `max_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> _, indices = fc.max_pool1d(np.array([[[1.0, 3.0, 2.0, 2.0]]]), 2, return_indices="compact")
+    >>> fc.grad.max_pool1d((1, 1, 4), indices, np.array([[[5.0, 7.0]]]), 2)
+    array([[[0., 5., 7., 0.]]])
+    """
+    return _max_pool(
+        1, input_size, indices, grad_output, kernel_size, stride, padding, dilation, ceil_mode,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def max_pool2d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_pool2d` with respect to its input: each maximum gets the gradient of its window.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    indices : ndarray
+        As `fastconv.max_pool2d` returned them: int64 offsets, or the compact form.
+    grad_output : ndarray, float32 or float64
+        Gradient of the loss with respect to the output, in the output's shape.
+    kernel_size, stride, padding, dilation, ceil_mode, layout, algorithm, engine
+        Those of the pooling.
+    out : ndarray, optional
+        Array of shape ``input_size`` to store the result in.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``input_size``; where windows overlap, the sum.
+
+    Raises
+    ------
+    ValueError
+        For shapes that don't fit, or indices that lie in no such window.
+    TypeError
+        For types that don't fit.
+
+    References
+    ----------
+    MIT 6.036 lecture notes, "Convolutional Neural Networks", section 9.4.2.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> image = np.arange(16.0).reshape(1, 1, 4, 4)
+    >>> pooled, indices = fc.max_pool2d(image, 2, return_indices=True)
+    >>> fc.grad.max_pool2d(image.shape, indices, pooled, 2)[0, 0, 1]
+    array([0., 5., 0., 7.])
+    """
+    return _max_pool(
+        2, input_size, indices, grad_output, kernel_size, stride, padding, dilation, ceil_mode,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def max_pool3d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_pool3d`; as `max_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> pooled, indices = fc.max_pool3d(np.ones((1, 1, 4, 4, 4)), 2, return_indices=True)
+    >>> fc.grad.max_pool3d((1, 1, 4, 4, 4), indices, pooled, 2).sum()
+    np.float64(8.0)
+    """
+    return _max_pool(
+        3, input_size, indices, grad_output, kernel_size, stride, padding, dilation, ceil_mode,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _avg_pool(
+    spatial: int, input_size: Size, grad_output: Array, kernel_size: Ints, stride: Ints | None, padding: Ints,
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, layout: str, algorithm: str | None,
+    engine: str | None, out: Array | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    shape = _image_size(input_size, spatial, grad_output)
+    first = first_shape(shape, spatial, last)
+    dims = pool_dims(first, kernel_size, stride, padding, 1, ceil_mode, input_name="input_size")
+    _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
+    share = g / window_counts(dims, count_include_pad, divisor_override).astype(g.dtype)
+    batched = is_batched(grad_output, spatial)
+    result = allocate(out, shape, g, batched)
+    views = (first_image(result, spatial, last),)
+    filters = ones_filter(dims, g.dtype)
+    run("conv_input_grad", dims.as_depthwise(), (share, filters, None), views, options(), engine, algorithm)
+    return result if batched else result[0]
+
+
+def avg_pool1d(
+    input_size: Size,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.avg_pool1d`; as `avg_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.avg_pool1d((1, 1, 4), np.array([[[2.0, 6.0]]]), 2)
+    array([[[1., 1., 3., 3.]]])
+    """
+    return _avg_pool(
+        1, input_size, grad_output, kernel_size, stride, padding, ceil_mode, count_include_pad, None,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def avg_pool2d(
+    input_size: Size,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.avg_pool2d` with respect to its input: each cell of a window gets an equal share.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    grad_output : ndarray, float32 or float64
+        Gradient of the loss with respect to the output, in the output's shape.
+    kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, layout, algorithm, engine
+        Those of the pooling.
+    out : ndarray, optional
+        Array of shape ``input_size`` to store the result in.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``input_size``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes, words or types that don't fit.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.avg_pool2d((1, 1, 2, 2), np.array([[[[4.0]]]]), 2)
+    array([[[[1., 1.],
+             [1., 1.]]]])
+    """
+    return _avg_pool(
+        2, input_size, grad_output, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+def avg_pool3d(
+    input_size: Size,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    layout: str = "NCHW",
+    algorithm: str | None = None,
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.avg_pool3d`; as `avg_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.grad.avg_pool3d((1, 1, 2, 2, 2), np.full((1, 1, 1, 1, 1), 8.0), 2).sum()
+    np.float64(8.0)
+    """
+    return _avg_pool(
+        3, input_size, grad_output, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+        layout, algorithm, engine, out,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max-blur pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fold(grad: Array, axis: int, border: tuple[int, int]) -> Array:
+    """Return the gradient of a row that was reflected at both ends: what the reflections got goes to their originals."""
+    before, after = border
+    n = grad.shape[axis] - before - after
+    cells = reflected(n, before, after)
+    rows = np.moveaxis(grad, axis, 0)
+    folded = rows[before : before + n].copy()
+    for i in (*range(before), *range(before + n, len(rows))):
+        folded[cells[i]] += rows[i]
+    return np.moveaxis(folded, 0, axis)
+
+
+def _max_blur_pool(
+    spatial: int, input_size: Size, indices: Array, grad_output: Array, kernel_size: Ints, stride: Ints,
+    filter_size: int, layout: str, engine: str | None, out: Array | None,
+) -> Array:  # fmt: skip
+    last = channels_last(layout)
+    g = as_image(grad_output, "grad_output", spatial, last)
+    shape = _image_size(input_size, spatial, grad_output)
+    first = first_shape(shape, spatial, last)
+    plan = blur_plan(
+        spatial, (*first[:2], *(1,) * (3 - spatial), *first[2:]), kernel_size, stride, filter_size, g.dtype
+    )
+    blur, dense = plan.blur, plan.dense
+    _check_conv_output(g, blur, last)
+    batched = is_batched(grad_output, spatial)
+    result = allocate(out, shape, g, batched)
+    maxima = np.empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
+    run("conv_input_grad", blur, (g, plan.weight, None), (maxima,), options(), engine, None)
+    for axis, border in enumerate(plan.borders, start=2):
+        if any(border):
+            maxima = _fold(maxima, axis, border)
+    winners = _winners(indices, maxima, dense, spatial, last)
+    run("max_pool_backward", dense, (maxima, winners), (first_image(result, spatial, last),), options(), engine, None)
+    return result if batched else result[0]
+
+
+def max_blur_pool1d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_blur_pool1d`; as `max_blur_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> signal = np.array([[[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]])
+    >>> pooled, indices = fc.max_blur_pool1d(signal, 2, 2, return_indices="compact")
+    >>> fc.grad.max_blur_pool1d(signal.shape, indices, np.ones_like(pooled), 2, 2)
+    array([[[0. , 1.5, 0.5, 0.5, 0.5, 0. ]]])
+    """
+    return _max_blur_pool(
+        1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
+    )
+
+
+def max_blur_pool2d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_blur_pool2d` with respect to its input.
+
+    Parameters
+    ----------
+    input_size : sequence of int
+        Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
+    indices : ndarray
+        Those of the dense maxima, as `fastconv.max_blur_pool2d` returned them, in either form.
+    grad_output : ndarray, float32 or float64
+        Gradient of the loss with respect to the output, in the output's shape.
+    kernel_size, stride, filter_size, layout, engine
+        Those of the pooling.
+    out : ndarray, optional
+        Array of shape ``input_size`` to store the result in.
+
+    Returns
+    -------
+    ndarray
+        Of shape ``input_size``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `max_pool2d`.
+
+    References
+    ----------
+    R. Zhang, "Making Convolutional Networks Shift-Invariant Again", arXiv 1904.11486.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
+    >>> pooled, indices = fc.max_blur_pool2d(image, 2, 2, return_indices=True)
+    >>> fc.grad.max_blur_pool2d(image.shape, indices, np.ones_like(pooled), 2, 2).sum()
+    np.float64(16.0)
+    """
+    return _max_blur_pool(
+        2, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
+    )
+
+
+def max_blur_pool3d(
+    input_size: Size,
+    indices: Array,
+    grad_output: Array,
+    kernel_size: Ints,
+    stride: Ints,
+    filter_size: int = 3,
+    *,
+    layout: str = "NCHW",
+    engine: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of `fastconv.max_blur_pool3d`; as `max_blur_pool2d`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> pooled, indices = fc.max_blur_pool3d(np.ones((1, 1, 4, 4, 4)), 2, 2, return_indices=True)
+    >>> fc.grad.max_blur_pool3d((1, 1, 4, 4, 4), indices, pooled, 2, 2).sum()
+    np.float64(8.0)
+    """
+    return _max_blur_pool(
+        3, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
+    )

@@ -1,0 +1,127 @@
+"""The ordered lists of algorithms: fastest first, the reference last; the first "yes" wins.
+
+A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes; any other answer is the
+reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
+
+To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests and benchmarks loop over these lists.
+(oneDNN arranges its implementations like this, in ``cpu_convolution_list.cpp``.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .dims import ConvDims, PoolDims
+from .runtime import ENGINES, why_missing
+
+Kernel = Callable[..., None]
+Dims = ConvDims | PoolDims
+
+
+class Row(NamedTuple):
+    """One algorithm of one engine."""
+
+    algorithm: str
+    engine: str
+    supports: Callable[[str, Any], str]
+
+    def load(self, op: str) -> Kernel:
+        """Return the kernel of this row for ``op``, importing its module."""
+        folder = {"cython": "native", "numba": "jit", "numpy": "reference"}[self.engine]
+        family = "conv" if op.startswith("conv") else "max_pool"
+        module = "naive" if self.algorithm == "naive" else family if family == "max_pool" else f"{family}_{self.algorithm}"
+        kernel: Kernel = getattr(importlib.import_module(f"fastconv.kernels.{folder}.{module}"), op)
+        return kernel
+
+
+class Verdict(NamedTuple):
+    """What ``explain`` says of one row: the reason for a no, empty for a yes."""
+
+    row: Row
+    reason: str
+
+
+def _always(op: str, dims: Dims) -> str:
+    return ""
+
+
+def _direct(op: str, dims: ConvDims) -> str:
+    if op == "conv_forward" and dims.group_in_channels < 8 and not dims.depthwise:
+        return f"slower than im2col for few channels ({dims.group_in_channels} < 8)"
+    return ""
+
+
+def _im2col(op: str, dims: ConvDims) -> str:
+    if dims.depthwise:
+        return "slower than direct for depthwise: nothing to reduce over"
+    return ""
+
+
+CONVOLUTIONS = (
+    Row("direct", "cython", _direct),
+    Row("im2col", "cython", _im2col),
+    Row("direct", "numba", _direct),
+    Row("im2col", "numba", _im2col),
+    Row("im2col", "numpy", _always),
+    Row("naive", "numpy", _always),
+)
+
+POOLINGS = (
+    Row("direct", "cython", _always),
+    Row("direct", "numba", _always),
+    Row("windows", "numpy", _always),
+    Row("naive", "numpy", _always),
+)
+
+ROWS: dict[str, tuple[Row, ...]] = {
+    "conv_forward": CONVOLUTIONS,
+    "conv_input_grad": CONVOLUTIONS,
+    "conv_weight_grad": CONVOLUTIONS,
+    "max_pool_forward": POOLINGS,
+    "max_pool_backward": POOLINGS,
+}
+
+
+def verdicts(op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None) -> list[Verdict]:
+    """Return every row of ``op`` with its yes (an empty reason) or its reason for no, in order."""
+    return [Verdict(row, _reason(row, op, dims, engine, algorithm)) for row in ROWS[op]]
+
+
+def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | None) -> str:
+    if engine is not None and row.engine != engine:
+        return f"engine {engine!r} was asked for"
+    if algorithm is not None and row.algorithm != algorithm:
+        return f"algorithm {algorithm!r} was asked for"
+    if missing := why_missing(row.engine):
+        return missing
+    reason = row.supports(op, dims)
+    return "" if algorithm is not None and reason.startswith("slower") else reason
+
+
+def select(op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None) -> Row:
+    """Return the first row that says yes.
+
+    Raises
+    ------
+    ValueError
+        If no row does: an unknown algorithm, or one that the engine lacks. The message lists what there is.
+    """
+    found = verdicts(op, dims, engine, algorithm)
+    for row, reason in found:
+        if not reason:
+            return row
+    names = sorted({row.algorithm for row in ROWS[op]})
+    if algorithm is not None and algorithm not in names:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, names))} or None, got {algorithm!r}")
+    there = ", ".join(f"{row.engine}/{row.algorithm}" for row in ROWS[op] if not why_missing(row.engine))
+    raise ValueError(
+        f"algorithm {algorithm!r} with engine {engine!r} does not exist for {op}; there are {there} "
+        f"({'; '.join(f'{v.row.engine}/{v.row.algorithm}: {v.reason}' for v in found)})"
+    )
+
+
+def available(op: str, engines: tuple[str, ...] = ENGINES) -> list[Row]:
+    """Return the rows of ``op`` whose engine works here and is one of ``engines``."""
+    return [row for row in ROWS[op] if row.engine in engines and not why_missing(row.engine)]

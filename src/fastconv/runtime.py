@@ -1,0 +1,276 @@
+"""What the machine offers and what the user set: engines, threads, precision, instruction set.
+
+A setting is looked up in this order: the argument of the call, ``config_context``, ``set_num_threads``, the environment
+(``FASTCONV_ENGINE``, ``FASTCONV_NUM_THREADS``, ``FASTCONV_ISA``), the best that the machine has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+ENGINES = ("cython", "numba", "numpy")  #: fastest first
+PRECISIONS = ("highest", "high", "medium")
+ACTIVATIONS = (None, "relu")
+ISAS = ("scalar", "avx2", "avx512", "amx")
+
+
+class Config(NamedTuple):
+    """The settings in force; None means the best there is (for threads: as many as the machine allows)."""
+
+    engine: str | None = None
+    precision: str = "highest"
+    num_threads: int | None = None
+
+
+class Options(NamedTuple):
+    """What a kernel is told beside its arrays and dims."""
+
+    activation: str | None
+    precision: str
+    threads: int
+
+
+_context: ContextVar[Config] = ContextVar("fastconv_config")
+
+
+def check_engine(engine: object, name: str = "engine") -> str | None:
+    """Return ``engine`` if it is None or an engine that works here; ValueError or ImportError says what is missing."""
+    if engine is None:
+        return None
+    if engine not in ENGINES:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, ENGINES))} or None, got {engine!r}")
+    assert isinstance(engine, str)
+    reason = why_missing(engine)
+    if reason:
+        raise ImportError(f"{name} {engine!r} is not available: {reason}")
+    return engine
+
+
+def check_precision(precision: object) -> str:
+    """Return ``precision`` if it is one of the three words."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    assert isinstance(precision, str)
+    return precision
+
+
+def check_threads(threads: object, name: str = "num_threads") -> int:
+    """Return ``threads`` if it is a positive integer."""
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {threads!r}")
+    number = threads.__index__()
+    if not 1 <= number <= 1024:
+        raise ValueError(f"{name} must be from 1 to 1024, got {number}")
+    return int(number)
+
+
+def _environment_engine() -> str | None:
+    return check_engine(os.environ.get("FASTCONV_ENGINE") or None, "environment variable FASTCONV_ENGINE")
+
+
+@cache
+def _environment_threads() -> int | None:
+    text = os.environ.get("FASTCONV_NUM_THREADS")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"environment variable FASTCONV_NUM_THREADS must be a positive integer, got {text!r}")
+    return check_threads(int(text), "environment variable FASTCONV_NUM_THREADS")
+
+
+class _Defaults:
+    """What ``config_context`` falls back to; read from the environment at first use, not at import."""
+
+    config: Config | None = None
+
+    @classmethod
+    def get(cls) -> Config:
+        if cls.config is None:
+            cls.config = Config(engine=_environment_engine(), num_threads=_environment_threads())
+        return cls.config
+
+
+def get_config() -> Config:
+    """Return the settings in force in this thread."""
+    return _context.get(None) or _Defaults.get()
+
+
+@contextmanager
+def config_context(
+    *, engine: str | None = None, precision: str | None = None, num_threads: int | None = None
+) -> Iterator[Config]:
+    """Use other settings within a ``with`` block, in this thread (or asyncio task) only.
+
+    Parameters
+    ----------
+    engine : {"cython", "numba", "numpy"}, optional
+        The engine for calls that do not name one.
+    precision : {"highest", "high", "medium"}, optional
+        The promise about error for calls that do not name one.
+    num_threads : int, optional
+        The largest number of threads that a call uses.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an unknown word or number.
+    ImportError
+        For an engine that is not installed.
+
+    Examples
+    --------
+    >>> import fastconv as fc
+    >>> with fc.config_context(engine="numpy", num_threads=1) as config:
+    ...     config.engine
+    'numpy'
+    """
+    config = get_config()
+    if engine is not None:
+        config = config._replace(engine=check_engine(engine))
+    if precision is not None:
+        config = config._replace(precision=check_precision(precision))
+    if num_threads is not None:
+        config = config._replace(num_threads=check_threads(num_threads))
+    token = _context.set(config)
+    try:
+        yield config
+    finally:
+        _context.reset(token)
+
+
+def set_num_threads(n: int) -> None:
+    """Set the largest number of threads that a call uses, in all threads of this process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Examples
+    --------
+    >>> import fastconv as fc
+    >>> before = fc.get_num_threads()
+    >>> fc.set_num_threads(1)
+    >>> fc.get_num_threads()
+    1
+    >>> fc.set_num_threads(before)
+    """
+    n = check_threads(n, "n")
+    _Defaults.config = _Defaults.get()._replace(num_threads=n)
+    if current := _context.get(None):
+        _context.set(current._replace(num_threads=n))
+
+
+def get_num_threads() -> int:
+    """Return the largest number of threads that a call uses.
+
+    Without ``set_num_threads``, ``config_context`` and ``FASTCONV_NUM_THREADS`` it is what OpenMP allows
+    (``OMP_NUM_THREADS``, threadpoolctl) or, where the native engine is missing, the number of usable processors.
+    """
+    threads = get_config().num_threads
+    return _available_threads() if threads is None else threads
+
+
+def _available_threads() -> int:
+    native = native_module()
+    if native is not None:
+        return int(native.max_threads())
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _import_native() -> tuple[ModuleType | None, str]:
+    _check_isa()
+    try:
+        return importlib.import_module("fastconv.kernels.native.machine"), ""
+    except ImportError as error:
+        return None, f"the native engine was not built, or does not load ({error}); reinstall with a C compiler"
+
+
+def native_module() -> ModuleType | None:
+    """Return the native engine's ``machine`` module, or None where it is missing."""
+    return _import_native()[0]
+
+
+def _check_isa() -> None:
+    cap = os.environ.get("FASTCONV_ISA")
+    if cap and cap not in ISAS:
+        raise ValueError(f"environment variable FASTCONV_ISA must be one of {', '.join(ISAS)}, got {cap!r}")
+
+
+@cache
+def why_missing(engine: str) -> str:
+    """Return why an engine can't be used here, or an empty string."""
+    if engine == "cython":
+        return _import_native()[1]
+    if engine == "numba" and importlib.util.find_spec("numba") is None:
+        return "Numba is not installed; pip install 'fastconv[numba]'"
+    return ""
+
+
+def isa() -> str:
+    """Return the instruction set that the native engine uses: scalar, avx2, avx512 or amx; "none" without it."""
+    native = native_module()
+    return "none" if native is None else str(native.isa())
+
+
+def show_config() -> None:
+    """Print versions, engines (and why one is missing), CPU, instruction sets and threads."""
+    print("\n".join(f"{key:<16} {value}" for key, value in config_report().items()))
+
+
+def config_report() -> dict[str, str]:
+    """Return what ``show_config`` prints, by name."""
+    import numpy as np
+
+    import fastconv
+
+    report = {
+        "fastconv": fastconv.__version__,
+        "python": f"{sys.version.split()[0]} ({platform.python_implementation()}, {platform.system()} {platform.machine()})",
+        "numpy": np.__version__,
+        "cpu": _cpu_name(),
+    }
+    for engine in ENGINES:
+        report[f"engine {engine}"] = f"missing: {why_missing(engine)}" if why_missing(engine) else _engine_detail(engine)
+    report["threads"] = f"{get_num_threads()} of {os.cpu_count()} processors"
+    config = get_config()
+    report["settings"] = f"engine={config.engine or 'best'}, precision={config.precision}"
+    return report
+
+
+def _engine_detail(engine: str) -> str:
+    if engine == "cython":
+        native = native_module()
+        assert native is not None
+        return f"yes; instruction set {native.isa()} (CPU and build have {', '.join(native.available_isas())}); {native.compiler()}"
+    if engine == "numba":
+        from importlib.metadata import version
+
+        return f"yes; numba {version('numba')}, llvmlite {version('llvmlite')}"
+    return "yes"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

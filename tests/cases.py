@@ -1,0 +1,280 @@
+"""Named problems, the oracle that answers them, and how far from it a result may be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastconv as fc
+from fastconv.dims import ConvDims, PoolDims, conv_dims, pool_dims
+from fastconv.registry import Row
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[int, ...]
+
+
+class ConvCase(NamedTuple):
+    """A convolution of (N, C, *spatial) with (K, C/groups, *kernel)."""
+
+    name: str
+    input: Shape
+    weight: Shape
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def spatial(self) -> int:
+        return len(self.input) - 2
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+    @property
+    def dims(self) -> ConvDims:
+        return conv_dims(self.input, self.weight, **self.geometry)
+
+    @property
+    def output(self) -> Shape:
+        return (self.dims.batch, self.dims.out_channels, *self.dims.output_size[3 - self.spatial :])
+
+    def arrays(self, dtype: Any, seed: int = 0) -> ConvArrays:
+        """Random arrays for this case; float64 ones hold float32 numbers, so that both types pose the same problem."""
+        rng = np.random.default_rng(seed)
+        shapes = (self.input, self.weight, self.weight[:1], self.output)
+        return ConvArrays(*(rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes))
+
+
+class ConvArrays(NamedTuple):
+    input: Array
+    weight: Array
+    bias: Array
+    grad_output: Array
+
+    def astype(self, dtype: Any) -> ConvArrays:
+        return ConvArrays(*(array.astype(dtype) for array in self))
+
+    def magnitudes(self) -> ConvArrays:
+        return ConvArrays(*map(np.abs, self))
+
+
+class ConvResults(NamedTuple):
+    """Everything that the convolution kernels compute."""
+
+    output: Array
+    grad_input: Array
+    grad_weight: Array
+    grad_bias: Array
+
+
+CONV_CASES = [
+    ConvCase("signal", (2, 3, 20), (4, 3, 5)),
+    ConvCase("signal, stride, padding and dilation", (2, 3, 23), (4, 3, 3), 2, 3, 3),
+    ConvCase("signal, pair of paddings", (1, 2, 9), (3, 2, 4), 1, [(3, 0)]),
+    ConvCase("signal, one long row", (1, 1, 611), (2, 1, 7), 1, 3),
+    ConvCase("signal, even kernel, same", (2, 2, 11), (2, 2, 4), 1, "same"),
+    ConvCase("signal, even kernel, same_lower", (2, 2, 11), (2, 2, 4), 1, "same_lower"),
+    ConvCase("signal, depthwise", (2, 5, 17), (5, 1, 3), 1, 1, 1, 5),
+    ConvCase("3x3", (2, 8, 9, 9), (16, 8, 3, 3), 1, 1),
+    ConvCase("3x3 of primes", (3, 17, 11, 13), (19, 17, 3, 3), 1, 1),
+    ConvCase("3x3 of one more than a tile", (1, 33, 7, 9), (33, 33, 3, 3), 1, 1),
+    ConvCase("3x3 of many channels", (1, 70, 6, 5), (67, 70, 3, 3), 1, 1),
+    ConvCase("3x3, stride 2", (2, 8, 10, 9), (8, 8, 3, 3), 2, 1),
+    ConvCase("3x3, stride 3", (1, 4, 14, 11), (5, 4, 3, 3), 3),
+    ConvCase("3x3, dilation 2", (1, 9, 11, 12), (6, 9, 3, 3), 1, 2, 2),
+    ConvCase("3x3, stride 2, dilation 2", (1, 4, 13, 12), (6, 4, 3, 3), 2, 2, 2),
+    ConvCase("3x3, dilation 3, stride 2", (1, 9, 15, 16), (3, 9, 3, 3), 2, 1, 3),
+    ConvCase("3x3, valid", (1, 8, 8, 8), (8, 8, 3, 3), 1, "valid"),
+    ConvCase("3x3, same, stride 2, even", (1, 8, 8, 8), (8, 8, 3, 3), 2, "same"),
+    ConvCase("3x3, same_lower, stride 2, even", (1, 8, 8, 8), (8, 8, 3, 3), 2, "same_lower"),
+    ConvCase("3x3, asymmetric padding", (1, 8, 7, 6), (8, 8, 3, 3), 1, [(0, 2), (1, 0)]),
+    ConvCase("3x3, padding beyond the kernel", (1, 2, 4, 4), (3, 2, 3, 3), 1, 5),
+    ConvCase("3x3, different in both dimensions", (1, 8, 12, 9), (8, 8, 3, 2), (2, 1), (0, 1), (1, 3)),
+    ConvCase("7x7, stride 2, few channels", (1, 3, 21, 20), (16, 3, 7, 7), 2, 3),
+    ConvCase("5x5, one channel", (3, 1, 12, 12), (6, 1, 5, 5), 1, 2),
+    ConvCase("11x11 of 11x11", (2, 3, 11, 11), (4, 3, 11, 11)),
+    ConvCase("1x1", (2, 19, 6, 7), (35, 19, 1, 1)),
+    ConvCase("1x1, stride 2", (2, 16, 7, 7), (8, 16, 1, 1), 2),
+    ConvCase("1x1, padding", (1, 3, 4, 4), (2, 3, 1, 1), 1, 1),
+    ConvCase("1x1 of one pixel", (5, 40, 1, 1), (10, 40, 1, 1)),
+    ConvCase("stride beyond the kernel", (2, 3, 13, 11), (4, 3, 2, 2), (5, 4)),
+    ConvCase("one filter, one channel, one pixel", (1, 1, 1, 1), (1, 1, 1, 1)),
+    ConvCase("groups of two", (2, 6, 8, 8), (9, 2, 3, 3), 1, 1, 1, 3),
+    ConvCase("groups of nine, stride 2", (1, 18, 9, 8), (20, 9, 3, 3), 2, 1, 1, 2),
+    ConvCase("depthwise", (2, 19, 8, 9), (19, 1, 3, 3), 1, 1, 1, 19),
+    ConvCase("depthwise, stride 2, dilation 2", (1, 8, 13, 11), (8, 1, 3, 3), 2, 2, 2, 8),
+    ConvCase("depthwise, two filters for each channel", (1, 7, 8, 8), (14, 1, 3, 3), 1, 1, 1, 7),
+    ConvCase("volume", (2, 3, 5, 6, 7), (4, 3, 3, 3, 3), 1, 1),
+    ConvCase("volume, all different", (1, 4, 6, 7, 9), (6, 2, 1, 2, 3), (1, 2, 3), [(0, 1), (2, 0), 1], (2, 1, 2), 2),
+    ConvCase("volume, depthwise", (1, 9, 4, 5, 6), (9, 1, 3, 3, 3), 1, 1, 1, 9),
+    ConvCase("empty batch", (0, 3, 8, 8), (4, 3, 3, 3), 1, 1),
+]
+
+
+def conv_function(spatial: int, gradient: str = "") -> Callable[..., Any]:
+    """fc.conv2d and its like, or fc.grad.conv2d_input and its like."""
+    name = f"conv{spatial}d"
+    function: Callable[..., Any] = getattr(fc.grad, f"{name}_{gradient}") if gradient else getattr(fc, name)
+    return function
+
+
+def conv_results(spatial: int, arrays: ConvArrays, geometry: dict[str, Any], **how: Any) -> ConvResults:
+    """Everything that one algorithm says of a convolution, by way of the public functions."""
+    x, w, b, g = arrays
+    grads = getattr(fc.grad, f"conv{spatial}d")(x, w, g, **geometry, **how)
+    return ConvResults(conv_function(spatial)(x, w, b, **geometry, **how), *grads)
+
+
+NAIVE = {"engine": "numpy", "algorithm": "naive"}
+
+
+class Answer(NamedTuple):
+    """What a result must be, and how far from it a sum in a given type may end."""
+
+    exact: ConvResults
+    magnitude: ConvResults  #: the same operation on absolute values: what rounding errors are relative to
+
+
+def oracle(spatial: int, arrays: ConvArrays, geometry: dict[str, Any]) -> Answer:
+    """The textbook loops in float64."""
+    wide = arrays.astype(np.float64)
+    return Answer(
+        conv_results(spatial, wide, geometry, **NAIVE), conv_results(spatial, wide.magnitudes(), geometry, **NAIVE)
+    )
+
+
+@cache
+def case_oracle(name: str) -> Answer:
+    case = next(case for case in CONV_CASES if case.name == name)
+    return oracle(case.spatial, case.arrays(np.float64), case.geometry)
+
+
+def assert_close(actual: Array, exact: Array, magnitude: Array, dtype: Any) -> None:
+    """Each element within 4 eps of the sum of its terms' magnitudes.
+
+    The rounding error of a sum of R random terms is of the order of eps * sum |term| at most, whatever R and the order:
+    relative to the result, sqrt(R) * eps. So 4 leaves room for the largest of many elements and for nothing else: one
+    forgotten or doubled term is far outside.
+    """
+    assert actual.dtype == dtype
+    assert actual.shape == exact.shape
+    excess = np.abs(actual.astype(np.float64) - exact) - 4 * np.finfo(dtype).eps * magnitude
+    if excess.size and not excess.max() <= 0:
+        worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+        wrong = f"{np.count_nonzero(~(excess <= 0))} of {excess.size} elements"
+        raise AssertionError(f"{wrong} are off; at {worst}: {actual[worst]}, not {exact[worst]}")
+
+
+def assert_results(actual: ConvResults, answer: Answer, dtype: Any) -> None:
+    for name, result, exact, magnitude in zip(ConvResults._fields, actual, *answer, strict=True):
+        try:
+            assert_close(result, exact, magnitude, dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+class PoolCase(NamedTuple):
+    """A max pooling of (N, C, *spatial)."""
+
+    name: str
+    input: Shape
+    kernel_size: Any
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    ceil_mode: bool = False
+
+    @property
+    def spatial(self) -> int:
+        return len(self.input) - 2
+
+    @property
+    def dims(self) -> PoolDims:
+        return pool_dims(self.input, *self.window)
+
+    @property
+    def window(self) -> tuple[Any, ...]:
+        """kernel_size, stride, padding, dilation, ceil_mode: the arguments in their order."""
+        return self[2:]
+
+    def image(self, dtype: Any, seed: int = 0) -> Array:
+        """Small integers, so that there are ties, of both signs, so that padding is never the maximum."""
+        return np.random.default_rng(seed).integers(-9, 3, self.input).astype(dtype)
+
+
+POOL_CASES = [
+    PoolCase("signal", (2, 3, 20), 3),
+    PoolCase("signal, overlapping", (2, 3, 21), 5, 2, 2),
+    PoolCase("2x2", (2, 3, 8, 10), 2),
+    PoolCase("2x2 of odd sizes", (2, 17, 9, 7), 2),
+    PoolCase("2x2, ceil mode", (1, 3, 9, 7), 2, None, 0, 1, True),
+    PoolCase("3x3, stride 2, padding", (2, 5, 13, 12), 3, 2, 1),
+    PoolCase("3x3, stride 2, padding, ceil mode", (1, 2, 12, 10), 3, 2, 1, 1, True),
+    PoolCase("3x3, stride 1", (1, 4, 7, 6), 3, 1, 1),
+    PoolCase("3x3, stride 4", (1, 4, 13, 11), 3, 4),
+    PoolCase("3x3, dilation 2", (1, 3, 9, 11), 3, 1, 2, 2),
+    PoolCase("all different", (1, 3, 12, 14), (2, 3), (3, 1), (1, 0), (2, 3), True),
+    PoolCase("1x1", (2, 3, 4, 5), 1),
+    PoolCase("the whole plane", (2, 5, 6, 7), (6, 7)),
+    PoolCase("17x17: more than 256 cells", (1, 2, 20, 19), 17, 2, 8),
+    PoolCase("16x16: exactly 256 cells", (1, 2, 18, 18), 16, 1),
+    PoolCase("volume", (2, 3, 6, 7, 8), 2),
+    PoolCase("volume, all different", (1, 2, 6, 7, 8), (1, 2, 3), (1, 3, 2), (0, 1, 1), (2, 1, 1), True),
+    PoolCase("many channels", (1, 67, 5, 6), 2, 1),
+    PoolCase("empty batch", (0, 3, 8, 8), 2),
+]
+
+
+class PoolResults(NamedTuple):
+    output: Array
+    indices: Array
+    winners: Array
+    grad_input: Array
+
+
+def pool_results(spatial: int, image: Array, window: tuple[Any, ...], **how: Any) -> PoolResults:
+    """Everything that one algorithm says of a max pooling."""
+    pool, gradient = getattr(fc, f"max_pool{spatial}d"), getattr(fc.grad, f"max_pool{spatial}d")
+    output, winners = pool(image, *window, return_indices="compact", **how)
+    indices = pool(image, *window, return_indices=True, **how)[1]
+    grad_output = np.random.default_rng(1).standard_normal(output.shape).astype(image.dtype)
+    return PoolResults(output, indices, winners, gradient(image.shape, winners, grad_output, *window, **how))
+
+
+def runs(row: Row, op: str, dims: ConvDims | PoolDims) -> bool:
+    """Whether a row can compute this when it is asked for by name."""
+    reason = row.supports(op, dims)
+    return not reason or reason.startswith("slower")
+
+
+def how(row: Row) -> dict[str, str]:
+    return {"engine": row.engine, "algorithm": row.algorithm}
+
+
+def run_python(code: str, *, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter, where a warning is an error and a crash is only a return code."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FASTCONV_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def output_of(code: str, **environment: str) -> str:
+    """What a program prints; it must end well."""
+    done = run_python(code, **environment)
+    assert done.returncode == 0, f"return code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout

@@ -1,0 +1,197 @@
+"""Gradients: exactly adjoint to what they are the gradients of, and equal to finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CONV_CASES, POOL_CASES, Array, ConvCase, PoolCase, conv_function, how, runs
+
+import fastconv as fc
+from fastconv.registry import Row
+
+Function = Callable[[Array], Array]
+
+
+def inner(a: Array, b: Array) -> float:
+    return float(np.vdot(a, b))
+
+
+def assert_adjoint(left: tuple[Array, Array], *others: tuple[Array, Array]) -> None:
+    """<a, b> = <c, d> to rounding: relative to the sum of the products' magnitudes, not to what cancellation leaves."""
+    value, size = inner(*left), inner(np.abs(left[0]), np.abs(left[1]))
+    for other in others:
+        assert abs(inner(*other) - value) <= 1e-13 * (size + inner(np.abs(other[0]), np.abs(other[1]))) + 1e-300
+
+
+def finite_difference(function: Function, at: Array, grad_output: Array, step: float) -> Array:
+    """d <function(x), grad_output> / dx by central differences, one element after the other."""
+    result = np.empty_like(at)
+    for index in np.ndindex(at.shape):
+        moved = at.copy()
+        moved[index] = at[index] + step
+        upper = inner(function(moved), grad_output)
+        moved[index] = at[index] - step
+        result[index] = (upper - inner(function(moved), grad_output)) / (2 * step)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.name)
+def test_convolution_and_its_gradients_are_adjoint(case: ConvCase, conv_row: Row) -> None:
+    """<conv(x, w), dy> = <x, input_grad(w, dy)> = <w, weight_grad(x, dy)>, and <1, dy> for the bias."""
+    for op in ("conv_forward", "conv_input_grad", "conv_weight_grad"):
+        if not runs(conv_row, op, case.dims):
+            pytest.skip(conv_row.supports(op, case.dims))
+    x, w, _, dy = case.arrays(np.float64, seed=1)
+    options = case.geometry | how(conv_row)
+    y = conv_function(case.spatial)(x, w, **options)
+    dx, dw, db = getattr(fc.grad, f"conv{case.spatial}d")(x, w, dy, **options)
+    assert_adjoint((y, dy), (x, dx), (w, dw))
+    np.testing.assert_allclose(db, dy.sum(axis=(0, *range(2, dy.ndim))), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [0, 2, [(1, 0)], "same", "same_lower"])
+@pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 2), (1, 2, 1), (3, 2, 2)])
+def test_convolution_against_finite_differences(
+    engine: str, rng: np.random.Generator, padding: Any, stride: int, dilation: int, groups: int
+) -> None:
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    x, w = rng.standard_normal((2, 4, 9)), rng.standard_normal((6, 4 // groups, 3))
+    b = rng.standard_normal(6)
+    dy = rng.standard_normal(fc.conv1d(x, w, **geometry).shape)
+    dx, dw, db = fc.grad.conv1d(x, w, dy, **geometry, engine=engine)
+
+    def forward(x: Array, w: Array, b: Array) -> Array:
+        return fc.conv1d(x, w, b, **geometry, engine=engine)
+
+    # The convolution is linear in each argument, so that a step of 1 has no error but rounding.
+    for gradient, function, at in (
+        (dx, lambda v: forward(v, w, b), x),
+        (dw, lambda v: forward(x, v, b), w),
+        (db, lambda v: forward(x, w, v), b),
+    ):
+        np.testing.assert_allclose(gradient, finite_difference(function, at, dy, 1.0), rtol=1e-10, atol=1e-11)
+
+
+def test_only_what_is_needed_is_computed(rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((2, 3, 8, 8)), rng.standard_normal((4, 3, 3, 3))
+    dy = rng.standard_normal((2, 4, 6, 6))
+    everything = fc.grad.conv2d(x, w, dy)
+    for need in ("input", "weight", "bias"):
+        alone = fc.grad.conv2d(x, w, dy, needs=[need])
+        assert [name for name in alone._fields if getattr(alone, name) is not None] == [need]
+        np.testing.assert_array_equal(getattr(alone, need), getattr(everything, need))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    "spatial, geometry",
+    [
+        (1, {}),
+        (1, {"stride": 2, "padding": 1, "output_padding": 1}),
+        (2, {"stride": (2, 3), "padding": (1, 0), "output_padding": (0, 2)}),
+        (2, {"stride": 2, "padding": 1, "dilation": 2, "output_padding": 1, "groups": 2}),
+        (2, {"dilation": 3, "output_padding": 2}),
+        (3, {"stride": (1, 2, 3), "groups": 2}),
+    ],
+)
+def test_transposed_convolution_and_its_gradients_are_adjoint(
+    engine: str, rng: np.random.Generator, spatial: int, geometry: dict[str, Any], layout: str
+) -> None:
+    size, kernel = (5, 4, 3)[:spatial], (3, 2, 2)[:spatial]
+    x_shape, w_shape = (2, 4, *size), (4, 3, *kernel)
+    if layout == "NHWC":
+        x_shape, w_shape = (2, *size, 4), (*kernel, 3, 4)
+    x, w = rng.standard_normal(x_shape), rng.standard_normal(w_shape)
+    options: dict[str, Any] = {**geometry, "layout": layout, "engine": engine}
+    y = getattr(fc, f"conv_transpose{spatial}d")(x, w, **options)
+    dy = rng.standard_normal(y.shape)
+    dx = getattr(fc.grad, f"conv_transpose{spatial}d_input")(x.shape, w, dy, **options)
+    dw = getattr(fc.grad, f"conv_transpose{spatial}d_weight")(x, w.shape, dy, **options)
+    assert_adjoint((y, dy), (x, dx), (w, dw))
+
+
+def test_a_transposed_convolution_is_the_gradient_of_the_input(conv_row: Row, rng: np.random.Generator) -> None:
+    w, dy = rng.standard_normal((8, 3, 3, 3)), rng.standard_normal((2, 8, 4, 5))
+    geometry = {"stride": 2, "padding": 1, **how(conv_row)}
+    np.testing.assert_array_equal(
+        fc.conv_transpose2d(dy, w, output_padding=1, **geometry),
+        fc.grad.conv2d_input((2, 3, 8, 10), w, dy, **geometry),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_ties(shape: tuple[int, ...]) -> Array:
+    """Numbers one apart in random order: no step below one half changes which is the largest."""
+    return np.random.default_rng(3).permutation(np.prod(shape, dtype=int)).reshape(shape).astype(np.float64)
+
+
+@pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.name)
+def test_max_pooling_passes_each_gradient_to_one_cell(case: PoolCase, pool_row: Row) -> None:
+    """<pool(x), dy> = <x, gradient(dy)>, for the gradient is a selection."""
+    x = without_ties(case.input)
+    pool, gradient = getattr(fc, f"max_pool{case.spatial}d"), getattr(fc.grad, f"max_pool{case.spatial}d")
+    for form in (True, "compact"):
+        y, indices = pool(x, *case.window, return_indices=form, **how(pool_row))
+        dy = np.random.default_rng(4).standard_normal(y.shape)
+        assert_adjoint((y, dy), (x, gradient(x.shape, indices, dy, *case.window, **how(pool_row))))
+
+
+POOLINGS: dict[str, tuple[Function, Callable[[Array, Array], Array]]] = {
+    "max": (
+        lambda x: fc.max_pool2d(x, 3, 2, 1),
+        lambda x, dy: fc.grad.max_pool2d(x.shape, fc.max_pool2d(x, 3, 2, 1, return_indices=True)[1], dy, 3, 2, 1),
+    ),
+    "average": (
+        lambda x: fc.avg_pool2d(x, 3, 2, 1, True),
+        lambda x, dy: fc.grad.avg_pool2d(x.shape, dy, 3, 2, 1, True),
+    ),
+    "average without padding": (
+        lambda x: fc.avg_pool2d(x, (3, 2), 2, 1, False, False),
+        lambda x, dy: fc.grad.avg_pool2d(x.shape, dy, (3, 2), 2, 1, False, False),
+    ),
+    "average with a divisor": (
+        lambda x: fc.avg_pool2d(x, 2, 1, divisor_override=3),
+        lambda x, dy: fc.grad.avg_pool2d(x.shape, dy, 2, 1, divisor_override=3),
+    ),
+    "max-blur": (
+        lambda x: fc.max_blur_pool2d(x, 2, 2),
+        lambda x, dy: fc.grad.max_blur_pool2d(
+            x.shape, fc.max_blur_pool2d(x, 2, 2, return_indices="compact")[1], dy, 2, 2
+        ),
+    ),
+    "max-blur with an even filter": (
+        lambda x: fc.max_blur_pool2d(x, (2, 3), (1, 2), 4),
+        lambda x, dy: fc.grad.max_blur_pool2d(
+            x.shape, fc.max_blur_pool2d(x, (2, 3), (1, 2), 4, return_indices=True)[1], dy, (2, 3), (1, 2), 4
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_pooling_against_finite_differences(engine: str, kind: str) -> None:
+    pool, gradient = POOLINGS[kind]
+    x = without_ties((2, 2, 6, 7))
+    with fc.config_context(engine=engine):
+        dy = np.random.default_rng(5).standard_normal(pool(x).shape)
+        wanted = finite_difference(pool, x, dy, 0.25)  # linear as long as the order of the numbers stays
+        np.testing.assert_allclose(gradient(x, dy), wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_overlapping_windows_add_up(pool_row: Row) -> None:
+    x = np.array([[[0.0, 1.0, 9.0, 2.0, 0.0]]])
+    _, indices = fc.max_pool1d(x, 3, 1, return_indices=True, **how(pool_row))
+    dx = fc.grad.max_pool1d(x.shape, indices, np.array([[[1.0, 10.0, 100.0]]]), 3, 1, **how(pool_row))
+    assert dx[0, 0].tolist() == [0, 0, 111, 0, 0]

@@ -1,0 +1,224 @@
+"""Max, average and max-blur pooling: values, borders, and the two forms of a maximum's index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import POOL_CASES, Array, PoolCase, how
+
+import fastconv as fc
+from fastconv.registry import Row
+
+INF, NAN = np.inf, np.nan
+
+
+def signal(*values: float) -> Array:
+    return np.array([[values]], np.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling: which value wins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values, best, winner",
+    [
+        ((1, 2, 3), 3, 2),
+        ((2, 2, 1), 2, 0),
+        ((-INF, -5, -INF), -5, 1),
+        ((-INF, -INF, -INF), -INF, 0),
+        ((INF, 1, INF), INF, 0),
+        ((0.0, -0.0, 0.0), 0, 0),
+        ((1, NAN, 3), NAN, 1),
+        ((NAN, 1, NAN), NAN, 2),
+        ((INF, NAN, INF), NAN, 1),
+        ((NAN, -INF, 7), NAN, 0),
+    ],
+)
+def test_which_value_wins(pool_row: Row, values: tuple[float, ...], best: float, winner: int) -> None:
+    """The first maximum wins a tie; a NaN wins over numbers, the last NaN over earlier ones."""
+    for dtype in (np.float32, np.float64):
+        x = signal(*values).astype(dtype)
+        y, index = fc.max_pool1d(x, 3, return_indices=True, **how(pool_row))
+        np.testing.assert_array_equal(y[0, 0], np.array([best], dtype))
+        assert index.item() == winner
+        np.testing.assert_array_equal(fc.max_pool1d(x, 3, **how(pool_row)), y)
+
+
+def test_padding_never_wins(pool_row: Row) -> None:
+    x = np.full((1, 1, 4, 4), -INF)
+    y, indices = fc.max_pool2d(x, 3, 2, 1, return_indices=True, **how(pool_row))
+    assert (y == -INF).all()
+    assert indices[0, 0].tolist() == [[0, 1], [4, 5]]  # the first cell of each window that is inside the image
+
+
+def test_a_window_that_sees_no_cell(pool_row: Row) -> None:
+    """Possible with dilation: the cells of the window step over a single pixel."""
+    x, dy = signal(5.0), signal(1.0, 2.0)
+    y, winners = fc.max_pool1d(x, 2, 1, 1, 2, return_indices="compact", **how(pool_row))
+    assert (y[0, 0].tolist(), winners[0, 0].tolist()) == ([-INF], [0])
+    dx = fc.grad.max_pool1d(x.shape, winners, dy[..., :1], 2, 1, 1, 2, **how(pool_row))
+    assert dx[0, 0].tolist() == [0]
+
+
+def test_pooling_with_nan_keeps_its_neighbours(pool_row: Row, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 5, 16, 17))
+    x[0, 1, 4, 5] = NAN
+    y = fc.max_pool2d(x, 2, **how(pool_row))
+    assert np.argwhere(np.isnan(y)).tolist() == [[0, 1, 2, 2]]
+    clean = np.where(np.isnan(y), 0, y)
+    x[0, 1, 4:6, 4:6] = 0
+    np.testing.assert_array_equal(clean, fc.max_pool2d(x, 2, **how(pool_row)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling: the index
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.name)
+def test_an_index_is_an_offset_in_the_plane(case: PoolCase, pool_row: Row) -> None:
+    image = case.image(np.float64)
+    pool = getattr(fc, f"max_pool{case.spatial}d")
+    y, indices = pool(image, *case.window, return_indices=True, **how(pool_row))
+    assert indices.dtype == np.int64
+    for n, c in np.ndindex(y.shape[:2]):
+        np.testing.assert_array_equal(image[n, c].ravel()[indices[n, c]], y[n, c])
+
+
+@pytest.mark.parametrize("kernel, dtype", [((16, 16), np.uint8), ((1, 256), np.uint8), ((17, 16), np.uint16)])
+def test_the_compact_index_is_one_byte_while_that_is_enough(
+    pool_row: Row, kernel: tuple[int, int], dtype: type[np.integer]
+) -> None:
+    x = np.zeros((1, 1, 17, 256))
+    x[0, 0, kernel[0] - 1, kernel[1] - 1] = 1  # the last cell of the first window
+    _, winners = fc.max_pool2d(x, kernel, return_indices="compact", **how(pool_row))
+    assert winners.dtype == dtype
+    assert winners[0, 0, 0, 0] == kernel[0] * kernel[1] - 1
+
+
+def test_what_equals_true_asks_for_offsets() -> None:
+    for word in (True, 1, np.True_):
+        assert fc.max_pool1d(signal(1, 2), 2, return_indices=word)[1].dtype == np.int64
+    assert isinstance(fc.max_pool1d(signal(1, 2), 2, return_indices=np.False_), np.ndarray)
+
+
+def test_the_gradient_takes_either_form(pool_row: Row, rng: np.random.Generator) -> None:
+    for layout in ("NCHW", "NHWC"):
+        x = rng.standard_normal((2, 9, 11, 5))
+        window = (3, 2, 1, 1, True)
+        y, offsets = fc.max_pool2d(x, *window, return_indices=True, layout=layout, **how(pool_row))
+        _, winners = fc.max_pool2d(x, *window, return_indices="compact", layout=layout, **how(pool_row))
+        assert offsets.shape == winners.shape == y.shape
+        a, b = (
+            fc.grad.max_pool2d(x.shape, indices, y, *window, layout=layout, **how(pool_row))
+            for indices in (offsets, winners)
+        )
+        np.testing.assert_array_equal(a, b)
+
+
+def test_channels_last_pools_the_same(pool_row: Row) -> None:
+    for case in POOL_CASES:
+        x = case.image(np.float32)
+        last, first = (0, *range(2, x.ndim), 1), (0, x.ndim - 1, *range(1, x.ndim - 1))
+        pool = getattr(fc, f"max_pool{case.spatial}d")
+        wanted = pool(x, *case.window, return_indices=True, **how(pool_row))
+        result = pool(x.transpose(last).copy(), *case.window, return_indices=True, layout="NHWC", **how(pool_row))
+        for a, b in zip(result, wanted, strict=True):
+            np.testing.assert_array_equal(a.transpose(first), b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def average_by_hand(
+    x: Array, k: int, stride: int, padding: int, ceil_mode: bool, include: bool, divisor: int | None = None
+) -> list[float]:
+    """The definition, for one row of numbers, as PyTorch has it."""
+    n = len(x)
+    room = n + 2 * padding - k
+    count = (-(-room // stride) if ceil_mode else room // stride) + 1
+    if ceil_mode and (count - 1) * stride >= n + padding:
+        count -= 1
+    averages = []
+    for i in range(count):
+        start = i * stride - padding
+        stop = min(start + k, n + padding)
+        inside = range(max(start, 0), min(stop, n))
+        size = divisor or ((stop - start) if include else len(inside))
+        averages.append(sum(x[j] for j in inside) / size)
+    return averages
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("ceil_mode", [True, False])
+@pytest.mark.parametrize("k, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2), (5, 4, 2), (1, 3, 0)])
+def test_average_pooling(
+    engine: str, rng: np.random.Generator, k: int, stride: int, padding: int, ceil_mode: bool, include: bool
+) -> None:
+    for n in (5, 8, 11):
+        x = rng.standard_normal((2, 3, n))
+        y = fc.avg_pool1d(x, k, stride, padding, ceil_mode, include, engine=engine)
+        wanted = [[average_by_hand(row, k, stride, padding, ceil_mode, include) for row in image] for image in x]
+        np.testing.assert_allclose(y, wanted, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_average_pooling_is_separable(engine: str, rng: np.random.Generator, layout: str) -> None:
+    """A plane's averages are the averages over rows of the averages over columns."""
+    x = rng.standard_normal((2, 3, 9, 8))
+    rows = np.apply_along_axis(average_by_hand, 2, x, 3, 2, 1, False, True)
+    wanted = np.apply_along_axis(average_by_hand, 3, rows, 2, 3, 0, False, True)
+    given = x if layout == "NCHW" else x.transpose(0, 2, 3, 1)
+    y = fc.avg_pool2d(given, (3, 2), (2, 3), (1, 0), layout=layout, engine=engine)
+    np.testing.assert_allclose(y if layout == "NCHW" else y.transpose(0, 3, 1, 2), wanted, rtol=1e-13, atol=1e-14)
+
+
+def test_a_divisor_replaces_the_number_of_cells(engine: str, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((1, 2, 6, 6))
+    plain, other = fc.avg_pool2d(x, 3, engine=engine), fc.avg_pool2d(x, 3, divisor_override=5, engine=engine)
+    np.testing.assert_allclose(other, plain * 9 / 5, rtol=1e-14)
+    y = fc.avg_pool3d(x[None], (1, 2, 2), divisor_override=1, engine=engine)
+    np.testing.assert_allclose(y, x[None].reshape(1, 1, 2, 3, 2, 3, 2).sum(axis=(4, 6)), rtol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max-blur pooling (arXiv 1904.11486)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, taps", [(1, [1]), (2, [1, 1]), (3, [1, 2, 1]), (4, [1, 3, 3, 1]), (5, [1, 4, 6, 4, 1])])
+def test_max_blur_pooling_is_dense_max_then_blur_then_subsampling(
+    engine: str, rng: np.random.Generator, size: int, taps: list[int]
+) -> None:
+    x = rng.standard_normal((2, 3, 12))
+    dense = fc.max_pool1d(x, 3, 1, engine=engine)
+    framed = np.pad(dense, ((0, 0), (0, 0), ((size - 1) // 2, size // 2)), mode="reflect")
+    wanted = np.apply_along_axis(np.convolve, 2, framed, np.array(taps) / sum(taps), "valid")[:, :, ::2]
+    y, indices = fc.max_blur_pool1d(x, 3, 2, size, return_indices=True, engine=engine)
+    np.testing.assert_allclose(y, wanted, rtol=1e-13, atol=1e-14)
+    np.testing.assert_array_equal(indices, fc.max_pool1d(x, 3, 1, return_indices=True, engine=engine)[1])
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_constant_image_stays_constant(engine: str, spatial: int, layout: str) -> None:
+    shape = (2, *(7, 6, 5)[:spatial], 3) if layout == "NHWC" else (2, 3, *(7, 6, 5)[:spatial])
+    y = getattr(fc, f"max_blur_pool{spatial}d")(np.full(shape, 4.0), 2, 2, layout=layout, engine=engine)
+    np.testing.assert_array_equal(y, np.full_like(y, 4.0))
+    assert y.size
+
+
+@pytest.mark.parametrize("function", ["max_blur_pool2d", "avg_pool2d"])
+def test_pooling_of_an_image_without_a_batch_and_of_no_image(engine: str, function: str, dtype: Any) -> None:
+    pool = getattr(fc, function)
+    x = np.random.default_rng(0).standard_normal((3, 8, 9)).astype(dtype)
+    y = pool(x, 2, 2, engine=engine)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, pool(x[None], 2, 2, engine=engine)[0])
+    assert pool(x[None][:0], 2, 2, engine=engine).shape == (0, *y.shape)

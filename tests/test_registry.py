@@ -1,0 +1,435 @@
+"""Every row of the registry against the textbook loops: a new row is tested without touching this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import (
+    CONV_CASES,
+    NAIVE,
+    POOL_CASES,
+    Array,
+    ConvArrays,
+    ConvCase,
+    ConvResults,
+    PoolCase,
+    assert_close,
+    assert_results,
+    case_oracle,
+    conv_function,
+    conv_results,
+    how,
+    oracle,
+    pool_results,
+    runs,
+)
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+import fastconv as fc
+from fastconv import registry
+from fastconv.registry import ROWS, Row, available
+
+SMALL_CASES = [case for case in CONV_CASES if case.dims.batch * case.dims.out_channels * case.dims.output_size[2] < 200]
+CONV_OPS = ("conv_forward", "conv_input_grad", "conv_weight_grad")
+
+
+def conv_rows(case: ConvCase) -> list[Row]:
+    """The rows that can compute a convolution and its gradients."""
+    return [row for row in available("conv_forward") if all(runs(row, op, case.dims) for op in CONV_OPS)]
+
+
+def skip_unless_it_runs(row: Row, case: ConvCase) -> None:
+    for op in CONV_OPS:
+        if not runs(row, op, case.dims):
+            pytest.skip(row.supports(op, case.dims))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Named cases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.name)
+def test_convolution_of_a_named_case(case: ConvCase, conv_row: Row, dtype: Any) -> None:
+    skip_unless_it_runs(conv_row, case)
+    results = conv_results(case.spatial, case.arrays(dtype), case.geometry, **how(conv_row))
+    assert_results(results, case_oracle(case.name), dtype)
+
+
+@pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.name)
+def test_pooling_of_a_named_case_is_exact(case: PoolCase, pool_row: Row, dtype: Any) -> None:
+    image = case.image(dtype)
+    results = pool_results(case.spatial, image, case.window, **how(pool_row))
+    answer = pool_results(case.spatial, image, case.window, **NAIVE)
+    for name, result, wanted in zip(results._fields, results, answer, strict=True):
+        assert result.dtype == wanted.dtype, name
+        np.testing.assert_array_equal(result, wanted, err_msg=name)
+
+
+def test_every_row_is_asked_about_some_case(conv_row: Row) -> None:
+    assert any(conv_row in conv_rows(case) for case in CONV_CASES)
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_the_reference_is_last_and_can_do_everything(op: str) -> None:
+    last = ROWS[op][-1]
+    assert (last.engine, last.algorithm) == ("numpy", "naive")
+    cases = CONV_CASES if op.startswith("conv") else POOL_CASES
+    assert not any(last.supports(op, case.dims) for case in cases)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The textbook loops themselves, against what NumPy has
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode, padding", [("valid", 0), ("full", 4), ("same", 2)])
+def test_the_loops_correlate_as_numpy_does(rng: np.random.Generator, mode: str, padding: int) -> None:
+    signal, taps = rng.standard_normal(12), rng.standard_normal(5)
+    result = fc.conv1d(signal[None, None], taps[None, None], padding=padding, **NAIVE)
+    np.testing.assert_allclose(result[0, 0], np.correlate(signal, taps, mode), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", [c for c in CONV_CASES if c.padding == 0 or c.groups > 1], ids=lambda case: case.name)
+def test_the_loops_sum_over_channels_and_taps(case: ConvCase) -> None:
+    """output[n, k, o] as one einsum over every (channel, tap) of a fully indexed image."""
+    x, w, _, _ = case.arrays(np.float64)
+    dims, ones = case.dims, (1,) * (3 - case.spatial)
+    padded = np.pad(
+        x.reshape(*x.shape[:2], *ones, *x.shape[2:]),
+        ((0, 0), (0, 0), *zip(dims.pad_before, dims.pad_after, strict=True)),
+    )
+    grid = np.ix_(*(
+        (np.arange(n)[:, None] * s + np.arange(k) * d).ravel()
+        for n, s, k, d in zip(dims.output_size, dims.stride, dims.kernel_size, dims.dilation, strict=True)
+    ))  # fmt: skip
+    shape = [n for pair in zip(dims.output_size, dims.kernel_size, strict=True) for n in pair]
+    patches = padded[(slice(None), slice(None), *grid)].reshape(x.shape[0], dims.groups, -1, *shape)
+    filters = w.reshape(dims.groups, -1, w.shape[1], *dims.kernel_size)
+    wanted = np.einsum("ngcxiyjzk,gocijk->ngoxyz", patches, filters).reshape(case.output)
+    result = conv_function(case.spatial)(x, w, **case.geometry, **NAIVE)
+    np.testing.assert_allclose(result, wanted, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory of every kind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _strided(array: Array) -> Array:
+    big = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)
+    view = big[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def _reversed(array: Array) -> Array:
+    back = tuple(slice(None, None, -1) for _ in array.shape)
+    return array[back].copy()[back]
+
+
+def _read_only(array: Array) -> Array:
+    view = array.copy()
+    view.flags.writeable = False
+    return view
+
+
+def _unaligned(array: Array) -> Array:
+    raw = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    raw[...] = array
+    return raw
+
+
+def _odd_record(array: Array) -> Array:
+    records = np.empty(array.shape, [("tag", "u1"), ("value", array.dtype)])
+    records["value"] = array
+    return records["value"]
+
+
+FORMS: dict[str, Callable[[Array], Array]] = {
+    "contiguous": np.ascontiguousarray,
+    "fortran": np.asfortranarray,
+    "channels last": lambda array: np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1),
+    "strided": _strided,
+    "reversed": _reversed,
+    "read-only": _read_only,
+    "unaligned": _unaligned,
+    "fields of records": _odd_record,
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+}
+FORM_CASES = [case for case in CONV_CASES if case.name in ("3x3, stride 2", "groups of two", "depthwise", "1x1")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", FORM_CASES, ids=lambda case: case.name)
+def test_convolution_reads_memory_of_every_kind(case: ConvCase, form: str, conv_row: Row, dtype: Any) -> None:
+    arrays = ConvArrays(*(FORMS[form](array) if array.ndim > 1 else _strided(array) for array in case.arrays(dtype)))
+    before = [array.copy() for array in arrays]
+    assert_results(conv_results(2, arrays, case.geometry, **how(conv_row)), case_oracle(case.name), dtype)
+    for array, copy in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pooling_reads_memory_of_every_kind(form: str, pool_row: Row, dtype: Any) -> None:
+    case = next(case for case in POOL_CASES if case.name == "3x3, stride 2, padding")
+    image = case.image(dtype)
+    answer = pool_results(2, image, case.window, **NAIVE)
+    results = pool_results(2, FORMS[form](image), case.window, **how(pool_row))
+    for result, wanted in zip(results, answer, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2, 3), (0, 1, 2, 3)])
+def test_convolution_of_broadcast_arrays(axes: tuple[int, ...], conv_row: Row, dtype: Any) -> None:
+    case = next(case for case in CONV_CASES if case.name == "3x3, stride 2")
+
+    def spread(array: Array) -> Array:
+        return np.broadcast_to(array[tuple(slice(0, 1) if i in axes else slice(None) for i in range(4))], array.shape)
+
+    x, w, b, g = (np.rint(4 * array) for array in case.arrays(dtype))  # integers: every order of summation is exact
+    arrays = ConvArrays(spread(x), spread(w), np.broadcast_to(b[:1], b.shape), spread(g))
+    answer = conv_results(2, ConvArrays(*(array.copy() for array in arrays)), case.geometry, **NAIVE)
+    for result, wanted in zip(conv_results(2, arrays, case.geometry, **how(conv_row)), answer, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_layout_is_only_a_transposition(case: ConvCase, conv_row: Row, dtype: Any) -> None:
+    x, w, b, g = case.arrays(dtype)
+    skip_unless_it_runs(conv_row, case)
+    last, hwio = (0, *range(2, x.ndim), 1), (*range(2, x.ndim), 1, 0)
+    arrays = ConvArrays(x.transpose(last).copy(), w.transpose(hwio).copy(), b, g.transpose(last).copy())
+    y, dx, dw, db = conv_results(case.spatial, arrays, case.geometry, layout="NHWC", **how(conv_row))
+    first, oihw = np.argsort(last), np.argsort(hwio)
+    results = ConvResults(y.transpose(first), dx.transpose(first), dw.transpose(oihw), db)
+    assert_results(results, case_oracle(case.name), dtype)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_a_flipped_kernel_is_a_rotated_one(case: ConvCase, conv_row: Row, dtype: Any) -> None:
+    arrays = case.arrays(dtype)
+    skip_unless_it_runs(conv_row, case)
+    axes = tuple(range(2, arrays.weight.ndim))
+    flipped = arrays._replace(weight=np.flip(arrays.weight, axes).copy())
+    results = conv_results(case.spatial, flipped, case.geometry, flip_kernel=True, **how(conv_row))
+    results = results._replace(grad_weight=np.flip(results.grad_weight, axes))
+    assert_results(results, case_oracle(case.name), dtype)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_relu_is_applied_to_what_would_be_stored(case: ConvCase, conv_row: Row, dtype: Any) -> None:
+    x, w, b, _ = case.arrays(dtype)
+    skip_unless_it_runs(conv_row, case)
+    options = case.geometry | how(conv_row)
+    plain = conv_function(case.spatial)(x, w, b, **options)
+    active = conv_function(case.spatial)(x, w, b, **options, activation="relu")
+    assert plain.size == 0 or plain.size == 1 or plain.min() < 0
+    np.testing.assert_array_equal(active, np.maximum(plain, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output: new, or the caller's
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRITABLE = ("contiguous", "fortran", "strided", "reversed", "channels last", "unaligned")
+
+
+@pytest.mark.parametrize("form", WRITABLE)
+def test_out_of_a_convolution_may_have_any_strides(form: str, conv_row: Row, dtype: Any) -> None:
+    case = next(case for case in CONV_CASES if case.name == "groups of two")
+    x, w, b, g = case.arrays(dtype)
+    outs = [FORMS[form](np.full(shape, np.nan, dtype)) for shape in (case.output, x.shape, w.shape)]
+    options = case.geometry | how(conv_row)
+    returned = (
+        fc.conv2d(x, w, b, **options, out=outs[0]),
+        fc.grad.conv2d_input(x.shape, w, g, **options, out=outs[1]),
+        fc.grad.conv2d_weight(x, w.shape, g, **options, out=outs[2]),
+    )
+    assert all(result is out for result, out in zip(returned, outs, strict=True))
+    assert_results(ConvResults(*outs, g.sum(axis=(0, 2, 3))), case_oracle(case.name), dtype)
+
+
+@pytest.mark.parametrize("form", WRITABLE)
+def test_out_of_a_pooling_may_have_any_strides(form: str, pool_row: Row, dtype: Any) -> None:
+    image = POOL_CASES[2].image(dtype)
+    wanted, winners = fc.max_pool2d(image, 2, return_indices="compact", **NAIVE)
+    pooled = FORMS[form](np.full(wanted.shape, np.nan, dtype))
+    assert fc.max_pool2d(image, 2, out=pooled, **how(pool_row)) is pooled
+    np.testing.assert_array_equal(pooled, wanted)
+    spread = FORMS[form](np.full(image.shape, np.nan, dtype))
+    assert fc.grad.max_pool2d(image.shape, winners, wanted, 2, out=spread, **how(pool_row)) is spread
+    np.testing.assert_array_equal(spread, fc.grad.max_pool2d(image.shape, winners, wanted, 2, **NAIVE))
+
+
+def test_out_of_a_convolution_may_be_its_input(conv_row: Row) -> None:
+    x, w, b, _ = ConvCase("in place", (2, 8, 9, 10), (8, 8, 3, 3), 1, 1).arrays(np.float32)
+    wanted = fc.conv2d(x, w, b, padding=1, **how(conv_row))
+    assert fc.conv2d(x, w, b, padding=1, out=x, **how(conv_row)) is x
+    np.testing.assert_array_equal(x, wanted)
+
+
+def test_out_of_a_pooling_may_be_its_input(pool_row: Row) -> None:
+    image = POOL_CASES[2].image(np.float32)
+    wanted = fc.max_pool2d(image, 3, 1, 1, **how(pool_row))
+    assert fc.max_pool2d(image, 3, 1, 1, out=image, **how(pool_row)) is image
+    np.testing.assert_array_equal(image, wanted)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.input[0]], ids=lambda case: case.name)
+def test_convolution_of_an_image_without_a_batch(case: ConvCase, conv_row: Row) -> None:
+    x, w, b, g = case.arrays(np.float32)
+    skip_unless_it_runs(conv_row, case)
+    options = case.geometry | how(conv_row)
+    forward, input_grad, weight_grad = (conv_function(case.spatial, of) for of in ("", "input", "weight"))
+    np.testing.assert_array_equal(forward(x[0], w, b, **options), forward(x[:1], w, b, **options)[0])
+    np.testing.assert_array_equal(
+        input_grad(x.shape[1:], w, g[0], **options), input_grad((1, *x.shape[1:]), w, g[:1], **options)[0]
+    )
+    np.testing.assert_array_equal(
+        weight_grad(x[0], w.shape, g[0], **options), weight_grad(x[:1], w.shape, g[:1], **options)
+    )
+
+
+@pytest.mark.parametrize("case", POOL_CASES[:-1], ids=lambda case: case.name)
+def test_pooling_of_an_image_without_a_batch(case: PoolCase, pool_row: Row) -> None:
+    image = case.image(np.float32)[:1, :2]
+    alone = pool_results(case.spatial, image[0], case.window, **how(pool_row))
+    for result, wanted in zip(alone, pool_results(case.spatial, image, case.window, **how(pool_row)), strict=True):
+        np.testing.assert_array_equal(result, wanted[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawn cases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def conv_problems(draw: st.DrawFn) -> tuple[ConvCase, dict[str, Any]]:
+    """A convolution of any kind, small enough for the textbook loops, and the layout and direction to ask for."""
+    spatial = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3, 5)))
+    channels, filters = draw(st.integers(1, 12)), draw(st.integers(1, 9 if groups > 1 else 35))
+    largest = (11, 4, 3)[spatial - 1]
+
+    def each(values: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return tuple(draw(values) for _ in range(spatial))
+
+    kernel = each(st.integers(1, largest))
+    stride, dilation = each(st.integers(1, 4)), each(st.integers(1, 3))
+    padding: Any = draw(
+        st.one_of(
+            st.sampled_from(("valid", "same", "same_lower")),
+            st.integers(0, 3),
+            st.tuples(*[st.integers(0, 3)] * spatial),
+            st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * spatial),
+        )
+    )
+    room = st.integers(0, (40, 9, 3)[spatial - 1])
+    size = tuple(d * (k - 1) + 1 + draw(room) for k, d in zip(kernel, dilation, strict=True))
+    case = ConvCase(
+        "drawn",
+        (draw(st.integers(0, 2)), channels * groups, *size),
+        (filters * groups, channels, *kernel),
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    return case, {"flip_kernel": draw(st.booleans())}
+
+
+@given(problem=conv_problems(), form=st.sampled_from(sorted(FORMS)), kind=st.sampled_from((np.float32, np.float64)))
+def test_convolution_of_drawn_cases(problem: tuple[ConvCase, dict[str, Any]], form: str, kind: Any) -> None:
+    case, direction = problem
+    exact = case.arrays(np.float64)
+    answer = oracle(case.spatial, exact, case.geometry | direction)
+    arrays = ConvArrays(*(FORMS[form](array) if array.ndim > 1 else array for array in exact.astype(kind)))
+    for row in conv_rows(case):
+        note(f"{row.engine} {row.algorithm}")
+        assert_results(conv_results(case.spatial, arrays, case.geometry, **direction, **how(row)), answer, kind)
+
+
+@st.composite
+def pool_problems(draw: st.DrawFn) -> PoolCase:
+    """A max pooling of any kind."""
+    spatial = draw(st.integers(1, 3))
+
+    def each(values: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return tuple(draw(values) for _ in range(spatial))
+
+    kernel, stride, dilation = each(st.integers(1, 4)), each(st.integers(1, 4)), each(st.integers(1, 3))
+    covered = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    padding = tuple(draw(st.integers(0, c // 2)) for c in covered)
+    size = tuple(max(1, c - 2 * p) + draw(st.integers(0, 7)) for c, p in zip(covered, padding, strict=True))
+    batch, channels = draw(st.integers(0, 2)), draw(st.integers(1, 9))
+    return PoolCase("drawn", (batch, channels, *size), kernel, stride, padding, dilation, draw(st.booleans()))
+
+
+@given(case=pool_problems(), form=st.sampled_from(sorted(FORMS)), kind=st.sampled_from((np.float32, np.float64)))
+def test_pooling_of_drawn_cases(case: PoolCase, form: str, kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    image = case.image(kind)
+    image[rng.random(image.shape) < 0.1] = -np.inf
+    image[rng.random(image.shape) < 0.1] = np.nan
+    answer = pool_results(case.spatial, image, case.window, **NAIVE)
+    for row in available("max_pool_forward"):
+        note(f"{row.engine} {row.algorithm}")
+        results = pool_results(case.spatial, FORMS[form](image), case.window, **how(row))
+        for result, wanted in zip(results, answer, strict=True):
+            np.testing.assert_array_equal(result, wanted)
+
+
+@given(problem=conv_problems(), extra=st.integers(0, 3), kind=st.sampled_from((np.float32, np.float64)))
+def test_transposed_convolution_of_drawn_cases(problem: tuple[ConvCase, dict[str, Any]], extra: int, kind: Any) -> None:
+    """Against the loops that scatter, run on the dims of the convolution that is transposed."""
+    case, _ = problem
+    dims, spatial = case.dims, case.spatial
+    pads = list(zip(dims.pad_before, dims.pad_after, strict=True))[3 - spatial :]
+    surplus = [  # what floor() dropped is needed to come back to the input's size; more is allowed
+        max((n + sum(p) - d * (k - 1) - 1) % s, min(extra, max(s, d) - 1))
+        for n, p, k, s, d in zip(
+            case.input[2:], pads, case.weight[2:], dims.stride[3 - spatial :], dims.dilation[3 - spatial :], strict=True
+        )
+    ]
+    geometry = {
+        "stride": case.stride,
+        "padding": pads,
+        "output_padding": surplus,
+        "groups": case.groups,
+        "dilation": case.dilation,
+    }
+    arrays = case.arrays(np.float64)
+    x, w = arrays.grad_output, arrays.weight
+    b = np.random.default_rng(2).standard_normal(case.input[1], np.float32).astype(np.float64)
+    function = getattr(fc, f"conv_transpose{spatial}d")
+    exact = function(x, w, b, **geometry, **NAIVE)
+    magnitude = function(np.abs(x), np.abs(w), np.abs(b), **geometry, **NAIVE)
+    for row in conv_rows(case):
+        note(f"{row.engine} {row.algorithm}")
+        result = function(*(a.astype(kind) for a in (x, w, b)), **geometry, **how(row))
+        assert_close(result, exact, magnitude, kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing a row
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_yes_is_chosen() -> None:
+    dims = CONV_CASES[7].dims
+    found = registry.verdicts("conv_forward", dims)
+    assert [verdict.row for verdict in found] == list(ROWS["conv_forward"])
+    assert registry.select("conv_forward", dims) == next(verdict.row for verdict in found if not verdict.reason)
+
+
+def test_a_slower_row_runs_when_named_but_is_not_chosen(conv_row: Row) -> None:
+    for case in CONV_CASES:
+        for op in CONV_OPS:
+            if conv_row.supports(op, case.dims).startswith("slower"):
+                assert registry.select(op, case.dims, **how(conv_row)) == conv_row
+                assert registry.select(op, case.dims) != conv_row

@@ -1,0 +1,249 @@
+"""Settings, environment variables, the choice of an engine, what is printed about it; threads and processes."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import numpy as np
+import pytest
+from cases import output_of, run_python
+
+import fastconv as fc
+from fastconv.registry import ROWS, available
+from fastconv.runtime import ENGINES, isa, why_missing
+
+HERE = [engine for engine in ENGINES if not why_missing(engine)]
+X, W = np.ones((1, 16, 8, 8), np.float32), np.ones((16, 16, 3, 3), np.float32)
+
+
+def chosen(engine: str | None = None) -> str:
+    """The engine that a convolution takes."""
+    verdicts = fc.explain("conv2d", X, W, engine=engine)
+    return next(row.engine for row, reason in verdicts if not reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and their order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_engine_there_is_comes_first() -> None:
+    assert chosen() == HERE[0]
+
+
+def test_an_engine_can_be_forced(engine: str) -> None:
+    assert chosen(engine) == engine
+    with fc.config_context(engine=engine):
+        assert chosen() == engine
+        assert chosen("numpy") == "numpy"  # the argument of the call is stronger
+    assert chosen() == HERE[0]
+
+
+def test_contexts_nest_and_end() -> None:
+    before = fc.get_config()
+    with fc.config_context(num_threads=3) as outer:
+        assert fc.get_num_threads() == outer.num_threads == 3
+        with fc.config_context(engine="numpy", precision="medium") as inner:
+            assert (inner.engine, inner.precision, inner.num_threads) == ("numpy", "medium", 3)
+        assert fc.get_config() == outer
+        with pytest.raises(RuntimeError, match="leaves the context"), fc.config_context(num_threads=1):
+            raise RuntimeError("leaves the context")
+        assert fc.get_config() == outer
+    assert fc.get_config() == before
+
+
+def test_a_context_is_that_of_its_thread() -> None:
+    seen = []
+    with fc.config_context(engine="numpy", num_threads=1):
+        thread = threading.Thread(target=lambda: seen.append(fc.get_config()))
+        thread.start()
+        thread.join()
+    assert seen == [fc.get_config()]
+
+
+def test_the_number_of_threads() -> None:
+    before = fc.get_num_threads()
+    assert before >= 1
+    try:
+        fc.set_num_threads(5)
+        assert fc.get_num_threads() == 5
+        with fc.config_context(num_threads=2):
+            assert fc.get_num_threads() == 2
+        with fc.config_context(precision="high"):
+            assert fc.get_num_threads() == 5
+    finally:
+        fc.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment
+# ---------------------------------------------------------------------------------------------------------------------
+
+CALL = "import numpy as np, fastconv as fc; fc.conv2d(np.ones((1, 1, 4, 4)), np.ones((1, 1, 2, 2)));"
+
+
+def test_the_environment_chooses_the_engine(engine: str) -> None:
+    code = CALL + "print(fc.get_config().engine); fc.explain('conv2d', (1, 16, 8, 8), (16, 16, 3, 3))"
+    lines = output_of(code, FASTCONV_ENGINE=engine).splitlines()
+    assert lines[0] == engine
+    assert next(line for line in lines if line.endswith("chosen")).startswith(engine)
+
+
+def test_the_environment_gives_the_threads_and_a_context_overrides_it() -> None:
+    code = """
+    import fastconv as fc
+    print(fc.get_num_threads())
+    with fc.config_context(num_threads=2):
+        print(fc.get_num_threads())
+    """
+    assert output_of(code, FASTCONV_NUM_THREADS="7").split() == ["7", "2"]
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("FASTCONV_ENGINE", "gpu", "environment variable FASTCONV_ENGINE must be one of 'cython', .* got 'gpu'"),
+        ("FASTCONV_NUM_THREADS", "many", "environment variable FASTCONV_NUM_THREADS must be a positive .* got 'many'"),
+        ("FASTCONV_NUM_THREADS", "0", "environment variable FASTCONV_NUM_THREADS must be from 1 to 1024, got 0"),
+        ("FASTCONV_ISA", "sse9", "environment variable FASTCONV_ISA must be one of scalar, .* got 'sse9'"),
+    ],
+)
+def test_a_wrong_variable_is_an_error_of_the_first_call(variable: str, value: str, message: str) -> None:
+    assert run_python("import fastconv", **{variable: value}).returncode == 0
+    done = run_python(CALL, **{variable: value})
+    assert done.returncode == 1
+    assert re.search(f"ValueError: {message}", done.stderr), done.stderr
+
+
+@pytest.mark.skipif("cython" not in HERE, reason="the native engine is not built here")
+def test_the_instruction_set_can_be_capped() -> None:
+    """Down to plain C, every tier computes the same convolution."""
+    order = ("scalar", "avx2", "avx512", "amx")
+    code = """
+    import numpy as np, fastconv as fc
+    from fastconv.runtime import isa
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 17, 9, 10)).astype("f4"), rng.standard_normal((19, 17, 3, 3)).astype("f4")
+    naive = dict(engine="numpy", algorithm="naive")
+    for algorithm in ("direct", "im2col"):
+        how = dict(engine="cython", algorithm=algorithm)
+        y = fc.conv2d(x, w, padding=1, **how)
+        assert np.allclose(y, fc.conv2d(x, w, padding=1, **naive), atol=1e-4)
+        for a, b in zip(fc.grad.conv2d(x, w, y, padding=1, **how), fc.grad.conv2d(x, w, y, padding=1, **naive)):
+            assert np.allclose(a, b, rtol=1e-4, atol=1e-2)
+    print(isa())
+    """
+    for cap in order[: order.index(isa()) + 1]:
+        assert output_of(code, FASTCONV_ISA=cap).strip() == cap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    fc.show_config()
+    report = capsys.readouterr().out
+    for word in (f"fastconv         {fc.__version__}", f"numpy            {np.__version__}", "cpu ", "threads "):
+        assert word in report
+    for engine in ENGINES:
+        line = next(line for line in report.splitlines() if line.startswith(f"engine {engine}"))
+        assert ("missing: " if why_missing(engine) else "yes") in line
+
+
+@pytest.mark.parametrize(
+    "op, arguments, kernel",
+    [
+        ("conv1d", ((2, 3, 9), (4, 3, 3)), "conv_forward"),
+        ("conv2d", (X, W), "conv_forward"),
+        ("conv3d", ((1, 2, 5, 5, 5), (2, 2, 3, 3, 3)), "conv_forward"),
+        ("conv2d_input", (X.shape, W, (1, 16, 6, 6)), "conv_input_grad"),
+        ("conv2d_weight", (X, W.shape, (1, 16, 6, 6)), "conv_weight_grad"),
+        ("conv_transpose2d", (X, W), "conv_input_grad"),
+        ("max_pool2d", (X, 2), "max_pool_forward"),
+        ("avg_pool2d", (X, 2), "conv_forward"),
+    ],
+)
+def test_explain_prints_every_row_and_its_reason(
+    op: str, arguments: tuple[object, ...], kernel: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fc.explain(op, *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [verdict.row for verdict in found] == list(ROWS[kernel])
+    assert len(lines) == len(found)
+    for line, (row, reason) in zip(lines, found, strict=True):
+        assert line.split()[:2] == [row.engine, row.algorithm]
+        assert (f"no: {reason}" if reason else "yes") in line
+    assert sum(line.endswith("yes, chosen") for line in lines) == 1
+
+
+def test_what_explain_chooses_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen row's kernel, put out of order, is missed."""
+    row = next(row for row, reason in fc.explain("conv2d", X, W, engine="numpy") if not reason)
+    module = __import__(row.load("conv_forward").__module__, fromlist=["conv_forward"])
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("this one")
+
+    monkeypatch.setattr(module, "conv_forward", broken)
+    fc.functional.kernel.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="this one"):
+            fc.conv2d(X, W, engine="numpy")
+    finally:
+        fc.functional.kernel.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads and processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROBLEM = """
+import numpy as np, fastconv as fc
+rng = np.random.default_rng(0)
+x, w = rng.standard_normal((3, 16, 24, 24)).astype("f4"), rng.standard_normal((32, 16, 3, 3)).astype("f4")
+
+def work():
+    y = fc.conv2d(x, w, padding=1)
+    pooled, winners = fc.max_pool2d(x, 2, return_indices="compact")
+    return [y, *fc.grad.conv2d(x, w, y, padding=1), pooled, fc.grad.max_pool2d(x.shape, winners, pooled, 2)]
+
+def same(a, b):
+    return all(p.tobytes() == q.tobytes() for p, q in zip(a, b, strict=True))
+"""
+
+
+def test_eight_threads_at_once(engine: str) -> None:
+    """In a process of its own, for a failure may be a crash."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+alone = work()
+with ThreadPoolExecutor(8) as pool:
+    results = list(pool.map(lambda _: work(), range(48)))
+print(sum(same(alone, result) for result in results))
+"""
+    assert output_of(PROBLEM + code, FASTCONV_ENGINE=engine, FASTCONV_NUM_THREADS="2").split() == ["48"]
+
+
+def test_a_forked_child_works(engine: str) -> None:
+    """After the parent has started its threads, which the child does not inherit."""
+    code = """
+import os, signal
+before = work()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # a child that waits for threads it does not have would wait for ever
+    os._exit(0 if same(before, work()) else 3)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), same(before, work()))
+"""
+    assert output_of(PROBLEM + code, FASTCONV_ENGINE=engine, FASTCONV_NUM_THREADS="2").split() == ["0", "True"]
+
+
+def test_every_row_has_its_kernels() -> None:
+    for op, rows in ROWS.items():
+        for row in rows:
+            if row in available(op):
+                assert callable(row.load(op))
