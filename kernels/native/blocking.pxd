@@ -44,6 +44,13 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept nogil:
+    """Where a run of channels has its bias; no bias stays none."""
+    if bias == NULL:
+        return bias
+    return bias + offset
+
+
 cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options)
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil

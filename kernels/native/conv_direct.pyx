@@ -32,7 +32,7 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_pixels, pack_weights,
+    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_pixels, pack_weights,
     packed_weight_size, panel_vectors, part_cells, pixel_offsets, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
@@ -153,7 +153,7 @@ cdef void _panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssiz
     cdef Py_ssize_t pixels = block.rows * block.columns
     cdef Py_ssize_t first = group * c.filters + panel * c.panel
     cdef const char *weights = plan.weights + (group * packed_weight_size(c) + panel * c.panel * c.reduction) * c.item
-    cdef const char *bias = NULL if plan.bias == NULL else plan.bias + first * c.item
+    cdef const char *bias = bias_at(plan.bias, first * c.item)
     cdef Py_ssize_t block_weights = plan.width * c.taps * width * c.item
     cdef Py_ssize_t p, m, b, stop
     cdef fc_reduction reduction
@@ -237,7 +237,7 @@ cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t *taps = offsets + pixels
     cdef char *accumulators = memory + offset_bytes
     cdef char *part = accumulators + chunk_bytes
-    cdef const char *bias = NULL if plan.bias == NULL else plan.bias + first * c.item
+    cdef const char *bias = bias_at(plan.bias, first * c.item)
     cdef Py_ssize_t p, count
     pixel_offsets(c, &block, CHANNELS, offsets)
     tap_offsets(c, &block, CHANNELS, taps)

@@ -26,11 +26,11 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, ceil_div, make_conv, pack_bias, pack_pixels, pack_weights, packed_weight_size, panel_vectors, store,
+    Block, Conv, View, bias_at, make_conv, pack_bias, pack_pixels, pack_weights, packed_weight_size, panel_vectors, store,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_PANELS, WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, sum_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, sum_chunks,
 )
 
 cdef enum:
@@ -120,7 +120,7 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
         width = panel_vectors(c, panel) * c.kernels.lanes
         store(
             c, &block, first_pixel, pixels, accumulators + panel * panel_bytes, width, filter, 1,
-            min(width, c.filters - panel * c.panel), NULL if plan.bias == NULL else plan.bias + filter * c.item, plan.relu,
+            min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
         )
     return 0
 
@@ -151,39 +151,56 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
 cdef void gather(const Conv *c, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t count,
                  Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil:
     """Gather rows ``first`` to ``first + count`` of the patches of some pixels of a plane: [count][chunk]."""
-    cdef Py_ssize_t run, row, column, end = first_pixel + pixels, r
+    cdef Py_ssize_t run, row, column, end = first_pixel + pixels
     while first_pixel < end:  # run by run along the output rows
         row = first_pixel // block.columns
         column = first_pixel % block.columns
         run = min(end - first_pixel, block.columns - column)
-        for r in range(count):
-            gather_run(c, block, group, first + r, row, column, run, out + r * c.chunk * c.item)
+        gather_run(c, block, group, first, count, row, column, run, out)
         out += run * c.item
         first_pixel += run
 
 
-cdef void gather_run(const Conv *c, const Block *block, Py_ssize_t group, Py_ssize_t r, Py_ssize_t row, Py_ssize_t column,
-                     Py_ssize_t run, char *out) noexcept nogil:
-    """Gather what one (channel, tap) shows to a run of pixels, zeros in the padding."""
+cdef void gather_run(const Conv *c, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t count,
+                     Py_ssize_t row, Py_ssize_t column, Py_ssize_t run, char *out) noexcept nogil:
+    """Gather what (channel, tap) number ``first`` and the following show to a run of pixels, zeros in the padding."""
     cdef const View *x = &c.x
-    cdef Py_ssize_t channel = group * c.channels + r // c.taps, tap = r % c.taps, step = c.stride[2]
-    cdef Py_ssize_t z = block.depth * c.stride[0] - c.pad[0] + tap // (c.kernel[1] * c.kernel[2]) * c.dilation[0]
-    cdef Py_ssize_t y = row * c.stride[1] - c.pad[1] + tap // c.kernel[2] % c.kernel[1] * c.dilation[1]
-    cdef Py_ssize_t left = column * step - c.pad[2] + tap % c.kernel[2] * c.dilation[2]
-    cdef Py_ssize_t start = 0 if left >= 0 else min((-left + step - 1) // step, run)
-    cdef Py_ssize_t stop = 0 if left >= x.size[4] else min((x.size[4] - 1 - left) // step + 1, run)
-    if z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3] or stop <= start:
-        memset(out, 0, <size_t>(run * c.item))
-        return
-    memset(out, 0, <size_t>(start * c.item))
-    memset(out + stop * c.item, 0, <size_t>((run - stop) * c.item))
-    c.kernels.transpose(
-        x.data + (
-            block.image * x.stride[0] + channel * x.stride[1] + z * x.stride[2] + y * x.stride[3]
-            + (left + start * step) * x.stride[4]
-        ) * c.item,
-        step * x.stride[4], 0, stop - start, 1, out + start * c.item, 0,
-    )
+    cdef Py_ssize_t step = c.stride[2], r, z, y, left, start, stop
+    cdef Py_ssize_t channel = group * c.channels + first // c.taps
+    cdef Py_ssize_t d = first % c.taps // (c.kernel[1] * c.kernel[2])
+    cdef Py_ssize_t h = first // c.kernel[2] % c.kernel[1]
+    cdef Py_ssize_t w = first % c.kernel[2]
+    cdef const char *image = x.data + block.image * x.stride[0] * c.item
+    for r in range(count):
+        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
+        y = row * c.stride[1] - c.pad[1] + h * c.dilation[1]
+        left = column * step - c.pad[2] + w * c.dilation[2]
+        start = stop = 0  # the pixels of the run that see a cell inside the image
+        if 0 <= z < x.size[2] and 0 <= y < x.size[3] and left < x.size[4]:
+            start = 0 if left >= 0 else min((step - 1 - left) // step, run)
+            stop = max(start, run if left + (run - 1) * step < x.size[4] else (x.size[4] - 1 - left) // step + 1)
+        if start > 0:
+            memset(out, 0, <size_t>(start * c.item))
+        if stop > start:
+            c.kernels.transpose(
+                image + (
+                    channel * x.stride[1] + z * x.stride[2] + y * x.stride[3] + (left + start * step) * x.stride[4]
+                ) * c.item,
+                step * x.stride[4], 0, stop - start, 1, out + start * c.item, 0,
+            )
+        if stop < run:
+            memset(out + stop * c.item, 0, <size_t>((run - stop) * c.item))
+        out += c.chunk * c.item
+        w += 1
+        if w == c.kernel[2]:
+            w = 0
+            h += 1
+            if h == c.kernel[1]:
+                h = 0
+                d += 1
+                if d == c.kernel[0]:
+                    d = 0
+                    channel += 1
 
 
 # -------------------------------------------------------------------------------------------- gradient of the weights
