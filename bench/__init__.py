@@ -10,6 +10,6 @@
 ``test_bench``  the pytest-benchmark suite
 ==============  ======================================================================================================
 
-To add a layer: one line in ``layers.LAYERS``. To add a peer: one class in ``peers`` and one line in ``peers.PEERS``. To add a
-column: one line in ``report.COLUMNS``. An algorithm of the registry is measured without touching anything here.
+To add a layer: one line in ``layers.LAYERS``. To add a peer: one class in ``peers`` and one line in ``peers.PEERS``. To
+add a column: one line in ``report.COLUMNS``. An algorithm of the registry is measured without touching anything here.
 """

@@ -60,7 +60,7 @@ class ConvLayer(NamedTuple):
         return self.weight_size[0] // self.groups if self.groups > 1 else 1
 
     def cut(self, batch: int, channels: int, size: Shape) -> ConvLayer:
-        """Return the part of the layer that computes ``channels`` of ``batch`` images, and a block of ``size`` of each."""
+        """Return the part of the layer that computes ``channels`` channels of ``batch`` images, ``size`` of each."""
         groups = channels // self.channel_step if self.groups > 1 else 1
         input_size, padding = _cut_input(self, size)
         return self._replace(
@@ -121,7 +121,7 @@ class PoolLayer(NamedTuple):
         return 1
 
     def cut(self, batch: int, channels: int, size: Shape) -> PoolLayer:
-        """Return the part of the layer that computes ``channels`` of ``batch`` images, and a block of ``size`` of each."""
+        """Return the part of the layer that computes ``channels`` channels of ``batch`` images, ``size`` of each."""
         input_size, padding = _cut_input(self, size)
         return self._replace(input_size=(batch, channels, *input_size), padding=padding)
 
@@ -155,7 +155,7 @@ LAYERS: tuple[Layer, ...] = (
     _conv2d("lenet2", 32, 6, 14, 16, 5, 1, 0, 1),
     _conv2d("cifar", 32, 32, 32, 32, 3, 1, 1, 1),
     _conv2d("digits", 64, 1, 8, 16, 3, 1, 1, 1),
-    # 1-D: first layer of M5 (arXiv 1610.00087), a feature layer of wav2vec 2.0 (2006.11477), a block of a TCN (1803.01271).
+    # 1-D: first layer of M5 (arXiv 1610.00087), a feature layer of wav2vec 2.0 (2006.11477), a TCN block (1803.01271).
     ConvLayer("audio_m5", (4, 1, 16000), (128, 1, 80), stride=4),
     ConvLayer("audio_wav2vec", (1, 512, 1599), (512, 512, 3), stride=2),
     ConvLayer("audio_tcn", (8, 64, 1024), (64, 64, 3), padding=8, dilation=8),

@@ -1,7 +1,7 @@
 """Who else: other libraries, each optional and imported when asked for, on the same arrays in the same process.
 
-Who packs the weights at every call is timed with the packing (PyTorch, like fastconv's functions), who packs them once is
-timed without it (ONNX Runtime). The allocation of the output is timed for all.
+Who packs the weights at every call is timed with the packing (PyTorch, like fastconv's functions), who packs them once
+is timed without it (ONNX Runtime). The allocation of the output is timed for all.
 """
 
 from __future__ import annotations

@@ -126,10 +126,12 @@ def footnotes(groups: Sequence[Sequence[Result]]) -> list[str]:
     """Return what the columns and the marks mean, the marks as far as they occur."""
     results = [result for group in groups for result in group]
     notes = [
-        "x naive, x NumPy: how many times faster (by the minimum) than numpy/naive and numpy/im2col (pooling: numpy/windows).",
-        "x peers: how many times faster than the fastest peer.",
+        "x naive: how many times faster (by the minimum) than numpy/naive.",
+        "x NumPy: how many times faster than numpy/im2col; for pooling, numpy/windows.",
         "error: RMS of the error over RMS of the result, against float64.",
     ]
+    if any(result.peer for result in results):
+        notes.append("x peers: how many times faster than the fastest peer.")
     if any(result.chosen for result in results):
         notes.append("*: what fastconv takes when no algorithm is named.")
     if any(result.timed < 1 for result in results):

@@ -1,7 +1,7 @@
-"""The rows of ``fastconv bench`` as a pytest-benchmark suite: ``pytest bench/``, or ``pytest bench/ -k "vgg3_2 and forward"``.
+"""The rows of ``fastconv bench`` as a pytest-benchmark suite: ``pytest bench/ -k "vgg3_2 and forward"``.
 
-One group for each operation of each layer, one thread, NCHW. Naive is timed on a slice, whose share of the layer is in the
-extra information.
+One group for each operation of each layer, one thread, NCHW. Naive is timed on a slice, whose share of the layer is in
+the extra information.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ class Timing(NamedTuple):
 
 
 def take_turns(calls: Sequence[Callable[[], Any]], repeat: int) -> list[Timing]:
-    """Time each of ``calls`` in turn, ``repeat`` times around; a turn is as many calls as fit into ``TURN``, at least one.
+    """Time each of ``calls`` in turn, ``repeat`` times around.
 
-    The caller has made each call once before, so that nothing is compiled here.
+    A turn is as many calls as fit into ``TURN``, at least one. The caller has made each call once before, so that
+    nothing is compiled here.
     """
     timings = [Timing([]) for _ in calls]
     collecting = gc.isenabled()

@@ -55,8 +55,8 @@ print(json.dumps(rises))
 
 PROBLEMS = {
     "a large plane": ((1, 64, 224, 224), 64, 3, 1),
-    "few channels": ((1, 3, 512, 512), 32, 7, 1),
-    "a batch": ((32, 32, 64, 64), 32, 3, 1),
+    "few channels": ((1, 3, 320, 320), 32, 7, 1),
+    "a batch": ((12, 32, 64, 64), 32, 3, 1),
     "depthwise": ((2, 64, 224, 224), 64, 3, 64),
 }
 

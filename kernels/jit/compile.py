@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 def _folder_stamp() -> str:
     """Return a hash of what compiled code depends on beside the CPU and Numba's version, which Numba itself looks at."""
-    digest = hashlib.sha256(os.environ.get("FASTCONV_ISA", "").encode())
+    digest = hashlib.sha256(f"{__name__} {os.environ.get('FASTCONV_ISA')}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -38,11 +39,23 @@ class _FolderCache(FunctionCache):
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile ``function`` at its first call with each combination of argument types.
+    """Compile a function that other compiled functions call, when one first does.
 
     Float arithmetic is IEEE's (no fastmath); indices are not checked.
     """
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    return _compiled(function, no_cpython_wrapper=True)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function that Python calls, at its first call."""
+    return _compiled(function)
+
+
+def _compiled(function: Callable[..., Any], **options: bool) -> Any:
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
+    template = dispatcher.get_call_template
+    # A literal argument has a type of its own, and would have a version of the function compiled of its own.
+    dispatcher.get_call_template = lambda args, kws: template([types.unliteral(a) for a in args], kws)
     try:
         dispatcher._cache = _FolderCache(function)
     except RuntimeError:

@@ -36,7 +36,7 @@ import numpy as np
 from ..interleave import input_grad
 from . import packing
 from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
-from .compile import jit
+from .compile import jit, kernel
 from .packing import Strided, strided
 from .threads import parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
@@ -81,7 +81,7 @@ def conv_weight_grad(
     )
 
 
-@jit
+@kernel
 def _forward(
     first: int, last: int, splits: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
     plan: Plan, relu: bool, box: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
@@ -126,7 +126,7 @@ def _multiply_chunk(
             )
 
 
-@jit
+@kernel
 def _weight_grad(
     first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
     sums: Sums, box: np.ndarray, pixels: np.ndarray, offsets: np.ndarray,

@@ -29,7 +29,7 @@ import numpy as np
 from ..interleave import input_grad
 from . import packing
 from .blocking import GradTasks, Plan, im2col_plan
-from .compile import jit
+from .compile import jit, kernel
 from .packing import Strided, strided
 from .threads import parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
@@ -71,7 +71,7 @@ def conv_weight_grad(
     weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, options)
 
 
-@jit
+@kernel
 def _forward(
     first: int, last: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
     plan: Plan, relu: bool, patches: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
@@ -109,7 +109,7 @@ def _multiply_chunk(
         multiply(sums, a, rows, count, only_tap, 1, depth, pixels, b, plan.panel)
 
 
-@jit
+@kernel
 def _weight_grad(
     first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
     sums: Sums, patches: np.ndarray, pixels: np.ndarray, offsets: np.ndarray,

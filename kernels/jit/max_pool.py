@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compile import jit
+from .compile import jit, kernel
 from .packing import Strided, fill, strided
 from .threads import parallel, workspace
 from .tile import data, pointer, shift
@@ -85,7 +85,7 @@ def max_pool_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit
+@kernel
 def _forward(
     first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool: Pool,
     best: np.ndarray, winner: np.ndarray,
@@ -206,7 +206,7 @@ def _store(target: Any, step: int, line: Any, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit
+@kernel
 def _backward(
     first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool: Pool, taps: np.ndarray,
     like: np.ndarray, like_winners: np.ndarray,

@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .blocking import Plan
-from .compile import jit
+from .compile import jit, kernel
 from .threads import parallel, workspace
 from .tile import MACHINE, ROW_MULTIPLE, pointer, shift
 
@@ -61,16 +61,17 @@ def transpose(typingctx: Any, target: Any, target_stride: Any, source: Any, sour
             where = builder.gep(base, [builder.mul(step, ir.Constant(step.type, i))])
             return builder.bitcast(where, vector.as_pointer())
 
-        def interleave(a: Any, b: Any, half: int) -> Any:
-            lanes = [lane for i in range(SQUARE // 2) for lane in (half + i, half + i + SQUARE)]
+        def pick(a: Any, b: Any, lanes: list[int]) -> Any:
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes))
 
-        # Each round interleaves row i with row i + SQUARE/2 and so moves one bit of the row number into the column
-        # number; after log2(SQUARE) rounds the two have changed places.
+        # Exchange one bit of the row number with the same bit of the column number, for each bit: of every 2 x 2 blocks
+        # of side ``bit`` the upper right and the lower left change places.
         rows = [builder.load(row(start, stride, i), align=align) for i in range(SQUARE)]
-        for _ in range(SQUARE.bit_length() - 1):
-            pairs = [(rows[i], rows[i + SQUARE // 2]) for i in range(SQUARE // 2)]
-            rows = [interleave(a, b, half) for a, b in pairs for half in (0, SQUARE // 2)]
+        for bit in (1 << b for b in range(SQUARE.bit_length() - 1)):
+            for i in (i for i in range(SQUARE) if not i & bit):
+                above, below = rows[i], rows[i + bit]
+                rows[i] = pick(above, below, [j - bit + SQUARE if j & bit else j for j in range(SQUARE)])
+                rows[i + bit] = pick(above, below, [j + SQUARE if j & bit else j + bit for j in range(SQUARE)])
         for i in range(SQUARE):
             builder.store(rows[i], row(to, to_stride, i), align=align)
         return context.get_dummy_value()
@@ -199,7 +200,7 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
     return np.zeros(channels, dtype) if bias is None else np.array(bias, order="C")
 
 
-@jit
+@kernel
 def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
     """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes stay as they are."""
     (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocking import GradTasks, Plan, grad_tasks
-from .compile import jit
+from .compile import jit, kernel
 from .packing import Strided, filters_of, pack_pixels, strided
 from .threads import parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
@@ -123,7 +123,7 @@ def add_products(
                 )  # fmt: skip
 
 
-@jit
+@kernel
 def _store(first: int, last: int, splits: int, sums: Sums, grad_weight: Strided, grad_bias: np.ndarray, plan: Plan) -> None:
     """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order."""
     lanes, panels, elements = plan.panel.lanes, plan.groups * plan.panels, plan.sum_rows * plan.panel.lanes

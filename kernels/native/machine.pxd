@@ -19,6 +19,11 @@ cdef extern from "ukernels.h" nogil:
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
         void (*max_update)(const void *, Py_ssize_t, Py_ssize_t, void *, int *, int) noexcept nogil
+        void (*winograd_input)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, Py_ssize_t, void *,
+                               Py_ssize_t) noexcept nogil
+        void (*winograd_weight)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
+        void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
 
     ctypedef struct fc_isa:
         const char *name

@@ -153,8 +153,7 @@ def _layer_times(model: Sequential, x: Array, options: dict[str, Any], naive: bo
 
 
 def _seconds(call: Callable[[], Any], repeat: int) -> float:
-    """Return the shortest of several times, after a first call that may compile."""
-    call()
+    """Return the shortest of several times, so that a first one that compiles does not count."""
     return min(timeit.repeat(call, number=1, repeat=repeat))
 
 

@@ -59,7 +59,20 @@ def _im2col(op: str, dims: ConvDims) -> str:
     return ""
 
 
+def _winograd(op: str, dims: ConvDims) -> str:
+    if op == "conv_weight_grad":
+        return "has no gradient of the weights"
+    if dims.kernel_size != (1, 3, 3) or dims.dilation[1:] != (1, 1) or dims.stride[1:] != (1, 1):
+        return "only for 3x3 filters with stride 1 and dilation 1"
+    if op == "conv_input_grad" and dims.stride[0] != 1:
+        return "only for stride 1"
+    if min(dims.group_in_channels, dims.group_out_channels) < 16:
+        return f"slower for few channels ({dims.group_in_channels} to {dims.group_out_channels} in a group)"
+    return ""
+
+
 CONVOLUTIONS = (
+    Row("winograd", "cython", _winograd),
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("direct", "numba", _direct),

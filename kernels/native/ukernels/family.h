@@ -207,6 +207,92 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
     }
 }
 
+/* -------------------------------------------------------------------------------------------- Winograd F(2x2, 3x3) */
+
+/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once. */
+static void FC(winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
+                               ptrdiff_t block, void *out, ptrdiff_t point_stride)
+{
+    for (ptrdiff_t p = 0; p < n_tiles; p++)
+        for (ptrdiff_t i = 0; i < block; i += LANES) {
+            const T *d = (const T *)image + tiles[p] + i;
+            T *v = (T *)out + p * block + i;
+            V x[4][4];
+            UNROLL for (int c = 0; c < 4; c++) { /* columns of Bt d */
+                V r0 = *(const V *)(d + c * block), r1 = *(const V *)(d + row_step + c * block);
+                V r2 = *(const V *)(d + 2 * row_step + c * block), r3 = *(const V *)(d + 3 * row_step + c * block);
+                x[0][c] = r0 - r2;
+                x[1][c] = r1 + r2;
+                x[2][c] = r2 - r1;
+                x[3][c] = r1 - r3;
+            }
+            UNROLL for (int r = 0; r < 4; r++) {
+                *(V *)(v + (4 * r + 0) * point_stride) = x[r][0] - x[r][2];
+                *(V *)(v + (4 * r + 1) * point_stride) = x[r][1] + x[r][2];
+                *(V *)(v + (4 * r + 2) * point_stride) = x[r][2] - x[r][1];
+                *(V *)(v + (4 * r + 3) * point_stride) = x[r][1] - x[r][3];
+            }
+        }
+}
+
+static void FC(winograd_weight)(const void *weight, ptrdiff_t channels, ptrdiff_t width, void *out,
+                                ptrdiff_t point_stride)
+{
+    const T half = (T)0.5;
+    for (ptrdiff_t n = 0; n < channels; n++)
+        for (ptrdiff_t i = 0; i < width; i += LANES) {
+            const T *g = (const T *)weight + n * 9 * width + i;
+            T *u = (T *)out + n * width + i;
+            V x[4][3];
+            UNROLL for (int c = 0; c < 3; c++) { /* columns of G g */
+                V r0 = *(const V *)(g + c * width), r1 = *(const V *)(g + (3 + c) * width);
+                V r2 = *(const V *)(g + (6 + c) * width);
+                V even = (r0 + r2) * half, odd = r1 * half;
+                x[0][c] = r0;
+                x[1][c] = even + odd;
+                x[2][c] = even - odd;
+                x[3][c] = r2;
+            }
+            UNROLL for (int r = 0; r < 4; r++) {
+                V even = (x[r][0] + x[r][2]) * half, odd = x[r][1] * half;
+                *(V *)(u + (4 * r + 0) * point_stride) = x[r][0];
+                *(V *)(u + (4 * r + 1) * point_stride) = even + odd;
+                *(V *)(u + (4 * r + 2) * point_stride) = even - odd;
+                *(V *)(u + (4 * r + 3) * point_stride) = x[r][2];
+            }
+        }
+}
+
+static void FC(winograd_output)(const void *products, ptrdiff_t point_stride, ptrdiff_t n_tiles, ptrdiff_t width,
+                                void *out)
+{
+    for (ptrdiff_t p = 0; p < n_tiles; p++)
+        for (ptrdiff_t i = 0; i < width; i += LANES) {
+            const T *m = (const T *)products + p * width + i;
+            T *y = (T *)out + 2 * p * width + i;
+            V x[2][4];
+            UNROLL for (int c = 0; c < 4; c++) { /* columns of At m */
+                V r0 = *(const V *)(m + c * point_stride), r1 = *(const V *)(m + (4 + c) * point_stride);
+                V r2 = *(const V *)(m + (8 + c) * point_stride), r3 = *(const V *)(m + (12 + c) * point_stride);
+                x[0][c] = r0 + r1 + r2;
+                x[1][c] = r1 - r2 - r3;
+            }
+            UNROLL for (int r = 0; r < 2; r++) {
+                *(V *)(y + 2 * r * n_tiles * width) = x[r][0] + x[r][1] + x[r][2];
+                *(V *)(y + (2 * r * n_tiles + 1) * width) = x[r][1] - x[r][2] - x[r][3];
+            }
+        }
+}
+
+static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
+{
+    const T *x = input;
+    int below = 1;
+    for (ptrdiff_t i = 0; i < n; i++)
+        below &= x[i] < (T)limit && x[i] > (T)-limit; /* false for a NaN */
+    return below;
+}
+
 /* ----------------------------------------------------------------------------------------------------- max pooling */
 
 static inline __attribute__((always_inline)) void FC(max_step)(const T *in, ptrdiff_t step, ptrdiff_t n, T *best,
@@ -243,6 +329,10 @@ static const fc_ukernels FC(table) = {
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
     .max_update = FC(max_update),
+    .winograd_input = FC(winograd_input),
+    .winograd_weight = FC(winograd_weight),
+    .winograd_output = FC(winograd_output),
+    .all_below = FC(all_below),
 };
 
 #undef V

@@ -62,6 +62,19 @@ typedef struct {
     /* One cell of n windows at once: where in[i * step] beats best[i], it and `cell` are the new best and winner.
      * A winner of -1 is beaten by everything, a number by a greater one, everything by a NaN. */
     void (*max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell);
+
+    /* Winograd F(2x2, 3x3): a tile of 2x2 outputs sees 4x4 inputs and has 16 points. In all three, points are
+     * `point_stride` apart.
+     * input:  out[point][p][i] of the 4x4 cells at image[tiles[p]], cells `block` and rows `row_step` apart, i < block
+     * weight: [channel][9 taps][width] to out[point][channel][width]
+     * output: products[point][p][i] to out[row of 2][2 p + column of 2][i], i < width; a row has 2 * n_tiles pixels */
+    void (*winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
+                           ptrdiff_t block, void *out, ptrdiff_t point_stride);
+    void (*winograd_weight)(const void *weight, ptrdiff_t channels, ptrdiff_t width, void *out, ptrdiff_t point_stride);
+    void (*winograd_output)(const void *products, ptrdiff_t point_stride, ptrdiff_t n_tiles, ptrdiff_t width, void *out);
+
+    /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
+    int (*all_below)(const void *x, ptrdiff_t n, double limit);
 } fc_ukernels;
 
 /* One instruction set: both tables. */

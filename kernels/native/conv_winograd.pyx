@@ -1,0 +1,253 @@
+"""Winograd's F(2x2, 3x3): 16 multiplications for what a 3x3 filter takes 36 for.
+
+    output tile (2x2) = At [ sum over channels of (G g Gt) * (Bt d B) ] A,     d: 4x4 inputs, g: 3x3 filter
+
+    for image, group, block of tiles, share of the panels:                 in parallel
+        pack the part of the image that the block sees                     as conv_direct does
+        transform it                                                       [point of 16][channel block][tile][width]
+        for some panels of filters:
+            for point: for panel: for tile of rows: brgemm over channels   16 independent matrix products
+            for panel: transform back, store: bias, activation, layout
+
+      inputs of a point          panel                products, [panel][point][tile][filter]
+      +---------------+       +----------+            +----------+
+      |    tiles x    |   x   | channels |     =      |  tiles x |
+      |   channels    |       | x width  |            |  width   |
+      +---------------+       +----------+            +----------+
+
+The error is below that of summing all 9 * C products one after another (docs/performance.md). But sums of inputs can overflow,
+or make a NaN of two infinities, where single products would not: an image that holds such numbers is left to conv_direct.
+
+A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
+"""
+
+cimport numpy as cnp
+from cython.parallel cimport prange
+
+from fastconv.kernels import interleave
+from fastconv.kernels.native.blocking cimport (
+    Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors, store,
+)
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+
+from fastconv.kernels.native import conv_direct
+
+cdef enum:
+    POINTS = 16
+    CHANNELS = 64               # channel block: a row of a tile is four cache lines
+    REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
+    TILES = 64                  # tiles of a block, about; fewer where there are many channels
+    INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
+    PANELS = 4                  # panels that one pass over the transformed inputs multiplies
+
+cdef double LIMIT = 2.0 ** 48   # products of numbers below it can be summed without overflow
+
+
+def conv_forward(input, weight, bias, output, dims, options):
+    """See ``fastconv.kernels``."""
+    cdef Py_ssize_t image
+    refused = _forward(input, weight, bias, output, dims, options)
+    for image in refused:
+        one = slice(image, image + 1)
+        conv_direct.conv_forward(input[one], weight, bias, output[one], dims, options)
+
+
+def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
+    """See ``fastconv.kernels``."""
+    interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+
+
+# What all tasks of one call share.
+ctypedef struct Plan:
+    Conv c
+    Blocks blocks               # rows and columns are even
+    Py_ssize_t width            # channels in a block
+    Py_ssize_t channel_blocks
+    Py_ssize_t shares           # tasks that share the panels of one block
+    Py_ssize_t panel_bytes      # of transformed weights
+    char *weights               # [group][panel][point][channel][filter]
+    const char *bias
+    int relu
+    unsigned char *refused      # images with numbers that are not below LIMIT
+
+
+cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+    """Convolve; return the images that were left out."""
+    cdef Plan plan
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t tasks, task, panels, failures = 0, refused_panels = 0
+    cdef unsigned char[::1] refused
+    make_conv(c, input, weight, output, dims, options)
+    _plan_blocks(&plan)
+    panels = c.groups * c.panels
+    plan.panel_bytes = POINTS * c.channels * c.panel * c.item
+    plan.weights = arena(FC_ARENA_WEIGHTS, panels * (plan.panel_bytes + c.panel * c.item) + 64)
+    if plan.weights == NULL:
+        raise MemoryError("no memory for packed weights")
+    plan.bias = pack_bias(c, bias, plan.weights + panels * plan.panel_bytes)
+    plan.relu = options.activation == "relu"
+    with nogil:
+        for task in prange(panels, num_threads=c.threads, schedule="static"):
+            refused_panels += _transform_panel(&plan, task)
+    if refused_panels or c.batch == 0:
+        return list(range(c.batch))
+    refused = bytearray(c.batch)
+    plan.refused = &refused[0]
+    tasks = c.batch * c.groups * plan.blocks.count
+    plan.shares = max(1, min(ceil_div(c.panels, PANELS), 2 * c.threads // max(tasks, 1)))
+    tasks *= plan.shares
+    with nogil:
+        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
+            failures += _forward_task(&plan, task)
+    if failures:
+        raise MemoryError("no memory for the workspace of a convolution")
+    return [image for image in range(c.batch) if refused[image]]
+
+
+cdef void _plan_blocks(Plan *plan) noexcept nogil:
+    """Choose channel blocks, and blocks of about TILES tiles."""
+    cdef const Conv *c = &plan.c
+    cdef Blocks *blocks = &plan.blocks
+    cdef Py_ssize_t lanes = c.kernels.lanes, tiles, across, down
+    plan.width = min(<Py_ssize_t>CHANNELS, ceil_div(c.channels, lanes) * lanes)
+    plan.channel_blocks = ceil_div(c.channels, plan.width)
+    tiles = INPUT_BYTES // (POINTS * plan.channel_blocks * plan.width * c.item)
+    tiles = max(<Py_ssize_t>c.kernels.tile_rows, min(<Py_ssize_t>TILES, tiles))
+    across = ceil_div(c.out[2], 2)
+    across = ceil_div(across, ceil_div(across, tiles))
+    down = ceil_div(c.out[1], 2)
+    down = ceil_div(down, ceil_div(down, max(1, tiles // across)))
+    blocks.rows = 2 * down
+    blocks.columns = 2 * across
+    blocks.down = ceil_div(c.out[1], blocks.rows)
+    blocks.across = ceil_div(c.out[2], blocks.columns)
+    blocks.count = c.out[0] * blocks.down * blocks.across
+
+
+cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
+    """Pack and transform the weights of one panel; return 1 if they are not below LIMIT (or there is no memory)."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t panel = number % c.panels
+    cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
+    cdef char *packed = arena(FC_ARENA_BLOCK, c.reduction * width * c.item)
+    if packed == NULL:
+        return 1
+    pack_panel(c, number // c.panels, panel, packed)
+    c.kernels.winograd_weight(
+        packed, c.channels, width, plan.weights + number * plan.panel_bytes, c.channels * width
+    )
+    return not c.kernels.all_below(packed, c.reduction * width, LIMIT)
+
+
+cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t share = task % plan.shares
+    cdef Py_ssize_t group = task // plan.shares % c.groups
+    cdef Block block, even
+    locate(c, &plan.blocks, task // (plan.shares * c.groups), &block)
+    even = block  # whole tiles: an odd last row or column is computed, and not stored
+    even.rows += even.rows % 2
+    even.columns += even.columns % 2
+    even.high = even.rows + 2
+    even.wide = even.columns + 2
+
+    cdef Py_ssize_t across = even.columns // 2, tiles = across * even.rows // 2
+    cdef Py_ssize_t cells = even.high * even.wide
+    cdef Py_ssize_t offset_bytes = (tiles + plan.channel_blocks + 8) // 8 * 64
+    cdef Py_ssize_t input_bytes = POINTS * plan.channel_blocks * tiles * plan.width * c.item
+    cdef Py_ssize_t product_bytes = PANELS * POINTS * tiles * c.panel * c.item
+    cdef Py_ssize_t part_bytes = plan.width * cells * c.item
+    cdef Py_ssize_t row_bytes = 4 * across * c.panel * c.item
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + input_bytes + product_bytes + max(part_bytes, row_bytes)
+    )
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
+    cdef Py_ssize_t *taps = offsets + tiles
+    cdef char *inputs = memory + offset_bytes
+    cdef char *products = inputs + input_bytes
+    cdef char *part = products + product_bytes
+    cdef Py_ssize_t b, p, panel
+    for p in range(tiles):
+        offsets[p] = 2 * (p // across * even.wide + p % across) * plan.width
+    for b in range(plan.channel_blocks):
+        pack_image(
+            c, &even, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, part
+        )
+        if not c.kernels.all_below(part, plan.width * cells, LIMIT):
+            plan.refused[block.image] = 1
+            return 0
+        c.kernels.winograd_input(
+            offsets, tiles, part, even.wide * plan.width, plan.width,
+            inputs + b * tiles * plan.width * c.item, plan.channel_blocks * tiles * plan.width,
+        )
+    for p in range(tiles):
+        offsets[p] = p * plan.width
+    for b in range(plan.channel_blocks):
+        taps[b] = b * tiles * plan.width
+    cdef Py_ssize_t first = c.panels * share // plan.shares, end = c.panels * (share + 1) // plan.shares
+    for panel from first <= panel < end by PANELS:
+        _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, products, part)
+    return 0
+
+
+cdef void _panels(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
+                  Py_ssize_t tiles, Py_ssize_t across, const Py_ssize_t *offsets, const Py_ssize_t *taps,
+                  const char *inputs, char *products, char *pixels) noexcept nogil:
+    """Compute and store the filters of some panels for all tiles of a block."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t point, panel
+    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.item
+    for point in range(POINTS):
+        for panel in range(first, end):
+            _multiply(
+                plan, group, panel, point, tiles, offsets, taps, inputs + point * point_bytes,
+                products + ((panel - first) * POINTS + point) * tiles * c.panel * c.item,
+            )
+    for panel in range(first, end):
+        _store_panel(plan, block, group, panel, tiles, across, products + (panel - first) * POINTS * tiles * c.panel * c.item,
+                     pixels)
+
+
+cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t point, Py_ssize_t tiles,
+                    const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *inputs, char *products) noexcept nogil:
+    """Multiply the inputs of one point by one panel's weights."""
+    cdef const Conv *c = &plan.c
+    cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, together = REDUCTION // plan.width, b, m, whole
+    cdef const char *weights = plan.weights + (
+        (group * c.panels + panel) * plan.panel_bytes + point * c.channels * width * c.item
+    )
+    cdef fc_reduction reduction
+    reduction.a_step = 1
+    reduction.b_tap = plan.width * width
+    reduction.b_step = width
+    whole = c.channels // plan.width  # full channel blocks; a last, narrower one is a reduction of its own
+    b = 0
+    while b < plan.channel_blocks:
+        reduction.taps = taps + b
+        reduction.n_taps = min(together, whole - b) if b < whole else 1
+        reduction.depth = plan.width if b < whole else c.channels - whole * plan.width
+        for m from 0 <= m < tiles by tile_rows:
+            c.kernels.brgemm(
+                &reduction, inputs, offsets + m, <int>min(tile_rows, tiles - m),
+                weights + b * plan.width * width * c.item, vectors, products + m * width * c.item, b > 0,
+            )
+        b += reduction.n_taps
+
+
+cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t tiles,
+                       Py_ssize_t across, const char *products, char *pixels) noexcept nogil:
+    """Transform one panel's products back and store them, two output rows at a time."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes, row, r
+    cdef Py_ssize_t first = group * c.filters + panel * c.panel
+    cdef Py_ssize_t filters = min(width, c.filters - panel * c.panel)
+    for row in range(tiles // across):
+        c.kernels.winograd_output(products + row * across * width * c.item, tiles * width, across, width, pixels)
+        for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
+            store(
+                c, block, (2 * row + r) * block.columns, block.columns, pixels + r * 2 * across * width * c.item, width,
+                first, 1, filters, bias_at(plan.bias, first * c.item), plan.relu,
+            )
