@@ -245,7 +245,7 @@ cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, P
     cdef Py_ssize_t first = group * c.filters + panel * c.panel
     cdef Py_ssize_t filters = min(width, c.filters - panel * c.panel)
     for row in range(tiles // across):
-        c.kernels.winograd_output(products + row * across * width * c.item, tiles * width, across, width, pixels)
+        c.kernels.winograd_output(products + row * across * width * c.item, tiles * c.panel, across, width, pixels)
         for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
             store(
                 c, block, (2 * row + r) * block.columns, block.columns, pixels + r * 2 * across * width * c.item, width,
