@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import CONV_CASES, CONV_OPS, rows_of
 from hypothesis import settings
 
 from fastconv.registry import Row, available
@@ -27,6 +28,18 @@ def engine(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=available("conv_forward"), ids=lambda row: f"{row.engine}-{row.algorithm}")
 def conv_row(request: pytest.FixtureRequest) -> Row:
     """Every convolution algorithm of the registry whose engine works here."""
+    row: Row = request.param
+    return row
+
+
+GENERAL = [
+    row for row in available("conv_forward") if all(row in rows_of(case, op) for case in CONV_CASES for op in CONV_OPS)
+]
+
+
+@pytest.fixture(params=GENERAL, ids=lambda row: f"{row.engine}-{row.algorithm}")
+def general_row(request: pytest.FixtureRequest) -> Row:
+    """Every convolution algorithm that can do any convolution and its gradients."""
     row: Row = request.param
     return row
 

@@ -39,7 +39,7 @@ def test_same_gives_n_over_stride_with_no_more_padding_than_needed(n: int, k: in
 
 
 @pytest.mark.parametrize(
-    "padding, before, after",
+    ("padding", "before", "after"),
     [
         (2, (2, 2), (2, 2)),
         ((2,), (2, 2), (2, 2)),
@@ -112,7 +112,9 @@ def test_every_pooling_window_starts_before_the_image_ends(
     assert (count - 1) * stride < n + pad
     if not ceil_mode:
         assert count == floor
-    elif count == floor:  # nothing of the image is left over, or only what a window that starts in the padding would see
+    elif (
+        count == floor
+    ):  # nothing of the image is left over, or only what a window that starts in the padding would see
         assert (floor - 1) * stride + covered >= n + 2 * pad or floor * stride >= n + pad
 
 

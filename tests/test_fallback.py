@@ -48,7 +48,7 @@ def test_everything_runs_on_what_is_left(hidden: tuple[str, ...]) -> None:
         assert chosen.startswith("numpy")
 
 
-@pytest.mark.parametrize("engine, hidden", [("cython", NATIVE), ("numba", NUMBA)])
+@pytest.mark.parametrize(("engine", "hidden"), [("cython", NATIVE), ("numba", NUMBA)])
 def test_an_engine_that_is_missing_cannot_be_asked_for(engine: str, hidden: str) -> None:
     calls = {
         "argument": f"fc.conv2d(x, w, engine={engine!r})",

@@ -30,47 +30,47 @@ def row_of(values: tuple[float, ...], dtype: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_f1_detects_left_edges(conv_row: Row, dtype: Any) -> None:
+def test_f1_detects_left_edges(general_row: Row, dtype: Any) -> None:
     """Y_i = F . (X_{i-1}, X_i), so the zero of the padding goes before."""
-    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F1, dtype), padding="same_lower", **how(conv_row))
+    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F1, dtype), padding="same_lower", **how(general_row))
     assert y[0, 0].tolist() == [0, 1, 0, 0, -1, 1, -1, 0]
     assert y.dtype == dtype
 
 
-def test_f2_detects_isolated_pixels(conv_row: Row, dtype: Any) -> None:
+def test_f2_detects_isolated_pixels(general_row: Row, dtype: Any) -> None:
     """Output pixel i is that where the centre of F2 is aligned with input pixel i."""
-    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F2, dtype), padding="same", **how(conv_row))
+    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F2, dtype), padding="same", **how(general_row))
     assert y[0, 0].tolist() == [-1, 0, -1, 0, -2, 1, -1, 0]
 
 
-def test_a_bias_is_added_to_every_output(conv_row: Row, dtype: Any) -> None:
+def test_a_bias_is_added_to_every_output(general_row: Row, dtype: Any) -> None:
     bias = np.array([0.5], dtype)
-    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F2, dtype), bias, padding="same", **how(conv_row))
+    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F2, dtype), bias, padding="same", **how(general_row))
     assert y[0, 0].tolist() == [-0.5, 0.5, -0.5, 0.5, -1.5, 1.5, -0.5, 0.5]
 
 
-def test_two_filters_make_two_channels(conv_row: Row, dtype: Any) -> None:
+def test_two_filters_make_two_channels(general_row: Row, dtype: Any) -> None:
     """F1 with a zero in front looks at (X_{i-1}, X_i) through a window of three."""
     bank = np.array([[(-1, +1, 0)], [F2]], dtype)
-    y = fc.conv1d(row_of(IMAGE, dtype), bank, padding=1, **how(conv_row))
+    y = fc.conv1d(row_of(IMAGE, dtype), bank, padding=1, **how(general_row))
     assert y[0].tolist() == [[0, 1, 0, 0, -1, 1, -1, 0], [-1, 0, -1, 0, -2, 1, -1, 0]]
 
 
-def test_a_convolution_of_signal_processing_flips_the_filter(conv_row: Row, dtype: Any) -> None:
-    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F1, dtype), padding=1, flip_kernel=True, **how(conv_row))
+def test_a_convolution_of_signal_processing_flips_the_filter(general_row: Row, dtype: Any) -> None:
+    y = fc.conv1d(row_of(IMAGE, dtype), row_of(F1, dtype), padding=1, flip_kernel=True, **how(general_row))
     assert y[0, 0].tolist() == np.convolve(IMAGE, F1).tolist()
 
 
-def test_a_tensor_filter_combines_the_bars_of_a_filter_bank(conv_row: Row, dtype: Any) -> None:
-    """Two 3x3 filters look for three pixels in a row, vertically and horizontally; a third one looks at both channels."""
+def test_a_tensor_filter_combines_the_bars_of_a_filter_bank(general_row: Row, dtype: Any) -> None:
+    """Two 3x3 filters look for three pixels in a row, vertically and horizontally; a third one for both."""
     image = np.zeros((1, 1, 5, 5), dtype)
     image[0, 0, 1:4, 2] = image[0, 0, 2, 1:4] = 1  # a plus sign
     bars = np.zeros((2, 1, 3, 3), dtype)
     bars[0, 0, :, 1] = bars[1, 0, 1, :] = 1
-    found = fc.conv2d(image, bars, padding=1, **how(conv_row))
+    found = fc.conv2d(image, bars, padding=1, **how(general_row))
     assert found.shape == (1, 2, 5, 5)
     assert (found[0, 0, 2, 2], found[0, 1, 2, 2]) == (3, 3)
-    both = fc.conv2d(found, np.ones((1, 2, 1, 1), dtype), **how(conv_row))
+    both = fc.conv2d(found, np.ones((1, 2, 1, 1), dtype), **how(general_row))
     assert both.shape == (1, 1, 5, 5)
     assert np.unravel_index(both.argmax(), both.shape) == (0, 0, 2, 2)
     assert both.max() == 6
@@ -139,13 +139,13 @@ def test_blurring_makes_pooling_less_sensitive_to_a_shift(engine: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, k", [(6, 3), (10, 5), (13, 1), (9, 7)])
+@pytest.mark.parametrize(("n", "k"), [(6, 3), (10, 5), (13, 1), (9, 7)])
 def test_the_weight_update_is_the_product_of_the_three_matrices(
-    conv_row: Row, rng: np.random.Generator, n: int, k: int
+    general_row: Row, rng: np.random.Generator, n: int, k: int
 ) -> None:
     """dloss/dW1 [k x 1] = dZ1/dW1 [k x n] * dA1/dZ1 [n x n] * dloss/dA1 [n x 1]."""
     x, w1, w2, y = rng.standard_normal(n), rng.standard_normal(k), rng.standard_normal(n), rng.standard_normal()
-    z1 = fc.conv1d(row_of(x, np.float64), row_of(w1, np.float64), padding=k // 2, **how(conv_row))
+    z1 = fc.conv1d(row_of(x, np.float64), row_of(w1, np.float64), padding=k // 2, **how(general_row))
     a1 = np.maximum(z1, 0)
     a2 = w2 @ a1[0, 0]
 
@@ -156,12 +156,12 @@ def test_the_weight_update_is_the_product_of_the_three_matrices(
     wanted = dz_dw @ da_dz @ dloss_da
 
     grad_z1 = dloss_da * (z1 > 0)
-    grad_w1 = fc.grad.conv1d_weight(row_of(x, np.float64), (1, 1, k), grad_z1, padding=k // 2, **how(conv_row))
+    grad_w1 = fc.grad.conv1d_weight(row_of(x, np.float64), (1, 1, k), grad_z1, padding=k // 2, **how(general_row))
     np.testing.assert_allclose(grad_w1[0, 0], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_column_10_of_the_matrix_for_k_5() -> None:
-    """"If i = 10 and k = 5, then the elements in column 10 will be X_8, X_9, X_10, X_11, X_12"."""
+    """ "If i = 10 and k = 5, then the elements in column 10 will be X_8, X_9, X_10, X_11, X_12"."""
     x = np.arange(1.0, 16.0)  # X_i = i
     pixel = np.zeros((1, 1, 15))
     pixel[0, 0, 10 - 1] = 1

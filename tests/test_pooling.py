@@ -24,7 +24,7 @@ def signal(*values: float) -> Array:
 
 
 @pytest.mark.parametrize(
-    "values, best, winner",
+    ("values", "best", "winner"),
     [
         ((1, 2, 3), 3, 2),
         ((2, 2, 1), 2, 0),
@@ -89,7 +89,7 @@ def test_an_index_is_an_offset_in_the_plane(case: PoolCase, pool_row: Row) -> No
         np.testing.assert_array_equal(image[n, c].ravel()[indices[n, c]], y[n, c])
 
 
-@pytest.mark.parametrize("kernel, dtype", [((16, 16), np.uint8), ((1, 256), np.uint8), ((17, 16), np.uint16)])
+@pytest.mark.parametrize(("kernel", "dtype"), [((16, 16), np.uint8), ((1, 256), np.uint8), ((17, 16), np.uint16)])
 def test_the_compact_index_is_one_byte_while_that_is_enough(
     pool_row: Row, kernel: tuple[int, int], dtype: type[np.integer]
 ) -> None:
@@ -157,7 +157,7 @@ def average_by_hand(
 
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("ceil_mode", [True, False])
-@pytest.mark.parametrize("k, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2), (5, 4, 2), (1, 3, 0)])
+@pytest.mark.parametrize(("k", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2), (5, 4, 2), (1, 3, 0)])
 def test_average_pooling(
     engine: str, rng: np.random.Generator, k: int, stride: int, padding: int, ceil_mode: bool, include: bool
 ) -> None:
@@ -192,7 +192,9 @@ def test_a_divisor_replaces_the_number_of_cells(engine: str, rng: np.random.Gene
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, taps", [(1, [1]), (2, [1, 1]), (3, [1, 2, 1]), (4, [1, 3, 3, 1]), (5, [1, 4, 6, 4, 1])])
+@pytest.mark.parametrize(
+    ("size", "taps"), [(1, [1]), (2, [1, 1]), (3, [1, 2, 1]), (4, [1, 3, 3, 1]), (5, [1, 4, 6, 4, 1])]
+)
 def test_max_blur_pooling_is_dense_max_then_blur_then_subsampling(
     engine: str, rng: np.random.Generator, size: int, taps: list[int]
 ) -> None:

@@ -101,7 +101,7 @@ def test_the_environment_gives_the_threads_and_a_context_overrides_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "variable, value, message",
+    ("variable", "value", "message"),
     [
         ("FASTCONV_ENGINE", "gpu", "environment variable FASTCONV_ENGINE must be one of 'cython', .* got 'gpu'"),
         ("FASTCONV_NUM_THREADS", "many", "environment variable FASTCONV_NUM_THREADS must be a positive .* got 'many'"),
@@ -154,7 +154,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "op, arguments, kernel",
+    ("op", "arguments", "kernel"),
     [
         ("conv1d", ((2, 3, 9), (4, 3, 3)), "conv_forward"),
         ("conv2d", (X, W), "conv_forward"),

@@ -1,0 +1,12 @@
+"""Engine "numba": the convolutions in Python that Numba compiles, for reading and for machines without a C compiler.
+
+Read them in this order; each file stands on those before it::
+
+    compile.py       jit and kernel: Numba, with a cache that no edit of this folder escapes
+    tile.py          the register tile: C += sum over taps of A * B, where all the arithmetic happens
+    blocking.py      how a convolution is cut into boxes, blocks and panels that fit the caches
+    threads.py       tasks on threads, and each thread's workspace
+    packing.py       between strided arrays and the tile's packed form, and the epilogue
+    weight_grad.py   the half that all gradients of weights share
+    conv_direct.py   conv_im2col.py   max_pool.py: the kernels, see the contract in ``fastconv.kernels``
+"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,7 @@ def _compiled(function: Callable[..., Any], **options: bool) -> Any:
     template = dispatcher.get_call_template
     # A literal argument has a type of its own, and would have a version of the function compiled of its own.
     dispatcher.get_call_template = lambda args, kws: template([types.unliteral(a) for a in args], kws)
-    try:
+    # RuntimeError: no folder to write to (Numba looks beside the file, then in the user's). Compile in every process.
+    with suppress(RuntimeError):
         dispatcher._cache = _FolderCache(function)
-    except RuntimeError:
-        pass  # no folder to write to (Numba looks beside the file, then in the user's): compile in every process
     return dispatcher

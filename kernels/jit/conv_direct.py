@@ -57,7 +57,7 @@ def conv_forward(
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
-            workspace(plan.blocks * plan.box_block, dtype), workspace(CHUNK * plan.panel.lanes, dtype), 
+            workspace("box", plan.blocks * plan.box_block, dtype), workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
             np.zeros(CHUNK + plan.taps, np.int64),
         )  # fmt: skip
 
@@ -88,18 +88,17 @@ def _forward(
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
     rows, taps = data(offsets), shift(data(offsets), CHUNK)
-    packing.tap_offsets(plan, taps)
+    packing.tap_offsets(taps, plan, plan.kernel_size[2] if plan.panel.elementwise else 1)
     source, target = pointer(input.address, box), pointer(output.address, box)
     for task in range(first, last):
         split, group, number = task % splits, task // splits % plan.groups, task // (splits * plan.groups)
         origin, size = packing.box_of(plan, number)
         packing.pack_box(data(box), source, input, plan, origin, size, group, 0, plan.channels)
         pixels = size[0] * size[1] * size[2] * size[3]
-        for pixel in range(0, pixels, CHUNK):
-            count = min(CHUNK, pixels - pixel)
-            for i in range(count):
-                n, d, h, w = packing.position(pixel + i, size)
-                rows[i] = packing.packed_offset(plan, n, d, h, w)
+        chunk = packing.chunk_of(pixels)
+        for pixel in range(0, pixels, chunk):
+            count = min(chunk, pixels - pixel)
+            packing.pixel_offsets(rows, plan, size, pixel, count, 1)
             packing.repeat_last(rows, count)
             for panel in range(plan.panels * split // splits, plan.panels * (split + 1) // splits):
                 filters = packing.filters_of(plan, group, panel)
@@ -113,10 +112,14 @@ def _multiply_chunk(
     sums: np.ndarray, box: np.ndarray, rows: Any, count: int, taps: Any, packed: np.ndarray, number: int, plan: Plan
 ) -> None:
     """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
-    lanes, channels = plan.panel.lanes, plan.reduction // plan.taps
+    lanes = plan.panel.lanes
     panel = shift(data(packed), number * plan.reduction * lanes)
-    for channel in range(0, channels, plan.block):
-        depth = min(plan.block, channels - channel)
+    if plan.panel.elementwise:  # the sums are short: they run along the rows of the filter, and ``taps`` are these rows
+        width = plan.kernel_size[2]
+        multiply(data(sums), data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2], panel, plan.panel)
+        return
+    for channel in range(0, plan.channels, plan.block):
+        depth = min(plan.block, plan.channels - channel)
         cells = shift(data(box), channel // plan.block * plan.box_block)
         most_taps = max(1, BLOCK_BYTES // (depth * lanes * packed.itemsize))
         for tap in range(0, plan.taps, most_taps):
@@ -134,7 +137,7 @@ def _weight_grad(
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and a "tap" is a row of output pixels."""
     rows = data(offsets)
     taps, lines = shift(rows, plan.sum_rows), shift(rows, plan.sum_rows + plan.taps)
-    packing.tap_offsets(plan, taps)
+    packing.tap_offsets(taps, plan, 1)
     image, gradient = pointer(input.address, box), pointer(grad_output.address, box)
     for number in range(first, last):
         task = task_of(number, tasks, plan)
@@ -146,9 +149,7 @@ def _weight_grad(
             packing.pack_box(data(box), image, input, plan, origin, size, task.group, channel0, channel1)
             pack_gradient(pixels, gradient, grad_output, plan, task, sums, origin, size)
             line_count = size[0] * size[1] * size[2]
-            for line in range(line_count):
-                n, d, h, w = packing.position(line * size[3], size)
-                lines[line] = packing.packed_offset(plan, n, d, h, w)
+            packing.pixel_offsets(lines, plan, size, 0, line_count, size[3])
             add_products(
                 sums, box, rows, channel0 * plan.taps, row_count, lines, line_count, size[3], plan.pixel_step[2],
                 pixels, plan, task,

@@ -48,7 +48,7 @@ def conv_forward(
     def work(first: int, last: int) -> None:
         _forward(
             first, last, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
-            workspace(plan.reduction * math.prod(plan.box), dtype), workspace(CHUNK * plan.panel.lanes, dtype),
+            workspace("box", plan.reduction * math.prod(plan.box), dtype), workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
             np.zeros(CHUNK + 1, np.int64),
         )  # fmt: skip
 
@@ -84,8 +84,9 @@ def _forward(
         origin, size = packing.box_of(plan, number)
         packing.pack_patches(data(patches), source, input, plan, origin, size, group * plan.channels)
         pixels = size[0] * size[1] * size[2] * size[3]
-        for pixel in range(0, pixels, CHUNK):
-            count = min(CHUNK, pixels - pixel)
+        chunk = packing.chunk_of(pixels)
+        for pixel in range(0, pixels, chunk):
+            count = min(chunk, pixels - pixel)
             for i in range(count):
                 rows[i] = pixel + i
             packing.repeat_last(rows, count)

@@ -60,7 +60,7 @@ def max_pool_forward(input: np.ndarray, output: np.ndarray, winners: np.ndarray 
 
     def work(first: int, last: int) -> None:
         count = max(pool.lanes, pool.output_size[2])
-        best, winner = workspace(count, output.dtype), workspace(count, to.dtype)
+        best, winner = workspace("best", count, output.dtype), workspace("winner", count, to.dtype)
         _forward(first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner)
 
     parallel(work, dims.batch * pool.lane_parts, options.threads)

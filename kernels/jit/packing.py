@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 
 from .blocking import Plan
 from .compile import jit, kernel
-from .threads import parallel, workspace
-from .tile import MACHINE, ROW_MULTIPLE, pointer, shift
+from .threads import aligned_zeros, parallel
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, pointer, shift
 
 
 class Strided(NamedTuple):
@@ -104,14 +104,17 @@ def copy_row(target: Any, source: Any, count: int) -> None:
 
 @jit
 def _transpose_block(target: Any, to_i: int, source: Any, from_j: int, count_i: int, count_j: int) -> None:
-    """target[i * to_i + j] = source[i + j * from_j]: squares in registers, then the edges."""
-    whole_i, whole_j = count_i // SQUARE * SQUARE, count_j // SQUARE * SQUARE
-    for i in range(0, whole_i, SQUARE):
-        for j in range(0, whole_j, SQUARE):
+    """target[i * to_i + j] = source[i + j * from_j]: squares in registers, the last ones overlapping those before."""
+    if min(count_i, count_j) < SQUARE:
+        for j in range(count_j):
+            for i in range(count_i):
+                target[i * to_i + j] = source[i + j * from_j]
+        return
+    for i_square in range(0, count_i, SQUARE):
+        i = min(i_square, count_i - SQUARE)
+        for j_square in range(0, count_j, SQUARE):
+            j = min(j_square, count_j - SQUARE)
             transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
-    for j in range(count_j):
-        for i in range(whole_i if j < whole_j else 0, count_i):
-            target[i * to_i + j] = source[i + j * from_j]
 
 
 @jit
@@ -151,6 +154,13 @@ def box_of(plan: Plan, number: int) -> tuple[tuple[int, int, int, int], tuple[in
 
 
 @jit
+def chunk_of(pixels: int) -> int:
+    """Return the size of equal chunks: a last one of few pixels would read all weights for them."""
+    tiles, chunks = -(-pixels // ROW_MULTIPLE), -(-pixels // CHUNK)
+    return -(-tiles // chunks) * ROW_MULTIPLE
+
+
+@jit
 def position(pixel: int, size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """Return the (n, d, h, w) of a pixel in a box."""
     w, h, d = pixel % size[3], pixel // size[3] % size[2], pixel // (size[3] * size[2]) % size[1]
@@ -158,21 +168,28 @@ def position(pixel: int, size: tuple[int, int, int, int]) -> tuple[int, int, int
 
 
 @jit
-def packed_offset(plan: Plan, n: int, d: int, h: int, w: int) -> int:
-    """Return where the first tap of an output pixel of a box stands in the packed box, within its first block."""
+def pixel_offsets(offsets: Any, plan: Plan, size: tuple[int, int, int, int], pixel: int, count: int, every: int) -> None:
+    """Store where the first tap of each of ``count`` output pixels, ``every`` so many, stands in the packed box."""
     step_d, step_h, step_w = plan.pixel_step
-    return n * plan.plane + d * step_d + h * step_h + w * step_w
+    n, d, h, w = position(pixel, size)
+    for i in range(count):
+        offsets[i] = n * plan.plane + d * step_d + h * step_h + w * step_w
+        w += every
+        if w == size[3]:
+            w, h = 0, h + 1
+            if h == size[2]:
+                h, d = 0, d + 1
+                if d == size[1]:
+                    d, n = 0, n + 1
 
 
 @jit
-def tap_offsets(plan: Plan, offsets: Any) -> None:
-    """Store how far each tap is from the first in the packed box."""
-    tap = 0
-    for d in range(plan.kernel_size[0]):
-        for h in range(plan.kernel_size[1]):
-            for w in range(plan.kernel_size[2]):
-                offsets[tap] = d * plan.tap_step[0] + h * plan.tap_step[1] + w * plan.tap_step[2]
-                tap += 1
+def tap_offsets(offsets: Any, plan: Plan, every: int) -> None:
+    """Store how far taps are from the first in the packed box: all of them, or ``every`` so many."""
+    _, kh, kw = plan.kernel_size
+    for i, tap in enumerate(range(0, plan.taps, every)):
+        d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
+        offsets[i] = d * plan.tap_step[0] + h * plan.tap_step[1] + w * plan.tap_step[2]
 
 
 @jit
@@ -190,7 +207,7 @@ def repeat_last(rows: Any, count: int) -> None:
 def packed_weight(weight: np.ndarray, plan: Plan, dtype: np.dtype, threads: int) -> np.ndarray:
     """Return the weights in panels."""
     panels = plan.groups * plan.panels
-    packed = workspace(panels * plan.reduction * plan.panel.lanes, dtype)
+    packed = aligned_zeros(panels * plan.reduction * plan.panel.lanes, dtype)
     parallel(lambda first, last: pack_weight(first, last, strided(weight), packed, plan), panels, threads)
     return packed
 
@@ -202,22 +219,38 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 
 @kernel
 def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
-    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes stay as they are."""
+    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes stay zero."""
     (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
     source, target = pointer(weight.address, packed), pointer(packed.ctypes.data, packed)
-    channels = 1 if plan.panel.elementwise else plan.channels
+    channels = plan.reduction // taps
+    # OIHW, rotated or not: the cells of a filter are neighbours, and a panel of them is transposed as a whole.
+    cells_are_neighbours = abs(weight.w) == 1 and weight.h == kw * weight.w and weight.d == kh * kw * weight.w and taps > 1
     for number in range(first, last):
         filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
-        panel = shift(target, number * plan.reduction * lanes)
+        panel, filters = shift(target, number * plan.reduction * lanes), shift(source, filter0 * weight.n)
         for channel0 in range(0, channels, plan.block):
             depth = min(plan.block, channels - channel0)
+            to, start = shift(panel, channel0 * taps * lanes), shift(filters, channel0 * weight.c)
+            if cells_are_neighbours:
+                _pack_by_channel(to, start, weight, depth, taps, filter_step * weight.n, count, lanes)
+                continue
             for tap in range(taps):
-                d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
-                start = filter0 * weight.n + channel0 * weight.c + d * weight.d + h * weight.h + w * weight.w
+                cell = shift(start, tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w)
                 copy_block(
-                    shift(panel, (channel0 * taps + tap * depth) * lanes), lanes, 1,
-                    shift(source, start), weight.c, filter_step * weight.n, depth, count,
-                )  # fmt: skip
+                    shift(to, tap * depth * lanes), lanes, 1, cell, weight.c, filter_step * weight.n, depth, count
+                )
+
+
+@jit
+def _pack_by_channel(
+    target: Any, source: Any, weight: Strided, depth: int, taps: int, filter_stride: int, count: int, lanes: int
+) -> None:
+    """Pack a block whose cells are neighbours in memory, forwards or backwards."""
+    first_tap = 0 if weight.w == 1 else taps - 1
+    for channel in range(depth):
+        to = shift(target, (first_tap * depth + channel) * lanes)
+        start = shift(source, channel * weight.c + first_tap * weight.w)
+        copy_block(to, weight.w * depth * lanes, 1, start, 1, filter_stride, taps, count)
 
 
 @jit
@@ -254,7 +287,7 @@ def _pack_row(target: Any, source: Any, image: Strided, plan: Plan, w0: int, cha
     unit, cells, width = plan.unit[2], plan.packed[2], plan.input_size[2]
     begin = min(cells, max(0, -(w0 // unit)))
     end = max(begin, min(cells, (width - 1 - w0) // unit + 1))
-    fill(target, begin * plan.block)
+    fill(target, (cells if channels < plan.block else begin) * plan.block)
     inside = shift(source, (w0 + begin * unit) * image.w)
     copy_block(shift(target, begin * plan.block), plan.block, 1, inside, unit * image.w, image.c, end - begin, channels)
     fill(shift(target, end * plan.block), (cells - end) * plan.block)
@@ -268,6 +301,8 @@ def pack_pixels(
     """Pack the pixels of a box of the output, one after the other, ``lanes`` filters side by side."""
     filter0, filter_step, count = filters
     lanes, width = plan.panel.lanes, size[3]
+    if count < lanes:
+        fill(panel, size[0] * size[1] * size[2] * width * lanes)
     for row in range(size[0] * size[1] * size[2]):
         n, d, h, _ = position(row * width, size)
         start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + origin[3] * image.w
@@ -282,35 +317,41 @@ def pack_patches(
     patches: Any, source: Any, image: Strided, plan: Plan,
     origin: tuple[int, int, int, int], size: tuple[int, int, int, int], channel0: int,
 ) -> None:  # fmt: skip
-    """Gather the patches of a box of output pixels as a matrix [C * taps][pixels], the panel of im2col's matrix."""
-    width, row = size[3], 0
-    for channel in range(channel0, channel0 + plan.channels):
-        for tap_d in range(plan.kernel_size[0]):
-            for tap_h in range(plan.kernel_size[1]):
-                for tap_w in range(plan.kernel_size[2]):
-                    w0 = origin[3] * plan.stride[2] - plan.pad[2] + tap_w * plan.dilation[2]
-                    for line in range(size[0] * size[1] * size[2]):
-                        n, d, h, _ = position(line * width, size)
-                        d = (origin[1] + d) * plan.stride[0] - plan.pad[0] + tap_d * plan.dilation[0]
-                        h = (origin[2] + h) * plan.stride[1] - plan.pad[1] + tap_h * plan.dilation[1]
-                        target = shift(patches, (row * size[0] * size[1] * size[2] + line) * width)
-                        if 0 <= d < plan.input_size[0] and 0 <= h < plan.input_size[1]:
-                            start = (origin[0] + n) * image.n + channel * image.c + d * image.d + h * image.h
-                            _gather_row(target, shift(source, start), image.w, plan, w0, width)
+    """Gather the patches of a box of output pixels as a matrix [C * taps][pixel], a panel of im2col's matrix."""
+    kd, kh, kw = plan.kernel_size
+    lines, width = size[0] * size[1] * size[2], size[3]
+    for tap_w in range(kw):
+        # The output columns whose cell of this tap is inside: 0 <= w0 + column * stride < input width.
+        w0 = origin[3] * plan.stride[2] - plan.pad[2] + tap_w * plan.dilation[2]
+        begin = min(width, max(0, -(w0 // plan.stride[2])))
+        end = max(begin, min(width, (plan.input_size[2] - 1 - w0) // plan.stride[2] + 1))
+        for line in range(lines):
+            n, line_d, line_h, _ = position(line * width, size)
+            for tap_d in range(kd):
+                d = (origin[1] + line_d) * plan.stride[0] - plan.pad[0] + tap_d * plan.dilation[0]
+                for tap_h in range(kh):
+                    h = (origin[2] + line_h) * plan.stride[1] - plan.pad[1] + tap_h * plan.dilation[1]
+                    inside = 0 <= d < plan.input_size[0] and 0 <= h < plan.input_size[1]
+                    start = (origin[0] + n) * image.n + channel0 * image.c + d * image.d + h * image.h + w0 * image.w
+                    for channel in range(plan.channels):
+                        row = ((channel * kd + tap_d) * kh + tap_h) * kw + tap_w
+                        target = shift(patches, (row * lines + line) * width)
+                        if inside:
+                            cells = shift(source, start + channel * image.c)
+                            _gather(target, cells, plan.stride[2] * image.w, begin, end, width)
                         else:
                             fill(target, width)
-                    row += 1
 
 
 @jit
-def _gather_row(target: Any, source: Any, stride: int, plan: Plan, w0: int, count: int) -> None:
-    """Store what one tap sees along a row of ``count`` output pixels, the first of them at column ``w0``."""
-    step, width = plan.stride[2], plan.input_size[2]
-    begin = min(count, max(0, -(w0 // step)))
-    end = max(begin, min(count, (width - 1 - w0) // step + 1))
+def _gather(target: Any, source: Any, step: int, begin: int, end: int, count: int) -> None:
+    """Store every ``step``-th cell of a row, and zeros before ``begin`` and from ``end`` on."""
     fill(target, begin)
-    inside = shift(source, (w0 + begin * step) * stride)
-    copy_block(shift(target, begin), 0, 1, inside, 0, step * stride, 1, end - begin)
+    if step == 1:
+        copy_row(shift(target, begin), shift(source, begin), end - begin)
+    else:
+        for i in range(begin, end):
+            target[i] = source[i * step]
     fill(shift(target, end), count - end)
 
 
@@ -325,8 +366,11 @@ def start_sums(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, 
     filter0, filter_step, used = filters
     for lane in range(lanes):
         sums[lane] = bias[filter0 + lane * filter_step] if lane < used else 0
-    for row in range(1, count):
-        copy_row(shift(sums, row * lanes), sums, lanes)
+    done = lanes
+    while done < count * lanes:  # a few long copies are faster than many short ones
+        more = min(done, count * lanes - done)
+        copy_row(shift(sums, done), sums, more)
+        done += more
 
 
 @jit
@@ -335,23 +379,31 @@ def store_chunk(
     origin: tuple[int, int, int, int], size: tuple[int, int, int, int], pixel0: int, count: int,
     filters: tuple[int, int, int], relu: bool,
 ) -> None:  # fmt: skip
-    """Store ``count`` rows of sums, the pixels of a box from ``pixel0`` on, through the activation."""
+    """Store ``count`` rows of sums, the pixels of a box from ``pixel0`` on, through the activation.
+
+    ``sums`` has room for another CHUNK of rows, where they are transposed if lanes are no neighbours in the output.
+    """
     filter0, filter_step, used = filters
     lanes = plan.panel.lanes
     if relu:
         for i in range(count * lanes):
-            if sums[i] < 0:  # noqa: PLR1730 - max() would lose a NaN
+            if sums[i] < 0:  # not max(), which would lose a NaN
                 sums[i] = 0
+    lane_stride = filter_step * image.c
+    turned = shift(sums, CHUNK * lanes)
+    if lane_stride != 1:
+        whole = -(-count // SQUARE) * SQUARE
+        _transpose_block(turned, CHUNK, sums, lanes, lanes, whole)
     # Rows of the image that follow each other in memory are stored as one.
     joined = size[3] == plan.output_size[2] and image.h == size[3] * image.w
     pixel = pixel0
     while pixel < pixel0 + count:
         n, d, h, w = position(pixel, size)
         run = min(pixel0 + count - pixel, (size[2] - h if joined else 1) * size[3] - w)
-        start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + (origin[3] + w) * image.w
-        copy_block(
-            shift(target, start + filter0 * image.c), image.w, filter_step * image.c,
-            shift(sums, (pixel - pixel0) * lanes), lanes, 1, run, used,
-        )  # fmt: skip
+        start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h
+        to = shift(target, start + (origin[3] + w) * image.w + filter0 * image.c)
+        if lane_stride == 1:
+            copy_block(to, image.w, 1, shift(sums, (pixel - pixel0) * lanes), lanes, 1, run, used)
+        else:
+            copy_block(to, lane_stride, image.w, shift(turned, pixel - pixel0), CHUNK, 1, used, run)
         pixel += run
-

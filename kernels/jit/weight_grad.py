@@ -17,7 +17,7 @@ import numpy as np
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
 from .packing import Strided, filters_of, pack_pixels, strided
-from .threads import parallel, workspace
+from .threads import aligned_zeros, parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
 
 
@@ -49,14 +49,14 @@ def weight_grad(
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
     tasks = grad_tasks(plan, options.threads)
     sums = Sums(
-        workspace(tasks.splits * panels * plan.sum_rows * lanes, dtype), workspace(tasks.splits * panels * lanes, dtype)
+        aligned_zeros(tasks.splits * panels * plan.sum_rows * lanes, dtype), aligned_zeros(tasks.splits * panels * lanes, dtype)
     )
     bias = np.empty(grad_weight.shape[0], dtype)
 
     def work(first: int, last: int) -> None:
         offsets = np.zeros(plan.sum_rows + plan.taps + math.prod(plan.box[:3]), np.int64)
-        pixels = workspace(plan.panels * math.prod(plan.box) * lanes, dtype)
-        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, workspace(boxes, dtype), pixels, offsets)
+        pixels = workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype)
+        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, workspace("box", boxes, dtype), pixels, offsets)
 
     def store(first: int, last: int) -> None:
         _store(first, last, tasks.splits, sums, strided(grad_weight), bias, plan)

@@ -20,7 +20,7 @@ from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogu
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
-    SERIAL_FLOPS = 500_000      # less than this is not worth waking a thread
+    SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
 
 cdef void make_view(View *view, cnp.ndarray array):

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", required=True)
 
-    demo = commands.add_parser("demo", allow_abbrev=False, help="train a network on handwritten digits, time its layers")
+    demo = commands.add_parser("demo", allow_abbrev=False, help="train a network on digits and time its layers")
     demo.add_argument("--epochs", type=_positive, default=15, help="times through the digits (default: %(default)s)")
     demo.add_argument("--engine", choices=ENGINES, help="engine to train on (default: the fastest there is)")
     demo.add_argument("--threads", type=_positive, help="largest number of threads (default: what the machine has)")
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.run)
 
-    info = commands.add_parser("info", allow_abbrev=False, help="show versions, engines, CPU, instruction sets, threads")
+    info = commands.add_parser("info", allow_abbrev=False, help="show versions, engines, CPU and threads")
     info.set_defaults(run=_info)
     return parser
 

@@ -1,7 +1,7 @@
 """``fastconv demo``: a convolutional network learns real handwritten digits, and each of its layers is timed.
 
-The network is the typical one of section 9.3 of the lecture notes; the digits are the 1797 of 8x8 pixels that scikit-learn
-bundles (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1998). Nothing is downloaded.
+The network is the typical one of section 9.3 of the lecture notes; the digits are the 1797 of 8x8 pixels that
+scikit-learn bundles (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1998). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _with_progress(items: Iterable[Any], progress: bool) -> Iterable[Any]:
         return items
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    return tqdm(list(items), desc="timing the layers", unit="engine")
+    bar: Iterable[Any] = tqdm(list(items), desc="timing the layers", unit="engine")
+    return bar
 
 
 def table(model: Sequential, times: Times) -> str:

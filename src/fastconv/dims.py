@@ -423,7 +423,8 @@ def pool_dims(
     spatial = len(input_shape) - 2
     batch, channels, *size = input_shape
     kernel = per_dimension(kernel_size, spatial, "kernel_size", 1)
-    strides = kernel if stride is None else per_dimension(stride, spatial, "stride", 1)
+    unset = stride is None or (isinstance(stride, (list, tuple)) and not stride)  # PyTorch's functions take () for None
+    strides = kernel if unset else per_dimension(stride, spatial, "stride", 1)
     pads = per_dimension(padding, spatial, "padding", 0)
     dilations = per_dimension(dilation, spatial, "dilation", 1)
     if not isinstance(ceil_mode, bool):

@@ -674,7 +674,10 @@ def ones_filter(dims: PoolDims, dtype: np.dtype[Any]) -> Array:
 def window_counts(dims: PoolDims, count_include_pad: bool, divisor_override: int | None) -> Array:
     """Return what an average divides by, (OD, OH, OW) or broadcastable to it, as float64."""
     if divisor_override is not None:
-        return np.full((1, 1, 1), float(integer(divisor_override, "divisor_override", 1)))
+        divisor = integer(divisor_override, "divisor_override", -(2**31))
+        if divisor == 0:
+            raise ValueError("divisor_override must not be 0, got 0")
+        return np.full((1, 1, 1), float(divisor))
     counts = np.ones((1, 1, 1))
     for axis in range(3):
         n, pad = dims.input_size[axis], dims.pad_before[axis]

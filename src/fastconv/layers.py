@@ -19,7 +19,8 @@ The data's way through a layer, and back::
                      v
                    grads, by the names of params
 
-To add a layer: one class here. Give its arrays to ``Layer.__init__``, and write ``forward``, ``backward`` and ``output_shape``.
+To add a layer: one class here. Give its arrays to ``Layer.__init__``; write ``forward``, ``backward`` and
+``output_shape``.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "AvgPool2d", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Flatten", "Layer", "Linear", "MaxBlurPool2d", "MaxPool1d",
-    "MaxPool2d", "MaxPool3d", "ReLU", "Sequential", "Softmax",
+    "AvgPool2d", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Flatten", "Layer", "Linear", "MaxBlurPool2d",
+    "MaxPool1d", "MaxPool2d", "MaxPool3d", "ReLU", "Sequential", "Softmax",
 ]  # fmt: skip
 
 Seed = int | np.random.Generator | None
@@ -53,7 +54,7 @@ _ANY_SIZE = 2**31 - 1  # larger than any window: for checking a layer's argument
 
 
 class Params(dict[str, Array]):
-    """The parameters of a layer by name; assigning to a name copies into its array, so that a captured one stays live."""
+    """The parameters of a layer by name; assigning copies into the array, so that a captured one stays the live one."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self:
@@ -120,7 +121,7 @@ class Layer:
         return self.forward(input)
 
     def train(self) -> Self:
-        """Switch to training mode: ``forward`` keeps what ``backward`` needs and ``params`` can be written. Return self."""
+        """Switch to training mode: ``forward`` keeps what ``backward`` needs, ``params`` are writable. Return self."""
         for param in self.params.values():
             param.setflags(write=True)
         self.training = True
@@ -243,7 +244,7 @@ def _uniform(
 
 
 class _Windowed(Layer):
-    """What convolutions and poolings share: a layout, a geometry (stride and the like), and shapes with or without a batch."""
+    """What convolutions and poolings share: layout, geometry (stride and the like), inputs with or without a batch."""
 
     spatial: ClassVar[int]
 
@@ -433,7 +434,7 @@ class Conv3d(_Conv):
 class ConvTranspose2d(_Filters):
     """Transposed filter bank for images: with a stride, it enlarges them.
 
-    Arguments have PyTorch's names and order, see `fastconv.conv_transpose2d`; layout, rng and dtype are those of `Conv2d`.
+    Arguments have PyTorch's names and order, see `fastconv.conv_transpose2d`; layout, rng and dtype are as in `Conv2d`.
 
     Attributes
     ----------
@@ -467,7 +468,8 @@ class ConvTranspose2d(_Filters):
     ) -> None:
         channels = _grouped_channels(in_channels, out_channels, groups)
         geometry = {
-            "stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups, "dilation": dilation,
+            "stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups,
+            "dilation": dilation,
         }  # fmt: skip
         super().__init__(
             channels, (channels[0], channels[1] // groups), kernel_size, geometry, bias, layout, rng, dtype
@@ -536,7 +538,8 @@ class _MaxPool(_Maximum):
         layout: str = "NCHW",
     ) -> None:
         geometry = {
-            "kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode,
+            "kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation,
+            "ceil_mode": ceil_mode,
         }  # fmt: skip
         super().__init__(layout, geometry)
 
@@ -694,7 +697,7 @@ class ReLU(Layer):
 class Softmax(Layer):
     """exp(x) / sum(exp(x)) along one axis, computed from x - max(x), which does not overflow.
 
-    For training a classifier use `fastconv.losses.cross_entropy` on the input of this layer: it is faster and more exact.
+    To train a classifier use `fastconv.losses.cross_entropy` on the input of this layer: it is faster and more exact.
 
     Parameters
     ----------
@@ -818,7 +821,7 @@ class Sequential(Layer):
     Parameters
     ----------
     *layers : Layer
-        In the order of ``forward``; each may occur only once. ``model[i]`` is a layer, ``model[i:j]`` a Sequential of some.
+        In the order of ``forward``, each only once. ``model[i]`` is a layer, ``model[i:j]`` a Sequential of some.
 
     Attributes
     ----------
@@ -891,7 +894,7 @@ class Sequential(Layer):
         Parameters
         ----------
         input_shape : sequence of int
-            Of an input, as (N, ...); a convolution or pooling as the first layer makes N optional. The table is without N.
+            Of an input, (N, ...); with a convolution or pooling as the first layer N is optional.
 
         Examples
         --------
@@ -942,7 +945,7 @@ def _summary(model: Sequential, input_shape: Shape) -> str:
 
 
 def _fully_connected(layer: Layer, input_shape: Shape, output_shape: Shape) -> int:
-    """Return how many weights a fully connected layer between the same sizes would have, with a bias if ``layer`` has one."""
+    """Return the weights of a fully connected layer between the same sizes, with a bias if ``layer`` has one."""
     inputs, outputs = math.prod(input_shape[1:]), math.prod(output_shape[1:])
     has_bias = any(name.endswith("bias") for name in layer.params)
     return inputs * outputs + (outputs if has_bias else 0)
