@@ -135,7 +135,7 @@ def runs(row: Row, op: str, dims: ConvDims | PoolDims) -> bool:
     return not reason or reason.startswith("slower")
 
 
-def how(row: Row) -> dict[str, str]:
+def how(row: Row) -> dict[str, Any]:
     """The keywords that ask for a row."""
     return {"engine": row.engine, "algorithm": row.algorithm}
 
@@ -146,7 +146,7 @@ def rows_of(case: ConvCase, op: str | None = None) -> list[Row]:
     return [row for row in available("conv_forward") if any(runs(row, name, case.dims) for name in ops)]
 
 
-def for_every_row(cases: list[ConvCase], op: str | None = None, but: Row | None = None) -> Any:
+def for_every_row(cases: list[ConvCase], op: str | None = None, but: Row | None = None) -> pytest.MarkDecorator:
     """Parametrize a test over each case and each row that can compute it."""
     pairs = [(row, case) for case in cases for row in rows_of(case, op) if row != but]
     names = [f"{row.engine}-{row.algorithm}-{case.name}" for row, case in pairs]
@@ -171,7 +171,7 @@ def conv_results(case: ConvCase, arrays: ConvArrays, row: Row = NAIVE_ROW, **key
 
 
 class Answer(NamedTuple):
-    """What a result must be, and how far from it a sum in a given type may end."""
+    """What a result must be, and how far from it a sum in a given type may end; the loops lack nothing."""
 
     exact: ConvResults
     magnitude: ConvResults  #: the same operation on absolute values: what rounding errors are relative to
@@ -189,15 +189,17 @@ def case_oracle(case: ConvCase) -> Answer:
 
 
 def assert_close(actual: Array, exact: Array, magnitude: Array, dtype: Any) -> None:
-    """Each element within 4 eps of the sum of its terms' magnitudes.
+    """Each element within 3 eps of the sum of its terms' magnitudes, the largest such sum of its channel.
 
     The rounding error of a sum of R random terms is of the order of eps * sum |term| at most, whatever R and the order:
-    relative to the result, sqrt(R) * eps. So 4 leaves room for the largest of many elements and for nothing else: one
-    forgotten or doubled term is far outside.
+    relative to the result, sqrt(R) * eps. Algorithms that transform whole tiles share it among neighbours. So 3 leaves
+    room for the largest of many elements and for nothing else: one forgotten or doubled term is far outside.
     """
     assert actual.dtype == dtype
     assert actual.shape == exact.shape
-    excess = np.abs(actual.astype(np.float64) - exact) - 4 * np.finfo(dtype).eps * magnitude
+    if magnitude.ndim > 2:
+        magnitude = magnitude.max(axis=tuple(range(2, magnitude.ndim)), keepdims=True, initial=0)
+    excess = np.abs(actual.astype(np.float64) - exact) - 3 * np.finfo(dtype).eps * magnitude
     if excess.size and not excess.max() <= 0:
         worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
         wrong = f"{np.count_nonzero(~(excess <= 0))} of {excess.size} elements"
@@ -207,7 +209,7 @@ def assert_close(actual: Array, exact: Array, magnitude: Array, dtype: Any) -> N
 def assert_results(actual: ConvResults, answer: Answer, dtype: Any) -> None:
     """Whatever there is of the results is close to the answer."""
     for name, result, exact, magnitude in zip(ConvResults._fields, actual, *answer, strict=True):
-        if result is not None:
+        if result is not None and exact is not None and magnitude is not None:
             try:
                 assert_close(result, exact, magnitude, dtype)
             except AssertionError as error:
@@ -290,21 +292,21 @@ def pool_results(spatial: int, image: Array, window: tuple[Any, ...], **how: Any
     return PoolResults(output, indices, winners, gradient(image.shape, winners, grad_output, *window, **how))
 
 
-def run_python(code: str, *, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, where a warning is an error and a crash is only a return code."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FASTCONV_")}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env=clean | environment,
+        env=clean | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=240,
         check=False,
     )
 
 
 def output_of(code: str, **environment: str) -> str:
     """What a program prints; it must end well."""
-    done = run_python(code, **environment)
+    done = run_python(code, environment)
     assert done.returncode == 0, f"return code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -332,9 +332,12 @@ def test_a_wrong_call_changes_nothing() -> None:
         assert (array == 1).all()
     assert (WINNERS == 0).all()
     out = np.full(Y.shape, 7, np.float32)
-    for keywords in ({"algorithm": "fft"}, {"engine": "cuda"}, {"activation": "tanh"}, {"stride": 2}, {"groups": 2}):
-        with pytest.raises(ValueError):
-            fc.conv2d(X, W, out=out, **keywords)  # type: ignore[arg-type]
+    late: dict[str, Any] = {"algorithm": "fft", "engine": "cuda", "activation": "tanh", "precision": "low"}
+    for argument, value in late.items():
+        with pytest.raises(ValueError, match=argument):
+            fc.conv2d(X, W, out=out, **{argument: value})
+    with pytest.raises(ValueError, match="out must have shape"):
+        fc.conv2d(X, W, stride=2, out=out)
     assert (out == 7).all()
     assert fc.get_config() == fc.get_config()._replace(engine=None, precision="highest")
 

@@ -110,8 +110,8 @@ def test_the_environment_gives_the_threads_and_a_context_overrides_it() -> None:
     ],
 )
 def test_a_wrong_variable_is_an_error_of_the_first_call(variable: str, value: str, message: str) -> None:
-    assert run_python("import fastconv", **{variable: value}).returncode == 0
-    done = run_python(CALL, **{variable: value})
+    assert run_python("import fastconv", {variable: value}).returncode == 0
+    done = run_python(CALL, {variable: value})
     assert done.returncode == 1
     assert re.search(f"ValueError: {message}", done.stderr), done.stderr
 

@@ -64,7 +64,7 @@ def tensor(array: Array | None) -> Any:
 
 def assert_agrees(result: Array, wanted: Any, dtype: str, name: str) -> None:
     expected = wanted.detach().numpy()
-    assert result.dtype == expected.dtype and result.shape == expected.shape, name
+    assert (result.dtype, result.shape) == (expected.dtype, expected.shape), name
     size = max(1.0, float(np.abs(expected).max(initial=0)))
     np.testing.assert_allclose(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size, err_msg=name)
 

@@ -18,7 +18,8 @@ from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, Panel, panel_for
 Triple = tuple[int, int, int]
 
 BOX_BYTES = 1024 * 1024  #: a packed box: about the L2 cache
-IM2COL_PIXELS = 256  #: columns of a panel of patches
+PATCH_BYTES = 2 * 1024 * 1024  #: a panel of patches
+IM2COL_PIXELS = 512  #: most columns of one
 
 
 class Plan(NamedTuple):
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     box_count: int
     plane: int  #: elements of one image and one block in the packed box
     box_block: int  #: elements of one block in the packed box
+    pitch: int  #: im2col: elements between the rows of a matrix with a box's pixels as columns
 
 
 @lru_cache(maxsize=512)
@@ -76,10 +78,18 @@ def weight_grad_plan(dims: Any, itemsize: int) -> Plan:
 
 
 @lru_cache(maxsize=512)
-def im2col_plan(dims: Any, itemsize: int) -> Plan:
-    """Return the cutting for im2col: a box's patches are a matrix [C * taps][pixels], rather than a packed image."""
-    pixels = max(ROW_MULTIPLE, min(IM2COL_PIXELS, BOX_BYTES // (dims.reduction * itemsize)))
-    return _plan(dims, itemsize, 1, most_pixels=pixels, most_columns=pixels, depthwise=False)
+def im2col_plan(dims: Any, itemsize: int, threads: int | None = None) -> Plan:
+    """Return the cutting for im2col: a box's patches are a matrix [C * taps][pixels], rather than a packed image.
+
+    With ``threads`` it is for the forward pass, whose panels are pixels; else the boxes are summed, in panels of filters.
+    """
+    pixels = max(CHUNK, min(IM2COL_PIXELS, PATCH_BYTES // (dims.reduction * itemsize)))
+    if threads is None:
+        pixels = min(pixels, BLOCK_BYTES // (panel_for(dims.group_out_channels, False, itemsize).lanes * itemsize))
+    else:
+        pixels = min(pixels, max(CHUNK, -(-math.prod(dims.output_size) * dims.batch * dims.groups // threads)))
+    plan = _plan(dims, itemsize, 1, most_pixels=pixels, most_columns=pixels, depthwise=False)
+    return plan if threads is None else plan._replace(panel=panel_for(math.prod(plan.box), False, itemsize))
 
 
 class GradTasks(NamedTuple):
@@ -119,12 +129,14 @@ def _plan(
     reduction = taps if panel.elementwise else taps * channels
     box_count = math.prod(-(-n // b) for n, b in zip((dims.batch, *dims.output_size), box, strict=True))
     plane = math.prod(packed) * block
+    line = 64 // itemsize
+    pitch = (-(-math.prod(box) // line) | 1) * line  # an odd number of cache lines, or few cache sets hold all rows
     return Plan(
         dims.batch, groups, dims.in_channels, channels, filters,
         dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation, dims.output_size,
         panel, panels, block, blocks, box, packed, units,
         _times(pixel_cells, steps), _times(tap_cells, steps),
-        taps, reduction, -(-reduction // ROW_MULTIPLE) * ROW_MULTIPLE, box_count, plane, box[0] * plane,
+        taps, reduction, -(-reduction // ROW_MULTIPLE) * ROW_MULTIPLE, box_count, plane, box[0] * plane, pitch,
     )  # fmt: skip
 
 

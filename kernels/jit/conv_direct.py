@@ -38,7 +38,7 @@ from . import packing
 from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
 from .compile import jit, kernel
 from .packing import Strided, strided
-from .threads import parallel, workspace
+from .threads import parallel, workspace, worthwhile
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
 from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
 
@@ -47,37 +47,48 @@ def conv_forward(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> None:
     """Fill ``output``."""
-    dtype = output.dtype
-    plan = forward_plan(dims, dtype.itemsize, options.threads)
-    packed = packing.packed_weight(weight, plan, dtype, options.threads)
+    dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
+    plan = forward_plan(dims, dtype.itemsize, threads)
+    packed = packing.packed_weight(weight, plan, dtype, threads)
     all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
     boxes = plan.box_count * plan.groups
-    splits = min(plan.panels, -(-options.threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
+    splits = min(plan.panels, -(-threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
 
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
-            workspace("box", plan.blocks * plan.box_block, dtype), workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
-            np.zeros(CHUNK + plan.taps, np.int64),
+            workspace("box", plan.blocks * plan.box_block, dtype),
+            workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype), np.zeros(CHUNK + plan.taps, np.int64),
         )  # fmt: skip
 
-    parallel(work, boxes * splits, options.threads)
+    parallel(work, boxes * splits, threads)
 
 
 def conv_input_grad(
-    grad_output: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, grad_input: np.ndarray, dims: Any, options: Any
+    grad_output: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    grad_input: np.ndarray,
+    dims: Any,
+    options: Any,
 ) -> None:
     """Fill ``grad_input``: stride-1 convolutions of ``grad_output``, see ``interleave``."""
     input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
 
 def conv_weight_grad(
-    input: np.ndarray, grad_output: np.ndarray, grad_weight: np.ndarray, grad_bias: np.ndarray | None, dims: Any, options: Any
+    input: np.ndarray,
+    grad_output: np.ndarray,
+    grad_weight: np.ndarray,
+    grad_bias: np.ndarray | None,
+    dims: Any,
+    options: Any,
 ) -> None:
     """Fill ``grad_weight``, and ``grad_bias`` where it is wanted."""
     plan = weight_grad_plan(dims, grad_weight.itemsize)
     weight_grad(
-        _weight_grad, plan.blocks * plan.box_block, input, grad_output, grad_weight, grad_bias, plan, options
+        _weight_grad, plan.blocks * plan.box_block, input, grad_output, grad_weight, grad_bias, plan,
+        worthwhile(options.threads, dims.flops),
     )
 
 
@@ -116,7 +127,10 @@ def _multiply_chunk(
     panel = shift(data(packed), number * plan.reduction * lanes)
     if plan.panel.elementwise:  # the sums are short: they run along the rows of the filter, and ``taps`` are these rows
         width = plan.kernel_size[2]
-        multiply(data(sums), data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2], panel, plan.panel)
+        multiply(
+            data(sums), lanes, data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2],
+            panel, lanes, plan.panel,
+        )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
         depth = min(plan.block, plan.channels - channel)
@@ -125,8 +139,9 @@ def _multiply_chunk(
         for tap in range(0, plan.taps, most_taps):
             b = shift(panel, (channel * plan.taps + tap * depth) * lanes)
             multiply(
-                data(sums), cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1, b, plan.panel
-            )
+                data(sums), lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
+                b, lanes, plan.panel,
+            )  # fmt: skip
 
 
 @kernel

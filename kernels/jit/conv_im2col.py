@@ -21,7 +21,6 @@ short ones. The gradient of the weights is the same product with its reduction o
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,9 @@ from ..interleave import input_grad
 from . import packing
 from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
-from .packing import Strided, strided
-from .threads import parallel, workspace
-from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
+from .packing import Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
+from .threads import parallel, workspace, worthwhile
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, data, multiply, pointer, shift
 from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
 
 
@@ -40,74 +39,123 @@ def conv_forward(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> None:
     """Fill ``output``."""
-    dtype = output.dtype
-    plan = im2col_plan(dims, dtype.itemsize)
-    packed = packing.packed_weight(weight, plan, dtype, options.threads)
-    all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
+    dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
+    plan = im2col_plan(dims, dtype.itemsize, threads)
+    filters = _as_rows(weight)
+    all_bias = contiguous_bias(bias, dims.out_channels, dtype)
+    boxes = plan.box_count * plan.groups
+    splits = min(-(-plan.filters // ROW_MULTIPLE), -(-threads // max(1, boxes)))  # few boxes: filters are shared
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
-            workspace("box", plan.reduction * math.prod(plan.box), dtype), workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
-            np.zeros(CHUNK + 1, np.int64),
+            first, last, splits, strided(input), strided(filters), all_bias, strided(output), plan,
+            options.activation == "relu", workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
+            workspace("sums", CHUNK * plan.pitch + plan.panel.lanes, dtype), np.zeros(CHUNK + plan.channels, np.int64),
         )  # fmt: skip
 
-    parallel(work, plan.box_count * plan.groups, options.threads)
+    parallel(work, boxes * splits, threads)
+
+
+def _as_rows(weight: np.ndarray) -> np.ndarray:
+    """Return the weights as (K, C, 1, 1, taps), the last step one element: a view for OIHW, rotated or not."""
+    filters = weight.reshape(*weight.shape[:2], 1, 1, -1)
+    step = filters.strides[4 if filters.shape[4] > 1 else 1]
+    return filters if abs(step) == filters.itemsize else np.ascontiguousarray(filters)
 
 
 def conv_input_grad(
-    grad_output: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, grad_input: np.ndarray, dims: Any, options: Any
+    grad_output: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    grad_input: np.ndarray,
+    dims: Any,
+    options: Any,
 ) -> None:
     """Fill ``grad_input``: stride-1 convolutions of ``grad_output``, see ``interleave``."""
     input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
 
 def conv_weight_grad(
-    input: np.ndarray, grad_output: np.ndarray, grad_weight: np.ndarray, grad_bias: np.ndarray | None, dims: Any, options: Any
+    input: np.ndarray,
+    grad_output: np.ndarray,
+    grad_weight: np.ndarray,
+    grad_bias: np.ndarray | None,
+    dims: Any,
+    options: Any,
 ) -> None:
     """Fill ``grad_weight``, and ``grad_bias`` where it is wanted."""
     plan = im2col_plan(dims, grad_weight.itemsize)
-    elements = plan.reduction * math.prod(plan.box)
-    weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, options)
+    elements = plan.reduction * plan.pitch
+    weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, worthwhile(options.threads, dims.flops))
 
 
 @kernel
 def _forward(
-    first: int, last: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, bias: np.ndarray, output: Strided,
     plan: Plan, relu: bool, patches: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is one box of one group."""
-    rows, only_tap = data(offsets), shift(data(offsets), CHUNK)
+    """Do the tasks ``first`` to ``last``: a task is a part of the filters for one box of one group."""
+    rows, channels = data(offsets), shift(data(offsets), CHUNK)
+    for channel in range(plan.channels):
+        channels[channel] = channel * weight.c
     source, target = pointer(input.address, patches), pointer(output.address, patches)
+    filters = pointer(weight.address, patches)
     for task in range(first, last):
-        group, number = task % plan.groups, task // plan.groups
+        split, group, number = task % splits, task // splits % plan.groups, task // (splits * plan.groups)
         origin, size = packing.box_of(plan, number)
-        packing.pack_patches(data(patches), source, input, plan, origin, size, group * plan.channels)
+        pack_patches(data(patches), source, input, plan, origin, size, group * plan.channels)
         pixels = size[0] * size[1] * size[2] * size[3]
-        chunk = packing.chunk_of(pixels)
-        for pixel in range(0, pixels, chunk):
-            count = min(chunk, pixels - pixel)
-            for i in range(count):
-                rows[i] = pixel + i
+        end = plan.filters * (split + 1) // splits
+        for chunk in range(plan.filters * split // splits, end, CHUNK):
+            count, filter0 = min(CHUNK, end - chunk), group * plan.filters + chunk
+            for row in range(count):
+                rows[row] = (filter0 + row) * weight.n
+                start_row(shift(data(sums), row * plan.pitch), bias[filter0 + row], pixels)
             packing.repeat_last(rows, count)
-            for panel in range(plan.panels):
-                filters = packing.filters_of(plan, group, panel)
-                packing.start_sums(data(sums), data(bias), filters, count, plan.panel.lanes)
-                weights = shift(data(packed), (group * plan.panels + panel) * plan.reduction * plan.panel.lanes)
-                _multiply_chunk(data(sums), patches, pixels, rows, count, only_tap, weights, plan)
-                packing.store_chunk(target, output, data(sums), plan, origin, size, pixel, count, filters, relu)
+            _multiply_chunk(data(sums), filters, weight, rows, count, channels, patches, pixels, plan)
+            _store(shift(target, filter0 * output.c), output, data(sums), plan, origin, size, count, relu)
 
 
 @jit
 def _multiply_chunk(
-    sums: Any, patches: np.ndarray, pixels: int, rows: Any, count: int, only_tap: Any, weights: Any, plan: Plan
-) -> None:
-    """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
-    most = BLOCK_BYTES // (plan.panel.lanes * patches.itemsize)
-    for row in range(0, plan.reduction, most):
-        depth = min(most, plan.reduction - row)
-        a, b = shift(data(patches), row * pixels), shift(weights, row * plan.panel.lanes)
-        multiply(sums, a, rows, count, only_tap, 1, depth, pixels, b, plan.panel)
+    sums: Any, filters: Any, weight: Strided, rows: Any, count: int, channels: Any,
+    patches: np.ndarray, pixels: int, plan: Plan,
+) -> None:  # fmt: skip
+    """Add the whole reduction to the sums of a chunk of filters and all pixels, block by block of channels."""
+    most = max(1, BLOCK_BYTES // (plan.taps * plan.panel.lanes * patches.itemsize))
+    step = weight.w if plan.taps > 1 else weight.c
+    for channel in range(0, plan.channels, most):
+        part = min(most, plan.channels - channel)
+        # Where channels follow each other as their cells do, the reduction is one run; else one run for each channel.
+        runs, depth = (1, part * plan.taps) if weight.c == plan.taps * step else (part, plan.taps)
+        for pixel in range(0, pixels, plan.panel.lanes):
+            multiply(
+                shift(sums, pixel), plan.pitch, filters, rows, count, shift(channels, channel), runs, depth, step,
+                shift(data(patches), channel * plan.taps * plan.pitch + pixel), plan.pitch, plan.panel,
+            )  # fmt: skip
+
+
+@jit
+def start_row(sums: Any, bias: float, count: int) -> None:
+    """Let a row of sums start at the bias."""
+    for i in range(count):
+        sums[i] = bias
+
+
+@jit
+def _store(
+    target: Any, output: Strided, sums: Any, plan: Plan, origin: tuple[int, int, int, int],
+    size: tuple[int, int, int, int], count: int, relu: bool,
+) -> None:  # fmt: skip
+    """Store the sums of ``count`` filters through the activation."""
+    pixel, pixels = 0, size[0] * size[1] * size[2] * size[3]
+    if relu:
+        for row in range(count):
+            clip_negative(shift(sums, row * plan.pitch), pixels)
+    while pixel < pixels:
+        start, run = run_of(output, plan, origin, size, pixel, pixels)
+        copy_block(shift(target, start), output.c, output.w, shift(sums, pixel), plan.pitch, 1, count, run)
+        pixel += run
 
 
 @kernel
@@ -122,10 +170,10 @@ def _weight_grad(
         task = task_of(number, tasks, plan)
         for box_number in range(task.box0, task.box1):
             origin, size = packing.box_of(plan, box_number)
-            packing.pack_patches(data(patches), image, input, plan, origin, size, task.group * plan.channels)
+            pack_patches(data(patches), image, input, plan, origin, size, task.group * plan.channels)
             pack_gradient(pixels, gradient, grad_output, plan, task, sums, origin, size)
             count = size[0] * size[1] * size[2] * size[3]
             for row in range(plan.reduction):
-                rows[row] = row * count
+                rows[row] = row * plan.pitch
             packing.repeat_last(rows, plan.reduction)
             add_products(sums, patches, rows, 0, plan.reduction, only_line, 1, count, 1, pixels, plan, task)

@@ -14,13 +14,14 @@ win, so that a window of -inf has its first cell inside the input as winner.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .compile import jit, kernel
 from .packing import Strided, fill, strided
-from .threads import parallel, workspace
+from .threads import parallel, workspace, worthwhile
 from .tile import data, pointer, shift
 
 Triple = tuple[int, int, int]
@@ -52,6 +53,10 @@ def _pool(dims: Any, image: np.ndarray) -> Pool:
     )  # fmt: skip
 
 
+def _comparisons(dims: Any) -> int:
+    return int(dims.batch * dims.channels * math.prod(dims.output_size) * dims.taps)
+
+
 def max_pool_forward(input: np.ndarray, output: np.ndarray, winners: np.ndarray | None, dims: Any, options: Any) -> None:
     """Fill ``output``, and ``winners`` where it is wanted."""
     pool = _pool(dims, input)
@@ -63,7 +68,7 @@ def max_pool_forward(input: np.ndarray, output: np.ndarray, winners: np.ndarray 
         best, winner = workspace("best", count, output.dtype), workspace("winner", count, to.dtype)
         _forward(first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner)
 
-    parallel(work, dims.batch * pool.lane_parts, options.threads)
+    parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
 
 
 def max_pool_backward(
@@ -77,7 +82,7 @@ def max_pool_backward(
     def work(first: int, last: int) -> None:
         _backward(first, last, strided(grad_output), strided(winners), strided(grad_input), pool, taps, *types)
 
-    parallel(work, dims.batch * pool.lane_parts, options.threads)
+    parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

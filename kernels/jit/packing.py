@@ -317,7 +317,7 @@ def pack_patches(
     patches: Any, source: Any, image: Strided, plan: Plan,
     origin: tuple[int, int, int, int], size: tuple[int, int, int, int], channel0: int,
 ) -> None:  # fmt: skip
-    """Gather the patches of a box of output pixels as a matrix [C * taps][pixel], a panel of im2col's matrix."""
+    """Gather the patches of a box of output pixels as a matrix [C * taps][pixel], whose rows are ``pitch`` apart."""
     kd, kh, kw = plan.kernel_size
     lines, width = size[0] * size[1] * size[2], size[3]
     for tap_w in range(kw):
@@ -335,7 +335,7 @@ def pack_patches(
                     start = (origin[0] + n) * image.n + channel0 * image.c + d * image.d + h * image.h + w0 * image.w
                     for channel in range(plan.channels):
                         row = ((channel * kd + tap_d) * kh + tap_h) * kw + tap_w
-                        target = shift(patches, (row * lines + line) * width)
+                        target = shift(patches, row * plan.pitch + line * width)
                         if inside:
                             cells = shift(source, start + channel * image.c)
                             _gather(target, cells, plan.stride[2] * image.w, begin, end, width)
@@ -361,16 +361,30 @@ def _gather(target: Any, source: Any, step: int, begin: int, end: int, count: in
 
 
 @jit
+def repeat(sums: Any, first: int, total: int) -> None:
+    """Repeat the first numbers up to a ``total``; a few long copies are faster than many short ones."""
+    done = first
+    while done < total:
+        more = min(done, total - done)
+        copy_row(shift(sums, done), sums, more)
+        done += more
+
+
+@jit
 def start_sums(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, lanes: int) -> None:
     """Let ``count`` rows of sums start at the bias."""
     filter0, filter_step, used = filters
     for lane in range(lanes):
         sums[lane] = bias[filter0 + lane * filter_step] if lane < used else 0
-    done = lanes
-    while done < count * lanes:  # a few long copies are faster than many short ones
-        more = min(done, count * lanes - done)
-        copy_row(shift(sums, done), sums, more)
-        done += more
+    repeat(sums, lanes, count * lanes)
+
+
+@jit
+def clip_negative(sums: Any, count: int) -> None:
+    """Apply the ReLU; a NaN stays, which max() would lose."""
+    for i in range(count):
+        if sums[i] < 0:
+            sums[i] = 0
 
 
 @jit
@@ -386,24 +400,29 @@ def store_chunk(
     filter0, filter_step, used = filters
     lanes = plan.panel.lanes
     if relu:
-        for i in range(count * lanes):
-            if sums[i] < 0:  # not max(), which would lose a NaN
-                sums[i] = 0
+        clip_negative(sums, count * lanes)
     lane_stride = filter_step * image.c
     turned = shift(sums, CHUNK * lanes)
     if lane_stride != 1:
         whole = -(-count // SQUARE) * SQUARE
         _transpose_block(turned, CHUNK, sums, lanes, lanes, whole)
-    # Rows of the image that follow each other in memory are stored as one.
-    joined = size[3] == plan.output_size[2] and image.h == size[3] * image.w
     pixel = pixel0
     while pixel < pixel0 + count:
-        n, d, h, w = position(pixel, size)
-        run = min(pixel0 + count - pixel, (size[2] - h if joined else 1) * size[3] - w)
-        start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h
-        to = shift(target, start + (origin[3] + w) * image.w + filter0 * image.c)
+        start, run = run_of(image, plan, origin, size, pixel, pixel0 + count)
+        to = shift(target, start + filter0 * image.c)
         if lane_stride == 1:
             copy_block(to, image.w, 1, shift(sums, (pixel - pixel0) * lanes), lanes, 1, run, used)
         else:
             copy_block(to, lane_stride, image.w, shift(turned, pixel - pixel0), CHUNK, 1, used, run)
         pixel += run
+
+
+@jit
+def run_of(
+    image: Strided, plan: Plan, origin: tuple[int, int, int, int], size: tuple[int, int, int, int], pixel: int, last: int
+) -> tuple[int, int]:
+    """Return where a pixel of a box is in the output, and how many up to ``last`` follow at equal steps."""
+    n, d, h, w = position(pixel, size)
+    joined = size[3] == plan.output_size[2] and image.h == size[3] * image.w  # rows that follow each other in memory
+    start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + (origin[3] + w) * image.w
+    return start, min(last - pixel, (size[2] - h if joined else 1) * size[3] - w)

@@ -26,6 +26,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+def worthwhile(threads: int, operations: int) -> int:
+    """Return how many threads pay for ``operations``: waking one costs about as much as some 100 000 of them."""
+    return max(1, min(threads, operations // 250_000))
+
+
 def parallel(work: Callable[[int, int], None], tasks: int, threads: int) -> None:
     """Call ``work(first, last)`` on disjoint ranges that cover ``range(tasks)``, on up to ``threads`` threads."""
     parts = max(1, min(tasks, threads))

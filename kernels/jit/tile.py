@@ -76,7 +76,7 @@ def _find_machine() -> Machine:
 
 
 MACHINE = _find_machine()
-CHUNK = 9 * ROW_MULTIPLE  #: rows that are multiplied by a block of B while it is in the L1 cache
+CHUNK = 4 * ROW_MULTIPLE  #: rows that are multiplied by a block of B while it is in the L1 cache
 WIDE_ROWS, NARROW_ROWS = MACHINE.wide.rows, MACHINE.narrow.rows
 BLOCK_BYTES = 20 * 1024  #: such a block of B: it shares 32 KB of L1 with the rows of A
 
@@ -136,20 +136,24 @@ def _make_tile(shape: Shape, elementwise: bool) -> Callable[..., None]:
     """Return the tile of the given shape; see the formula at the head of this file."""
 
     @intrinsic
-    def tile(typingctx: Any, c: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any) -> Any:
+    def tile(
+        typingctx: Any, c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any,
+        b: Any, b_step: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             _emit_tile(context, builder, shape, elementwise, c.dtype, *args)
             return context.get_dummy_value()
 
         offsets = types.CPointer(types.int64)
-        return types.void(c, a, offsets, offsets, types.intp, types.intp, types.intp, b), generate
+        size = types.intp
+        return types.void(c, size, a, offsets, offsets, size, size, size, b, size), generate
 
     return tile
 
 
 def _emit_tile(
     context: Any, builder: ir.IRBuilder, shape: Shape, elementwise: bool, dtype: Any,
-    c: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any,
+    c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any, b_step: Any,
 ) -> None:  # fmt: skip
     """Emit the loops over taps and depth around ``rows * vectors`` multiply-adds."""
     width = MACHINE.vector_bytes * 8 // dtype.bitwidth
@@ -185,11 +189,12 @@ def _emit_tile(
                 for v in columns:
                     builder.store(builder.call(fma, [a_vectors[v], b_vectors[v], builder.load(sums[m][v])]), sums[m][v])
             builder.store(builder.add(here, step), position)
-            builder.store(builder.gep(b_row, [index(shape.vectors * width)]), panel)
+            builder.store(builder.gep(b_row, [b_step]), panel)
 
     for m in tile_rows:
+        c_row = builder.gep(c, [builder.mul(c_step, index(m))])
         for v in columns:
-            target = builder.gep(c, [index((m * shape.vectors + v) * width)])
+            target = builder.gep(c_row, [index(v * width)])
             total = builder.fadd(load(target, index(0)), builder.load(sums[m][v]))
             builder.store(total, builder.bitcast(target, vector.as_pointer()), align=dtype.bitwidth // 8)
 
@@ -202,20 +207,21 @@ _narrow_elementwise = _make_tile(MACHINE.narrow, elementwise=True)
 
 @jit
 def multiply(
-    c: Any, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int, b: Any, panel: Panel
-) -> None:
-    """Add the formula above to ``count`` rows of C (rows, lanes), tile after tile.
+    c: Any, c_step: int, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int,
+    b: Any, b_step: int, panel: Panel,
+) -> None:  # fmt: skip
+    """Add the formula above to ``count`` rows of C, tile after tile; rows of B and C are ``b_step`` and ``c_step`` apart.
 
     The last tile may be taller than what is left: ``rows`` and C go on up to a multiple of ROW_MULTIPLE.
     """
     tile_rows = NARROW_ROWS if panel.narrow else WIDE_ROWS
     for row in range(0, count, tile_rows):
-        c_row, a_rows = shift(c, row * panel.lanes), shift(rows, row)
+        c_row, a_rows = shift(c, row * c_step), shift(rows, row)
         if panel.elementwise and panel.narrow:
-            _narrow_elementwise(c_row, a, a_rows, taps, tap_count, depth, step, b)
+            _narrow_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         elif panel.elementwise:
-            _wide_elementwise(c_row, a, a_rows, taps, tap_count, depth, step, b)
+            _wide_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         elif panel.narrow:
-            _narrow(c_row, a, a_rows, taps, tap_count, depth, step, b)
+            _narrow(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         else:
-            _wide(c_row, a, a_rows, taps, tap_count, depth, step, b)
+            _wide(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)

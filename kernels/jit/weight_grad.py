@@ -43,11 +43,11 @@ class Sums(NamedTuple):
 
 def weight_grad(
     accumulate: Callable[..., None], boxes: int, input: np.ndarray, grad_output: np.ndarray,
-    grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, options: Any,
+    grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, threads: int,
 ) -> None:  # fmt: skip
     """Fill ``grad_weight`` and ``grad_bias``: ``accumulate`` does a range of tasks with ``boxes`` elements of workspace."""
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
-    tasks = grad_tasks(plan, options.threads)
+    tasks = grad_tasks(plan, threads)
     sums = Sums(
         aligned_zeros(tasks.splits * panels * plan.sum_rows * lanes, dtype), aligned_zeros(tasks.splits * panels * lanes, dtype)
     )
@@ -61,8 +61,8 @@ def weight_grad(
     def store(first: int, last: int) -> None:
         _store(first, last, tasks.splits, sums, strided(grad_weight), bias, plan)
 
-    parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, options.threads)
-    parallel(store, panels, options.threads)
+    parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, threads)
+    parallel(store, panels, threads)
     if grad_bias is not None:
         grad_bias[...] = bias
 
@@ -118,8 +118,8 @@ def add_products(
                 place = ((task.split * plan.groups + task.group) * plan.panels + panel) * plan.sum_rows + row0 + row
                 b = shift(data(pixels), (panel * line_count + line) * width * lanes)
                 multiply(
-                    shift(data(sums.weight), place * lanes), data(cells), shift(rows, row), min(CHUNK, row_count - row),
-                    shift(lines, line), some_lines, width, step, b, plan.panel,
+                    shift(data(sums.weight), place * lanes), lanes, data(cells), shift(rows, row),
+                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step, b, lanes, plan.panel,
                 )  # fmt: skip
 
 

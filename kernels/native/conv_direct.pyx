@@ -43,7 +43,7 @@ from fastconv.kernels.native.weight_chunks cimport (
 cdef enum:
     DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
     DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
-    REDUCTION = 288             # channels of a block times taps: 288 x 16 float32 weights are 18 KB of L1
+    REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
     PIXELS = 256                # pixels that one brgemm of the weight gradient reduces over
     CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
 

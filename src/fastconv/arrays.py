@@ -37,9 +37,17 @@ def check_array(array: object, name: str) -> np.ndarray:
         array = array.view(np.ndarray)
     if array.dtype not in DTYPES and array.dtype.newbyteorder("=") not in DTYPES:
         raise TypeError(f"{name} must be float32 or float64, got dtype {array.dtype}")
-    if not array.flags.aligned or not array.dtype.isnative or any(s % array.itemsize for s in array.strides):
+    if not whole_elements(array):
         array = array.astype(array.dtype.newbyteorder("="))  # kernels count in whole, aligned elements
     return array
+
+
+def whole_elements(array: np.ndarray) -> bool:
+    """Whether all elements are aligned, a whole number of elements apart and in native byte order."""
+    flags, size = array.flags, array.itemsize
+    if not flags.aligned or not array.dtype.isnative:
+        return False
+    return flags.c_contiguous or not any(stride % size for stride in array.strides)
 
 
 def check_same_dtype(array: np.ndarray, name: str, other: np.ndarray, other_name: str) -> None:
@@ -127,9 +135,7 @@ def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.n
 
 def storable(out: np.ndarray, *inputs: np.ndarray | None) -> bool:
     """Whether a kernel may write straight into ``out``: aligned, whole elements, no overlap with itself or an input."""
-    if not out.flags.aligned or not out.dtype.isnative or any(s % out.itemsize for s in out.strides):
-        return False
-    if not out.flags.forc and 0 in out.strides and out.size > 1:
+    if not whole_elements(out) or (0 in out.strides and out.size > 1):
         return False
     return not any(a is not None and np.may_share_memory(out, a) for a in inputs)
 

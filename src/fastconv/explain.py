@@ -60,6 +60,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     --------
     >>> import fastconv as fc
     >>> rows = fc.explain("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), padding=1, engine="numpy")
+    cython   winograd no: engine 'numpy' was asked for
     cython   direct   no: engine 'numpy' was asked for
     cython   im2col   no: engine 'numpy' was asked for
     numba    direct   no: engine 'numpy' was asked for

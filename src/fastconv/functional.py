@@ -53,32 +53,31 @@ def kernel(op: str, dims: ConvDims | PoolDims, engine: str | None, algorithm: st
 
 
 def run(
-    op: str,
-    dims: ConvDims | PoolDims,
-    inputs: tuple[Array | None, ...],
-    outputs: tuple[Array | None, ...],
-    how: Options,
-    engine: str | None,
-    algorithm: str | None,
+    op: str, dims: ConvDims | PoolDims, *arrays: Array | None, how: Options, engine: str | None, algorithm: str | None
 ) -> None:
-    """Select and run a kernel; a result array that it can't write straight into is filled by way of a copy."""
-    chosen = kernel(op, dims, engine or get_config().engine, algorithm)
-    direct = tuple(
-        out if out is None or arrays.storable(out, *inputs) else np.empty(out.shape, out.dtype) for out in outputs
-    )
-    chosen(*inputs, *direct, dims, how)
-    for out, filled in zip(outputs, direct, strict=True):
-        if out is not None and filled is not out:
-            out[...] = filled
+    """Select a kernel and run it on (N, C, D, H, W) and (K, C, KD, KH, KW) views, results last."""
+    kernel(op, dims, engine or get_config().engine, algorithm)(*arrays, dims, how)
 
 
-def allocate(out: object, shape: tuple[int, ...], like: Array, batched: bool) -> Array:
-    """Return the array to store a result in: ``out`` itself (checked), or a new one; always with a batch axis."""
+def allocate(out: object, shape: tuple[int, ...], batched: bool, *inputs: Array | None) -> Array:
+    """Return a batched array for a result: ``out`` itself, checked, if a kernel may write into it, or a new one."""
+    like = inputs[0]
+    assert like is not None
+    if out is not None:
+        checked = arrays.check_out(out, shape if batched else shape[1:], like.dtype)
+        if arrays.storable(checked, *inputs):
+            return checked if batched else checked[None]
+    return np.empty(shape, like.dtype)
+
+
+def deliver(result: Array, out: Array | None, batched: bool) -> Array:
+    """Return what ``allocate`` gave as the caller's array: without its batch axis, or by way of a copy to ``out``."""
+    unbatched = result if batched else result[0]
     if out is None:
-        return np.empty(shape, like.dtype)
-    if batched:
-        return arrays.check_out(out, shape, like.dtype)
-    return arrays.check_out(out, shape[1:], like.dtype)[None]
+        return unbatched
+    if not np.may_share_memory(out, result):
+        out[...] = unbatched
+    return out
 
 
 def is_batched(array: Array, spatial: int) -> bool:
@@ -117,9 +116,10 @@ def _conv(
     how = options(activation, precision)
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
-    result = allocate(out, shape, x, batched)
-    run("conv_forward", dims, (x, w, b), (first_image(result, spatial, last),), how, engine, algorithm)
-    return result if batched else result[0]
+    result = allocate(out, shape, batched, x, w, b)
+    target = first_image(result, spatial, last)
+    run("conv_forward", dims, x, w, b, target, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out, batched)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -336,9 +336,10 @@ def _conv_transpose(
     how = options(activation, precision)
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.in_channels, dims.input_size, spatial, last)
-    result = allocate(out, shape, x, batched)
-    run("conv_input_grad", dims, (x, w, b), (first_image(result, spatial, last),), how, engine, algorithm)
-    return result if batched else result[0]
+    result = allocate(out, shape, batched, x, w, b)
+    target = first_image(result, spatial, last)
+    run("conv_input_grad", dims, x, w, b, target, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out, batched)
 
 
 def conv_transpose1d(
@@ -494,17 +495,17 @@ def _max_pool(
     dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), freeze(dilation), ceil_mode)
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
-    result = allocate(out, shape, x, batched)
+    result = allocate(out, shape, batched, x)
     winners = np.empty(shape, arrays.winner_dtype(dims)) if return_indices else None
-    views = (first_image(result, spatial, last), None if winners is None else first_image(winners, spatial, last))
-    run("max_pool_forward", dims, (x,), views, options(), engine, algorithm)
-    pooled = result if batched else result[0]
-    if winners is None:
+    where = None if winners is None else first_image(winners, spatial, last)
+    target = first_image(result, spatial, last)
+    run("max_pool_forward", dims, x, target, where, how=options(), engine=engine, algorithm=algorithm)
+    pooled = deliver(result, out, batched)
+    if winners is None or where is None:
         return pooled
     if return_indices != "compact":  # True, or what equals it, such as numpy.True_
-        winners, compact = np.empty(shape, np.int64), views[1]
-        assert compact is not None
-        first_image(winners, spatial, last)[...] = arrays.winners_to_offsets(compact, dims)
+        winners = np.empty(shape, np.int64)
+        first_image(winners, spatial, last)[...] = arrays.winners_to_offsets(where, dims)
     return pooled, winners if batched else winners[0]
 
 
@@ -708,11 +709,11 @@ def _avg_pool(
     dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), 1, ceil_mode)
     counts = window_counts(dims, count_include_pad, divisor_override)
     batched = is_batched(input, spatial)
-    result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), x, batched)
-    view = first_image(result, spatial, last)
-    run("conv_forward", dims.as_depthwise(), (x, ones_filter(dims, x.dtype), None), (view,), options(), engine, algorithm)
-    view /= counts.astype(x.dtype)
-    return result if batched else result[0]
+    result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), batched, x)
+    target, ones = first_image(result, spatial, last), ones_filter(dims, x.dtype)
+    run("conv_forward", dims.as_depthwise(), x, ones, None, target, how=options(), engine=engine, algorithm=algorithm)
+    target /= counts.astype(x.dtype)
+    return deliver(result, out, batched)
 
 
 def avg_pool1d(
@@ -874,14 +875,15 @@ def _max_blur_pool(
     plan = blur_plan(spatial, x.shape, kernel_size, stride, filter_size, x.dtype)
     batched = is_batched(input, spatial)
     blur = plan.blur
-    result = allocate(out, image_shape(blur.batch, blur.out_channels, blur.output_size, spatial, last), x, batched)
+    result = allocate(out, image_shape(blur.batch, blur.out_channels, blur.output_size, spatial, last), batched, x)
     dense = _max_pool(spatial, input, kernel_size, 1, 0, 1, False, return_indices, layout, None, engine, None)
     maxima = as_image(dense[0] if return_indices else dense, "input", spatial, last)
     for axis, (before, after) in enumerate(plan.borders, start=2):
         if before or after:
             maxima = maxima.take(reflected(maxima.shape[axis], before, after), axis)
-    run("conv_forward", blur, (maxima, plan.weight, None), (first_image(result, spatial, last),), options(), engine, None)
-    blurred = result if batched else result[0]
+    target = first_image(result, spatial, last)
+    run("conv_forward", blur, maxima, plan.weight, None, target, how=options(), engine=engine, algorithm=None)
+    blurred = deliver(result, out, batched)
     return (blurred, dense[1]) if return_indices else blurred
 
 

@@ -19,6 +19,7 @@ from .functional import (
     Ints,
     allocate,
     blur_plan,
+    deliver,
     freeze,
     is_batched,
     ones_filter,
@@ -99,10 +100,10 @@ def _conv_input(
     dims = conv_dims(first, kernel_shape, freeze(stride), freeze(padding), freeze(dilation), groups, input_name="input_size")
     _check_conv_output(g, dims, last)
     batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, g, batched)
-    how = options(precision=precision)
-    run("conv_input_grad", dims, (g, w, None), (first_image(result, spatial, last),), how, engine, algorithm)
-    return result if batched else result[0]
+    result = allocate(out, shape, batched, g, w)
+    target, how = first_image(result, spatial, last), options(precision=precision)
+    run("conv_input_grad", dims, g, w, None, target, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out, batched)
 
 
 def _conv_weight(
@@ -119,11 +120,11 @@ def _conv_weight(
     image = x.shape[:2] + x.shape[5 - spatial :]
     dims = conv_dims(image, first, freeze(stride), freeze(padding), freeze(dilation), groups, weight_name="weight_size")
     _check_conv_output(g, dims, last)
-    result = allocate(out, shape, x, True)
+    result = allocate(out, shape, True, x, g)
     bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
-    views = (first_weight(result, spatial, last, flip_kernel), bias)
-    run("conv_weight_grad", dims, (x, g), views, options(precision=precision), engine, algorithm)
-    return result, bias
+    target, how = first_weight(result, spatial, last, flip_kernel), options(precision=precision)
+    run("conv_weight_grad", dims, x, g, target, bias, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out, True), bias
 
 
 def _conv(
@@ -517,7 +518,8 @@ def _conv_transpose_input(
     kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
     dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, g, geometry, spatial, last)
     result = np.empty(shape, g.dtype)
-    run("conv_forward", dims, (g, w, None), (first_image(result, spatial, last),), options(), engine, None)
+    target = first_image(result, spatial, last)
+    run("conv_forward", dims, g, w, None, target, how=options(), engine=engine, algorithm=None)
     return result if is_batched(grad_output, spatial) else result[0]
 
 
@@ -534,8 +536,8 @@ def _conv_transpose_weight(
     small = x.shape[:2] + x.shape[5 - spatial :]
     dims = _transpose_dims(small, first_weight_shape(shape, spatial, last), g, geometry, spatial, last)
     result = np.empty(shape, x.dtype)
-    views = (first_weight(result, spatial, last, False), None)
-    run("conv_weight_grad", dims, (g, x), views, options(), engine, None)
+    target = first_weight(result, spatial, last, False)
+    run("conv_weight_grad", dims, g, x, target, None, how=options(), engine=engine, algorithm=None)
     return result
 
 
@@ -761,9 +763,10 @@ def _max_pool(
     _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
     winners = _winners(indices, g, dims, spatial, last)
     batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, g, batched)
-    run("max_pool_backward", dims, (g, winners), (first_image(result, spatial, last),), options(), engine, algorithm)
-    return result if batched else result[0]
+    result = allocate(out, shape, batched, g, winners)
+    target = first_image(result, spatial, last)
+    run("max_pool_backward", dims, g, winners, target, how=options(), engine=engine, algorithm=algorithm)
+    return deliver(result, out, batched)
 
 
 def max_pool1d(
@@ -904,11 +907,10 @@ def _avg_pool(
     _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
     share = g / window_counts(dims, count_include_pad, divisor_override).astype(g.dtype)
     batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, g, batched)
-    views = (first_image(result, spatial, last),)
-    filters = ones_filter(dims, g.dtype)
-    run("conv_input_grad", dims.as_depthwise(), (share, filters, None), views, options(), engine, algorithm)
-    return result if batched else result[0]
+    result = allocate(out, shape, batched, g)
+    target, ones, conv = first_image(result, spatial, last), ones_filter(dims, g.dtype), dims.as_depthwise()
+    run("conv_input_grad", conv, share, ones, None, target, how=options(), engine=engine, algorithm=algorithm)
+    return deliver(result, out, batched)
 
 
 def avg_pool1d(
@@ -1050,15 +1052,16 @@ def _max_blur_pool(
     blur, dense = plan.blur, plan.dense
     _check_conv_output(g, blur, last)
     batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, g, batched)
+    result = allocate(out, shape, batched, g)
     maxima = np.empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
-    run("conv_input_grad", blur, (g, plan.weight, None), (maxima,), options(), engine, None)
+    run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=None)
     for axis, border in enumerate(plan.borders, start=2):
         if any(border):
             maxima = _fold(maxima, axis, border)
     winners = _winners(indices, maxima, dense, spatial, last)
-    run("max_pool_backward", dense, (maxima, winners), (first_image(result, spatial, last),), options(), engine, None)
-    return result if batched else result[0]
+    target = first_image(result, spatial, last)
+    run("max_pool_backward", dense, maxima, winners, target, how=options(), engine=engine, algorithm=None)
+    return deliver(result, out, batched)
 
 
 def max_blur_pool1d(
@@ -1081,7 +1084,7 @@ def max_blur_pool1d(
     >>> signal = np.array([[[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]])
     >>> pooled, indices = fc.max_blur_pool1d(signal, 2, 2, return_indices="compact")
     >>> fc.grad.max_blur_pool1d(signal.shape, indices, np.ones_like(pooled), 2, 2)
-    array([[[0. , 1.5, 0.5, 0.5, 0.5, 0. ]]])
+    array([[[0.  , 1.25, 0.5 , 0.75, 0.5 , 0.  ]]])
     """
     return _max_blur_pool(
         1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out

@@ -66,6 +66,8 @@ def _winograd(op: str, dims: ConvDims) -> str:
         return "only for 3x3 filters with stride 1 and dilation 1"
     if op == "conv_input_grad" and dims.stride[0] != 1:
         return "only for stride 1"
+    if min(dims.group_in_channels, dims.group_out_channels) < 8:
+        return "less exact than plain float32 sums for few channels"
     if min(dims.group_in_channels, dims.group_out_channels) < 16:
         return f"slower for few channels ({dims.group_in_channels} to {dims.group_out_channels} in a group)"
     return ""
