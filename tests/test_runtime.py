@@ -10,7 +10,7 @@ import pytest
 from cases import output_of, run_python
 
 import fastconv as fc
-from fastconv.registry import ROWS, available
+from fastconv.registry import ROWS
 from fastconv.runtime import ENGINES, isa, why_missing
 
 HERE = [engine for engine in ENGINES if not why_missing(engine)]
@@ -240,10 +240,3 @@ _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status), same(before, work()))
 """
     assert output_of(PROBLEM + code, FASTCONV_ENGINE=engine, FASTCONV_NUM_THREADS="2").split() == ["0", "True"]
-
-
-def test_every_row_has_its_kernels() -> None:
-    for op, rows in ROWS.items():
-        for row in rows:
-            if row in available(op):
-                assert callable(row.load(op))

@@ -31,7 +31,7 @@ from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
 from .packing import Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, data, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, data, multiply, pointer, shift
 from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
 
 
@@ -122,7 +122,7 @@ def _multiply_chunk(
     patches: np.ndarray, pixels: int, plan: Plan,
 ) -> None:  # fmt: skip
     """Add the whole reduction to the sums of a chunk of filters and all pixels, block by block of channels."""
-    most = max(1, BLOCK_BYTES // (plan.taps * plan.panel.lanes * patches.itemsize))
+    most = max(1, BLOCK_BYTES // (plan.taps * WIDE_BYTES))  # whatever the panel, which must not change the result
     step = weight.w if plan.taps > 1 else weight.c
     for channel in range(0, plan.channels, most):
         part = min(most, plan.channels - channel)

@@ -190,9 +190,10 @@ def _compare(best: Any, winner: Any, cells: Any, step: int, count: int, tap: int
 @jit
 def _compete(best: Any, winner: Any, value: float, i: int, tap: int) -> None:
     """Take the value if it is larger, or NaN."""
-    wins = (value > best[i]) | (value != value)
-    best[i] = value if wins else best[i]
-    winner[i] = tap if wins else winner[i]
+    old, old_winner = best[i], winner[i]
+    wins = (value > old) | (value != value)
+    best[i] = value if wins else old
+    winner[i] = tap if wins else old_winner
 
 
 @jit

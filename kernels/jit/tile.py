@@ -78,6 +78,7 @@ def _find_machine() -> Machine:
 MACHINE = _find_machine()
 CHUNK = 4 * ROW_MULTIPLE  #: rows that are multiplied by a block of B while it is in the L1 cache
 WIDE_ROWS, NARROW_ROWS = MACHINE.wide.rows, MACHINE.narrow.rows
+WIDE_BYTES = MACHINE.wide.vectors * MACHINE.vector_bytes
 BLOCK_BYTES = 20 * 1024  #: such a block of B: it shares 32 KB of L1 with the rows of A
 
 

@@ -101,7 +101,14 @@ class _Defaults:
 
 
 def get_config() -> Config:
-    """Return the settings in force in this thread."""
+    """Return the settings in force in this thread, a named tuple ``(engine, precision, num_threads)``.
+
+    Examples
+    --------
+    >>> import fastconv as fc
+    >>> fc.get_config().precision
+    'highest'
+    """
     return _context.get(None) or _Defaults.get()
 
 
@@ -176,6 +183,13 @@ def get_num_threads() -> int:
 
     Without ``set_num_threads``, ``config_context`` and ``FASTCONV_NUM_THREADS`` it is what OpenMP allows
     (``OMP_NUM_THREADS``, threadpoolctl) or, where the native engine is missing, the number of usable processors.
+
+    Examples
+    --------
+    >>> import fastconv as fc
+    >>> with fc.config_context(num_threads=1):
+    ...     fc.get_num_threads()
+    1
     """
     threads = get_config().num_threads
     return _available_threads() if threads is None else threads
@@ -232,7 +246,14 @@ def isa() -> str:
 
 
 def show_config() -> None:
-    """Print versions, engines (and why one is missing), CPU, instruction sets and threads."""
+    """Print versions, engines (and why one is missing), CPU, instruction sets and threads.
+
+    Examples
+    --------
+    >>> import fastconv as fc
+    >>> fc.show_config()  # doctest: +ELLIPSIS
+    fastconv         ...
+    """
     print("\n".join(f"{key:<16} {value}" for key, value in config_report().items()))
 
 
