@@ -3,8 +3,8 @@
     output of one group:  (N, OD, OH, OW) pixels, cut into boxes   x   K filters, cut into panels of ``lanes``
     what a box needs:     C channels, cut into blocks              x   the cells of the input that its taps reach
 
-A box's cells are packed into [C/block][N][D][H][W][block], padding included. Cells that no tap reaches are left out where
-a dimension allows it: ``unit`` is the distance in the input between neighbouring packed cells.
+A box's cells are packed into [C/block][N][D][H][W][block], padding included. Cells that no tap reaches are left out
+where a dimension allows it: ``unit`` is the distance in the input between neighbouring packed cells.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ IM2COL_PIXELS = 512  #: most columns of one
 class Plan(NamedTuple):
     """One convolution and its cutting; triples are (depth, height, width).
 
-    Depthwise convolution is the case of ``panel.elementwise``: its groups are ``lanes`` channels wide, and panel p holds
-    the p-th filter of each of these channels.
+    Depthwise convolution is the case of ``panel.elementwise``: its groups are ``lanes`` channels wide, and panel p
+    holds the p-th filter of each of these channels.
     """
 
     batch: int
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=512)
 def forward_plan(dims: Any, itemsize: int, threads: int) -> Plan:
     """Return the cutting for the forward pass; it depends on ``threads``, but no result does."""
-    # The reduction is summed in blocks of about 200 products, and a channel's neighbours share its cache lines.
+    # The reduction is summed in blocks of about 200 products; a channel's neighbours share its cache lines.
     block = min(dims.group_in_channels, -(-max(16, 192 // dims.taps) // 16) * 16)
     pixels = math.prod(dims.output_size) * dims.batch * dims.groups
     return _plan(dims, itemsize, block, most_pixels=max(CHUNK, -(-pixels // threads)), most_columns=dims.output_size[2])
@@ -81,7 +81,8 @@ def weight_grad_plan(dims: Any, itemsize: int) -> Plan:
 def im2col_plan(dims: Any, itemsize: int, threads: int | None = None) -> Plan:
     """Return the cutting for im2col: a box's patches are a matrix [C * taps][pixels], rather than a packed image.
 
-    With ``threads`` it is for the forward pass, whose panels are pixels; else the boxes are summed, in panels of filters.
+    With ``threads`` it is for the forward pass, whose panels are pixels; without, for the gradient of the weights,
+    which sums the boxes in panels of filters.
     """
     pixels = max(CHUNK, min(IM2COL_PIXELS, PATCH_BYTES // (dims.reduction * itemsize)))
     if threads is None:

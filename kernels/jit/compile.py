@@ -1,7 +1,7 @@
 """``jit``: compile a function with Numba, without the GIL, cached on disk and never stale.
 
 Numba's own cache looks at the file a function stands in, and so misses a change in another file whose functions were
-inlined. Ours is stamped with the contents of every file of this folder: an edit anywhere here recompiles everything here.
+inlined. Ours is stamped with the contents of every file of this folder: an edit anywhere recompiles everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 def _folder_stamp() -> str:
-    """Return a hash of what compiled code depends on beside the CPU and Numba's version, which Numba itself looks at."""
+    """Return a hash of what compiled code depends on; the CPU and its own version Numba looks at itself."""
     digest = hashlib.sha256(f"{__name__} {os.environ.get('FASTCONV_ISA')}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -29,7 +29,7 @@ def _folder_stamp() -> str:
 _STAMP = _folder_stamp()
 
 
-class _FolderCache(FunctionCache):
+class _FolderCache(FunctionCache):  # type: ignore[misc]
     """Numba's cache of one function, fresh only while no file of the folder changes."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -10,15 +10,16 @@
                     sums += cells of the chunk * panel            the register tile; this part of the panel in L1
                 output = activation(sums)                         the epilogue
 
-The gradient of the input is that same convolution of grad_output, once for each phase of the stride. The gradient of the
-weights,
+The gradient of the input is that same convolution of grad_output, once for each phase of the stride. The gradient of
+the weights,
 
     grad_weight[k, c, t] = sum over n, o of  input[n, c, o * stride - pad + t * dilation] * grad_output[n, k, o]
 
-is the same tile the other way round: its rows are the (c, t), its reduction runs over pixels, its "taps" are rows of pixels.
+is the same tile the other way round: its rows are the (c, t), its reduction runs over pixels, its "taps" are rows of
+pixels.
 
     for each part of the boxes, of the channels and of the panels (a task):
-        for each box:                                             input packed as above, grad_output as [panel][pixel][lanes]
+        for each box:                                             input packed as above, gradient [panel][pixel][lanes]
             for each few rows of its pixels:
                 for each chunk of (c, t), each panel:
                     sums [panel][(c, t)][lanes] += cells * pixels
@@ -86,10 +87,9 @@ def conv_weight_grad(
 ) -> None:
     """Fill ``grad_weight``, and ``grad_bias`` where it is wanted."""
     plan = weight_grad_plan(dims, grad_weight.itemsize)
-    weight_grad(
-        _weight_grad, plan.blocks * plan.box_block, input, grad_output, grad_weight, grad_bias, plan,
-        worthwhile(options.threads, dims.flops),
-    )
+    threads = worthwhile(options.threads, dims.flops)
+    elements = plan.blocks * plan.box_block
+    weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, threads)
 
 
 @kernel

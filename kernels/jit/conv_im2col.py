@@ -3,20 +3,23 @@
     patches[(c, t), o] = input[n, c, o * stride - pad + t * dilation]
     output[n, k, o]    = bias[k] + sum over (c, t) of  weight[k, (c, t)] * patches[(c, t), o]
 
-                        pixels of a box
-                      +-----------------+
-    panel:            |  patches: L2    | (c, t)             for each box of output pixels (a task):
-    lanes filters     |                 |                        gather its patches
-        +---------+   +-----------------+                        for each chunk of its pixels, each panel of filters:
-        | weights |   +-----------------+                            sums = bias
-        | (c, t)  |   |  output         | lanes                      for each block of (c, t): sums += patches * weights
-        +---------+   +-----------------+                            output = activation(sums)
+                           pixels of a box
+                         +-----------------+             for each box of output pixels (a task):
+          (c, t)         |  patches        | (c, t)          gather its patches                          L2 cache
+        +---------+      |                 |                 for each chunk of filters:
+    K   | weights |      +-----------------+                     sums [filter][pixel] = bias
+        | as they |      +-----------------+                     for each block of (c, t), each panel of pixels:
+        | are     |      |  output         | K                       sums += weights * patches            L1 cache
+        +---------+      +-----------------+                     output = activation(sums)
 
-The textbook form gathers the whole matrix, taps times as large as the image; here only the panel of the matrix that the caches
-hold exists, once for each thread. For few channels (a network's first layer) gathering is cheap and makes long sums out of
-short ones. The gradient of the weights is the same product with its reduction over pixels:
+The textbook form gathers the whole matrix, taps times as large as the image; here only a panel of it exists, once for
+each thread. Pixels are the tile's lanes and filters its rows, so that neither the weights nor the output of an NCHW
+network must be transposed: good where the weights are many and the pixels few, and where the channels are few (a
+network's first layer), for gathering makes long sums out of short ones. The gradient of the weights,
 
     grad_weight[k, (c, t)] = sum over n, o of  patches[(c, t), o] * grad_output[n, k, o]
+
+has the (c, t) as rows, filters as lanes, and its reduction over pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from ..interleave import input_grad
 from . import packing
 from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
-from .packing import Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
+from .packing import Quad, Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
 from .threads import parallel, workspace, worthwhile
 from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, data, multiply, pointer, shift
 from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
@@ -86,7 +89,8 @@ def conv_weight_grad(
     """Fill ``grad_weight``, and ``grad_bias`` where it is wanted."""
     plan = im2col_plan(dims, grad_weight.itemsize)
     elements = plan.reduction * plan.pitch
-    weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, worthwhile(options.threads, dims.flops))
+    threads = worthwhile(options.threads, dims.flops)
+    weight_grad(_weight_grad, elements, input, grad_output, grad_weight, grad_bias, plan, threads)
 
 
 @kernel
@@ -110,7 +114,7 @@ def _forward(
             count, filter0 = min(CHUNK, end - chunk), group * plan.filters + chunk
             for row in range(count):
                 rows[row] = (filter0 + row) * weight.n
-                start_row(shift(data(sums), row * plan.pitch), bias[filter0 + row], pixels)
+                _start_row(shift(data(sums), row * plan.pitch), bias[filter0 + row], pixels)
             packing.repeat_last(rows, count)
             _multiply_chunk(data(sums), filters, weight, rows, count, channels, patches, pixels, plan)
             _store(shift(target, filter0 * output.c), output, data(sums), plan, origin, size, count, relu)
@@ -136,7 +140,7 @@ def _multiply_chunk(
 
 
 @jit
-def start_row(sums: Any, bias: float, count: int) -> None:
+def _start_row(sums: Any, bias: float, count: int) -> None:
     """Let a row of sums start at the bias."""
     for i in range(count):
         sums[i] = bias
@@ -144,8 +148,8 @@ def start_row(sums: Any, bias: float, count: int) -> None:
 
 @jit
 def _store(
-    target: Any, output: Strided, sums: Any, plan: Plan, origin: tuple[int, int, int, int],
-    size: tuple[int, int, int, int], count: int, relu: bool,
+    target: Any, output: Strided, sums: Any, plan: Plan, origin: Quad,
+    size: Quad, count: int, relu: bool,
 ) -> None:  # fmt: skip
     """Store the sums of ``count`` filters through the activation."""
     pixel, pixels = 0, size[0] * size[1] * size[2] * size[3]

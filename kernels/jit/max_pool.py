@@ -1,15 +1,16 @@
 """Max pooling: the largest number of each window, and where in the window it was.
 
     output[n, c, o]  = max over taps t of  input[n, c, o * stride - pad + t * dilation]
-    winners[n, c, o] = the first t that reaches it, one byte; grad_input[n, c, where winners says] += grad_output[n, c, o]
+    winners[n, c, o] = the first t that reaches it, one byte
+    grad_input[n, c, cell of winners[n, c, o]] += grad_output[n, c, o]
 
-Pooling does no arithmetic: it runs at the speed of memory if it compares whole vectors. So windows are taken in lines,
+Windows are taken in lines, and one tap of all windows of a line at a time:
 
-    along the row where columns are neighbours in memory (NCHW)          best  [o0 o1 o2 o3 ...]   one tap of all windows
-    along the channels where these are neighbours (NHWC)                 winner[t  t  t  t  ...]   of the line at a time
+    along the row where columns are neighbours in memory (NCHW)       best    [o0 o1 o2 o3 ...]
+    along the channels where these are neighbours (NHWC)              winner  [t  t  t  t  ...]
 
-The rules: the first maximum wins a tie; a NaN wins over numbers, and the last NaN over earlier ones; cells in the padding never
-win, so that a window of -inf has its first cell inside the input as winner.
+The rules: the first maximum wins a tie; a NaN wins over numbers, and the last NaN over earlier ones; cells in the
+padding never win, so that a window of -inf has its first cell inside the input as winner.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _comparisons(dims: Any) -> int:
     return int(dims.batch * dims.channels * math.prod(dims.output_size) * dims.taps)
 
 
-def max_pool_forward(input: np.ndarray, output: np.ndarray, winners: np.ndarray | None, dims: Any, options: Any) -> None:
+def max_pool_forward(
+    input: np.ndarray, output: np.ndarray, winners: np.ndarray | None, dims: Any, options: Any
+) -> None:
     """Fill ``output``, and ``winners`` where it is wanted."""
     pool = _pool(dims, input)
     wanted = winners is not None

@@ -6,8 +6,8 @@
     pack_pixels   (K, OD, OH, OW)      -> a panel  [pixel][lane]: the gradient of the output, as a reduction sees it
     store_chunk   sums [pixel][lane]   -> (K, OD, OH, OW)
 
-All of them are ``copy_block`` in loops: a two-dimensional copy between any strides, which is a row copy or a transposition
-in registers wherever the strides allow.
+Almost all of them are ``copy_block`` in loops: a two-dimensional copy between any strides, which is a row copy or a
+transposition in registers wherever the strides allow.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .blocking import Plan
 from .compile import jit, kernel
 from .threads import aligned_zeros, parallel
 from .tile import CHUNK, MACHINE, ROW_MULTIPLE, pointer, shift
+
+Quad = tuple[int, int, int, int]  #: n, d, h, w
 
 
 class Strided(NamedTuple):
@@ -80,7 +82,9 @@ def transpose(typingctx: Any, target: Any, target_stride: Any, source: Any, sour
 
 
 @jit
-def copy_block(target: Any, to_i: int, to_j: int, source: Any, from_i: int, from_j: int, count_i: int, count_j: int) -> None:
+def copy_block(
+    target: Any, to_i: int, to_j: int, source: Any, from_i: int, from_j: int, count_i: int, count_j: int
+) -> None:
     """target[i * to_i + j * to_j] = source[i * from_i + j * from_j] for i < count_i, j < count_j."""
     if to_j == 1 and from_j == 1:
         for i in range(count_i):
@@ -140,7 +144,7 @@ def filters_of(plan: Plan, group: int, panel: int) -> tuple[int, int, int]:
 
 
 @jit
-def box_of(plan: Plan, number: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def box_of(plan: Plan, number: int) -> tuple[Quad, Quad]:
     """Return the first (n, d, h, w) of a box, and its size, which is smaller at the far edges."""
     d, h, w = plan.output_size
     box_n, box_d, box_h, box_w = plan.box
@@ -161,14 +165,14 @@ def chunk_of(pixels: int) -> int:
 
 
 @jit
-def position(pixel: int, size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def position(pixel: int, size: Quad) -> Quad:
     """Return the (n, d, h, w) of a pixel in a box."""
     w, h, d = pixel % size[3], pixel // size[3] % size[2], pixel // (size[3] * size[2]) % size[1]
     return pixel // (size[3] * size[2] * size[1]), d, h, w
 
 
 @jit
-def pixel_offsets(offsets: Any, plan: Plan, size: tuple[int, int, int, int], pixel: int, count: int, every: int) -> None:
+def pixel_offsets(offsets: Any, plan: Plan, size: Quad, pixel: int, count: int, every: int) -> None:
     """Store where the first tap of each of ``count`` output pixels, ``every`` so many, stands in the packed box."""
     step_d, step_h, step_w = plan.pixel_step
     n, d, h, w = position(pixel, size)
@@ -224,7 +228,8 @@ def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan
     source, target = pointer(weight.address, packed), pointer(packed.ctypes.data, packed)
     channels = plan.reduction // taps
     # OIHW, rotated or not: the cells of a filter are neighbours, and a panel of them is transposed as a whole.
-    cells_are_neighbours = abs(weight.w) == 1 and weight.h == kw * weight.w and weight.d == kh * kw * weight.w and taps > 1
+    row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
+    cells_are_neighbours = taps > 1 and abs(weight.w) == 1 and row_follows_row
     for number in range(first, last):
         filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
         panel, filters = shift(target, number * plan.reduction * lanes), shift(source, filter0 * weight.n)
@@ -256,7 +261,7 @@ def _pack_by_channel(
 @jit
 def pack_box(
     box: Any, source: Any, image: Strided, plan: Plan,
-    origin: tuple[int, int, int, int], size: tuple[int, int, int, int],
+    origin: Quad, size: Quad,
     group: int, channel0: int, channel1: int,
 ) -> None:  # fmt: skip
     """Pack the cells that a box of output pixels needs, for the channels ``channel0`` to ``channel1`` of a group."""
@@ -296,7 +301,7 @@ def _pack_row(target: Any, source: Any, image: Strided, plan: Plan, w0: int, cha
 @jit
 def pack_pixels(
     panel: Any, source: Any, image: Strided, plan: Plan,
-    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], filters: tuple[int, int, int],
+    origin: Quad, size: Quad, filters: tuple[int, int, int],
 ) -> None:  # fmt: skip
     """Pack the pixels of a box of the output, one after the other, ``lanes`` filters side by side."""
     filter0, filter_step, count = filters
@@ -315,7 +320,7 @@ def pack_pixels(
 @jit
 def pack_patches(
     patches: Any, source: Any, image: Strided, plan: Plan,
-    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], channel0: int,
+    origin: Quad, size: Quad, channel0: int,
 ) -> None:  # fmt: skip
     """Gather the patches of a box of output pixels as a matrix [C * taps][pixel], whose rows are ``pitch`` apart."""
     kd, kh, kw = plan.kernel_size
@@ -390,7 +395,7 @@ def clip_negative(sums: Any, count: int) -> None:
 @jit
 def store_chunk(
     target: Any, image: Strided, sums: Any, plan: Plan,
-    origin: tuple[int, int, int, int], size: tuple[int, int, int, int], pixel0: int, count: int,
+    origin: Quad, size: Quad, pixel0: int, count: int,
     filters: tuple[int, int, int], relu: bool,
 ) -> None:  # fmt: skip
     """Store ``count`` rows of sums, the pixels of a box from ``pixel0`` on, through the activation.
@@ -418,11 +423,10 @@ def store_chunk(
 
 
 @jit
-def run_of(
-    image: Strided, plan: Plan, origin: tuple[int, int, int, int], size: tuple[int, int, int, int], pixel: int, last: int
-) -> tuple[int, int]:
+def run_of(image: Strided, plan: Plan, origin: Quad, size: Quad, pixel: int, last: int) -> tuple[int, int]:
     """Return where a pixel of a box is in the output, and how many up to ``last`` follow at equal steps."""
     n, d, h, w = position(pixel, size)
     joined = size[3] == plan.output_size[2] and image.h == size[3] * image.w  # rows that follow each other in memory
-    start = (origin[0] + n) * image.n + (origin[1] + d) * image.d + (origin[2] + h) * image.h + (origin[3] + w) * image.w
-    return start, min(last - pixel, (size[2] - h if joined else 1) * size[3] - w)
+    run = min(last - pixel, (size[2] - h if joined else 1) * size[3] - w)
+    n, d, h, w = n + origin[0], d + origin[1], h + origin[2], w + origin[3]
+    return n * image.n + d * image.d + h * image.h + w * image.w, run

@@ -2,7 +2,7 @@
 
     C[m, n]  +=  sum over taps t and k < depth of  A[rows[m] + taps[t] + k * step] * B[t, k, n]
 
-    A: packed image, reached by offsets              B: a panel, LANES wide, read once, front to back
+    A: reached by offsets                             B: rows side by side in memory, a panel of them wide
 
      rows[m] + taps[t] + k*step                        n ->
      +--+                                             +----------------+
@@ -12,21 +12,22 @@
      +--+                                                    v
                         C in registers: rows x vectors, e.g. 6 x 2 of 8 floats with AVX2
 
-A compiler that sees plain loops keeps C in memory, and then moves three numbers for each multiplication. Here C stays in
-registers over the whole sum, so that ``rows + vectors`` loads feed ``rows * vectors`` fused multiply-adds: that is all there
-is to a fast matrix product. Since ``rows`` and ``taps`` are arbitrary offsets, the same tile serves a convolution without a
-column matrix (rows are pixels, taps are the filter's cells), the gradient of its weights (rows are the filter's cells, "taps"
-are rows of the image) and an ordinary matrix product. (Georganas et al., arXiv 1906.06440: a "batch-reduce GEMM".)
+A compiler that sees plain loops keeps C in memory, and then moves three numbers for each multiplication. Here C stays
+in registers over the whole sum, so that ``rows + vectors`` loads feed ``rows * vectors`` fused multiply-adds: that is
+all there is to a fast matrix product. Since ``rows`` and ``taps`` are arbitrary offsets, the same tile serves a
+convolution without a column matrix (rows are pixels, taps are the filter's cells), the gradient of its weights (rows
+are the filter's cells, "taps" are rows of the image) and an ordinary matrix product. (Georganas et al., arXiv
+1906.06440: a "batch-reduce GEMM".)
 
 Numba has no vector types, so the tile is written in LLVM's language, as an ``intrinsic``: a function that emits
-instructions into its caller. ``elementwise`` tiles multiply A[... + n] instead of a broadcast A[...]: depthwise convolution.
+instructions into its caller. ``elementwise`` tiles multiply A[... + n] instead of a broadcast A[...]: depthwise
+convolution.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,11 +48,11 @@ class Shape(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """The tiles of an instruction set: as many sums as its registers hold, at least 8 to hide the latency of an addition."""
+    """The tiles of an instruction set: as many sums as its registers hold, so that none waits for its last addition."""
 
     vector_bytes: int
     wide: Shape
-    narrow: Shape  #: half as many lanes, for few output channels
+    narrow: Shape  #: half as many lanes, for few channels
 
 
 # Rows divide ROW_MULTIPLE. More than 12 rows would leave too few of x86's integer registers for the addresses.
@@ -85,15 +86,15 @@ BLOCK_BYTES = 20 * 1024  #: such a block of B: it shares 32 KB of L1 with the ro
 class Panel(NamedTuple):
     """What B's panels look like, and so which tile multiplies them."""
 
-    lanes: int  #: output channels side by side
+    lanes: int  #: numbers side by side: output channels, or pixels
     narrow: bool
     elementwise: bool  #: depthwise: lane n of A meets lane n of B
 
 
-def panel_for(channels: int, elementwise: bool, itemsize: int) -> Panel:
-    """Return the panel that wastes least on ``channels`` output channels."""
+def panel_for(count: int, elementwise: bool, itemsize: int) -> Panel:
+    """Return the panel that wastes least on ``count`` output channels or pixels."""
     wide, narrow = (shape.vectors * MACHINE.vector_bytes // itemsize for shape in (MACHINE.wide, MACHINE.narrow))
-    return Panel(narrow, True, elementwise) if channels <= narrow else Panel(wide, False, elementwise)
+    return Panel(narrow, True, elementwise) if count <= narrow else Panel(wide, False, elementwise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def shift(typingctx: Any, start: Any, elements: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _make_tile(shape: Shape, elementwise: bool) -> Callable[..., None]:
+def _make_tile(shape: Shape, elementwise: bool) -> Any:
     """Return the tile of the given shape; see the formula at the head of this file."""
 
     @intrinsic
@@ -162,15 +163,16 @@ def _emit_tile(
     # "fmuladd" is one instruction where the CPU has it, a multiplication and an addition elsewhere.
     name = f"llvm.fmuladd.v{width}f{dtype.bitwidth}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-    index = ir.IntType(64)
+    index, align = ir.IntType(64), dtype.bitwidth // 8
+    all_lanes_0 = ir.Constant(ir.VectorType(ir.IntType(32), width), None)
+    undefined = ir.Constant(vector, ir.Undefined)
     tile_rows, columns = range(shape.rows), range(shape.vectors)
 
     def load(start: Any, offset: Any) -> Any:
-        return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=dtype.bitwidth // 8)
+        return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=align)
 
     def broadcast(scalar: Any) -> Any:
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, index(0))
-        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), width), None))
+        return builder.shuffle_vector(builder.insert_element(undefined, scalar, index(0)), undefined, all_lanes_0)
 
     # LLVM turns these variables into registers.
     sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in columns] for _ in tile_rows]
@@ -187,8 +189,8 @@ def _emit_tile(
                     a_vectors = [load(a_start, index(v * width)) for v in columns]
                 else:
                     a_vectors = [broadcast(builder.load(builder.gep(starts[m], [here])))] * shape.vectors
-                for v in columns:
-                    builder.store(builder.call(fma, [a_vectors[v], b_vectors[v], builder.load(sums[m][v])]), sums[m][v])
+                for v, (a_vector, b_vector) in enumerate(zip(a_vectors, b_vectors, strict=True)):
+                    builder.store(builder.call(fma, [a_vector, b_vector, builder.load(sums[m][v])]), sums[m][v])
             builder.store(builder.add(here, step), position)
             builder.store(builder.gep(b_row, [b_step]), panel)
 
@@ -197,7 +199,7 @@ def _emit_tile(
         for v in columns:
             target = builder.gep(c_row, [index(v * width)])
             total = builder.fadd(load(target, index(0)), builder.load(sums[m][v]))
-            builder.store(total, builder.bitcast(target, vector.as_pointer()), align=dtype.bitwidth // 8)
+            builder.store(total, builder.bitcast(target, vector.as_pointer()), align=align)
 
 
 _wide = _make_tile(MACHINE.wide, elementwise=False)
@@ -211,9 +213,10 @@ def multiply(
     c: Any, c_step: int, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int,
     b: Any, b_step: int, panel: Panel,
 ) -> None:  # fmt: skip
-    """Add the formula above to ``count`` rows of C, tile after tile; rows of B and C are ``b_step`` and ``c_step`` apart.
+    """Add the formula above to ``count`` rows of C, tile after tile.
 
-    The last tile may be taller than what is left: ``rows`` and C go on up to a multiple of ROW_MULTIPLE.
+    Rows of B and C are ``b_step`` and ``c_step`` apart. The last tile may be taller than what is left: ``rows`` and C
+    go on up to a multiple of ROW_MULTIPLE.
     """
     tile_rows = NARROW_ROWS if panel.narrow else WIDE_ROWS
     for row in range(0, count, tile_rows):

@@ -1,9 +1,9 @@
 """What the gradients of the weights have in common, however the image was packed.
 
-    sums [split][group][panel][(c, tap)][lane]  +=  for each (c, tap): cells it sees * gradient of the output [pixel][lane]
+    sums [split][group][panel][(c, tap)][lane] += sum over pixels of  cell that (c, tap) sees * grad_output[pixel][lane]
 
-The sums of a task are its own: a range of panels and of channels, over a range of the boxes. Ranges of boxes ("splits") change
-the order of additions, so their number comes from the shape alone; all else may depend on the number of threads.
+The sums of a task are its own: a range of panels and of channels, over a range of the boxes. Ranges of boxes ("splits")
+change the order of additions, so their number comes from the shape alone; all else may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
-from .packing import Strided, filters_of, pack_pixels, strided
+from .packing import Quad, Strided, filters_of, pack_pixels, strided
 from .threads import aligned_zeros, parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
 
@@ -45,18 +45,18 @@ def weight_grad(
     accumulate: Callable[..., None], boxes: int, input: np.ndarray, grad_output: np.ndarray,
     grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, threads: int,
 ) -> None:  # fmt: skip
-    """Fill ``grad_weight`` and ``grad_bias``: ``accumulate`` does a range of tasks with ``boxes`` elements of workspace."""
+    """Fill ``grad_weight`` and ``grad_bias``; ``accumulate`` does a range of tasks, packing ``boxes`` elements."""
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
     tasks = grad_tasks(plan, threads)
-    sums = Sums(
-        aligned_zeros(tasks.splits * panels * plan.sum_rows * lanes, dtype), aligned_zeros(tasks.splits * panels * lanes, dtype)
-    )
+    columns = tasks.splits * panels * lanes
+    sums = Sums(aligned_zeros(columns * plan.sum_rows, dtype), aligned_zeros(columns, dtype))
     bias = np.empty(grad_weight.shape[0], dtype)
 
     def work(first: int, last: int) -> None:
         offsets = np.zeros(plan.sum_rows + plan.taps + math.prod(plan.box[:3]), np.int64)
         pixels = workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype)
-        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, workspace("box", boxes, dtype), pixels, offsets)
+        box = workspace("box", boxes, dtype)
+        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, box, pixels, offsets)
 
     def store(first: int, last: int) -> None:
         _store(first, last, tasks.splits, sums, strided(grad_weight), bias, plan)
@@ -84,7 +84,7 @@ def task_of(number: int, tasks: GradTasks, plan: Plan) -> Task:
 @jit
 def pack_gradient(
     pixels: np.ndarray, source: Any, grad_output: Strided, plan: Plan, task: Task, sums: Sums,
-    origin: tuple[int, int, int, int], size: tuple[int, int, int, int],
+    origin: Quad, size: Quad,
 ) -> None:  # fmt: skip
     """Pack the panels of grad_output for one box, and add them to the gradient of the bias (one of the tasks does)."""
     count, lanes = size[0] * size[1] * size[2] * size[3], plan.panel.lanes
@@ -105,8 +105,8 @@ def _add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
 
 @jit
 def add_products(
-    sums: Sums, cells: np.ndarray, rows: Any, row0: int, row_count: int, lines: Any, line_count: int, width: int, step: int,
-    pixels: np.ndarray, plan: Plan, task: Task,
+    sums: Sums, cells: np.ndarray, rows: Any, row0: int, row_count: int,
+    lines: Any, line_count: int, width: int, step: int, pixels: np.ndarray, plan: Plan, task: Task,
 ) -> None:  # fmt: skip
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
@@ -124,7 +124,9 @@ def add_products(
 
 
 @kernel
-def _store(first: int, last: int, splits: int, sums: Sums, grad_weight: Strided, grad_bias: np.ndarray, plan: Plan) -> None:
+def _store(
+    first: int, last: int, splits: int, sums: Sums, grad_weight: Strided, grad_bias: np.ndarray, plan: Plan
+) -> None:
     """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order."""
     lanes, panels, elements = plan.panel.lanes, plan.groups * plan.panels, plan.sum_rows * plan.panel.lanes
     for number in range(first, last):

@@ -55,7 +55,8 @@ cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options)
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
-cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, char *out) noexcept nogil
+cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
+                     char *out) noexcept nogil
 cdef char *pack_weights(const Conv *c) except NULL
 cdef char *pack_bias(const Conv *c, bias, char *out)
 cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,

@@ -70,25 +70,27 @@ cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil:
     return 1 if c.filters - panel * c.panel <= c.kernels.lanes else 2
 
 
-cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, char *out) noexcept nogil:
-    """Pack (filters of the panel, channels, taps) to [channel][tap][filter], missing filters as zeros."""
+cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
+                     char *out) noexcept nogil:
+    """Pack (filters of the panel, some channels, taps) to [channel][tap][filter], missing filters as zeros."""
     cdef const View *w = &c.w
     cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
     cdef Py_ssize_t first = panel * c.panel
     cdef Py_ssize_t filters = min(width, c.filters - first)
-    cdef const char *base = w.data + (group * c.filters + first) * w.stride[0] * c.item
+    cdef const char *base = w.data + ((group * c.filters + first) * w.stride[0] + channel * w.stride[1]) * c.item
     cdef Py_ssize_t step = w.stride[4]  # from tap to tap
     # Dimensions that continue one another are one: [c][kd][kh][kw] as far as possible.
     cdef bint rows = c.kernel[1] == 1 or w.stride[3] == c.kernel[2] * step
     cdef bint planes = rows and (c.kernel[0] == 1 or w.stride[2] == c.kernel[1] * c.kernel[2] * step)
     cdef Py_ssize_t i, d, h, run
     if filters < width:
-        memset(out, 0, <size_t>(width * c.reduction * c.item))
+        memset(out, 0, <size_t>(width * channels * c.taps * c.item))
     if c.taps == 1 or (planes and w.stride[1] == c.taps * step):
-        c.kernels.transpose(base, w.stride[0], w.stride[1] if c.taps == 1 else step, filters, c.reduction, out, width)
+        step = w.stride[1] if c.taps == 1 else step
+        c.kernels.transpose(base, w.stride[0], step, filters, channels * c.taps, out, width)
         return
     run = c.taps if planes else c.kernel[2]
-    for i in range(c.channels):
+    for i in range(channels):
         for d in range(1 if planes else c.kernel[0]):
             for h in range(1 if planes else c.kernel[1]):
                 c.kernels.transpose(
@@ -108,7 +110,8 @@ cdef char *pack_weights(const Conv *c) except NULL:
         raise MemoryError("no memory for packed weights")
     with nogil:
         for i in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
-            pack_panel(c, i // c.panels, i % c.panels, packed + i // c.panels * group_size + i % c.panels * panel_size)
+            pack_panel(c, i // c.panels, i % c.panels, 0, c.channels,
+                       packed + i // c.panels * group_size + i % c.panels * panel_size)
     return packed
 
 

@@ -4,11 +4,11 @@
 
     for image, group, block of output pixels, share of the panels:         in parallel
         pack the part of the image that the block sees                     [channel block][kernel depth][high][wide][width]
-        for panel of filters:
-            for chunk of pixels:                                           its accumulators stay in L1
-                for channel block:                                         its share of the panel stays in L1
+        for chunk of pixels: for some panels of filters:                   their accumulators stay in L2
+            for channel block:                                             the chunk's share of it stays in L1 and L2 ...
+                for panel:                                                 ... and so does its share of the panel
                     for tile of pixels: brgemm over taps and channels
-                store the chunk: bias, activation, the caller's layout
+            store the chunk: bias, activation, the caller's layout
 
        part of the image             panel                  chunk
       +------------------+         +--------+            +--------+
@@ -32,8 +32,8 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_pixels, pack_weights,
-    packed_weight_size, panel_vectors, part_cells, pixel_offsets, store, tap_offsets,
+    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
+    pack_weights, packed_weight_size, panel_vectors, part_cells, pixel_offsets, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
@@ -44,6 +44,7 @@ cdef enum:
     DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
     DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
+    PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
     PIXELS = 256                # pixels that one brgemm of the weight gradient reduces over
     CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
 
@@ -85,7 +86,7 @@ ctypedef struct Plan:
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
     Py_ssize_t shares           # tasks that share the panels of one block
-    const char *weights
+    const char *weights         # packed; NULL: each task packs what it uses
     const char *bias
     int relu
 
@@ -98,9 +99,13 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.width = min(c.channels, max(CHANNELS, (REDUCTION // c.taps + CHANNELS - 1) // CHANNELS * CHANNELS))
     plan.channel_blocks = (c.channels + plan.width - 1) // plan.width
     cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, c.out[2], &plan.blocks)
-    plan.weights = pack_weights(c)
-    plan.bias = pack_bias(c, bias, <char *>plan.weights + c.groups * packed_weight_size(c) * c.item)
     plan.relu = options.activation == "relu"
+    if c.batch * c.out[0] * c.out[1] * c.out[2] > c.chunk:
+        plan.weights = pack_weights(c)
+        plan.bias = pack_bias(c, bias, <char *>plan.weights + c.groups * packed_weight_size(c) * c.item)
+    else:
+        plan.weights = NULL  # used once: packed where they are used
+        plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.panels * c.panel * c.item + 64))
     tasks = c.batch * c.groups * plan.blocks.count
     plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
     tasks *= plan.shares
@@ -121,17 +126,20 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t pixels = block.rows * block.columns
     cdef Py_ssize_t cells = part_cells(c, block.rows, block.columns)
     cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
-    cdef Py_ssize_t chunk_bytes = c.chunk * c.panel * c.item
+    cdef Py_ssize_t panels = min(c.panels, <Py_ssize_t>PANELS)
+    cdef Py_ssize_t sum_bytes = panels * c.chunk * c.panel * c.item
+    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.item
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + chunk_bytes + plan.channel_blocks * plan.width * cells * c.item
+        FC_ARENA_BLOCK, offset_bytes + weight_bytes + sum_bytes + plan.channel_blocks * plan.width * cells * c.item
     )
     if memory == NULL:
         return 1
     cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
     cdef Py_ssize_t *taps = offsets + pixels
-    cdef char *accumulators = memory + offset_bytes
-    cdef char *part = accumulators + chunk_bytes
-    cdef Py_ssize_t b, panel
+    cdef char *weights = memory + offset_bytes
+    cdef char *accumulators = weights + weight_bytes
+    cdef char *part = accumulators + sum_bytes
+    cdef Py_ssize_t b, p, panel, end = c.panels * (share + 1) // plan.shares
     pixel_offsets(c, &block, plan.width, offsets)
     tap_offsets(c, &block, plan.width, taps)
     for b in range(plan.channel_blocks):
@@ -139,40 +147,61 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
             c, &block, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
             part + b * plan.width * cells * c.item,
         )
-    for panel in range(c.panels * share // plan.shares, c.panels * (share + 1) // plan.shares):
-        _panel(plan, &block, group, panel, offsets, taps, part, plan.width * cells * c.item, accumulators)
+    for p from 0 <= p < pixels by c.chunk:
+        panel = c.panels * share // plan.shares
+        while panel < end:
+            _chunk(
+                plan, &block, group, panel, min(panel + panels, end), p, min(p + c.chunk, pixels), offsets, taps, part,
+                plan.width * cells * c.item, weights, accumulators,
+            )
+            panel += panels
     return 0
 
 
-cdef void _panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, const Py_ssize_t *offsets,
-                 const Py_ssize_t *taps, const char *part, Py_ssize_t part_bytes, char *accumulators) noexcept nogil:
-    """Compute and store the filters of one panel for all pixels of a block."""
+cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
+                 Py_ssize_t first_pixel, Py_ssize_t end_pixel, const Py_ssize_t *offsets, const Py_ssize_t *taps,
+                 const char *part, Py_ssize_t part_bytes, char *weights, char *accumulators) noexcept nogil:
+    """Compute and store the filters of some panels for a chunk of pixels."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t panel_bytes = c.chunk * c.panel * c.item, b, panel, filter, width
+    for b in range(plan.channel_blocks):
+        for panel in range(first, end):
+            _multiply(plan, group, panel, b, first_pixel, end_pixel, offsets, taps, part + b * part_bytes, weights,
+                      accumulators + (panel - first) * panel_bytes)
+    for panel in range(first, end):
+        filter = group * c.filters + panel * c.panel
+        width = panel_vectors(c, panel) * c.kernels.lanes
+        store(
+            c, block, first_pixel, end_pixel - first_pixel, accumulators + (panel - first) * panel_bytes, width, filter, 1,
+            min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+        )
+
+
+cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t first_pixel,
+                    Py_ssize_t end_pixel, const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *part,
+                    char *own_weights, char *accumulators) noexcept nogil:
+    """Add one channel block's products with one panel for a chunk of pixels, tile by tile."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes
-    cdef Py_ssize_t pixels = block.rows * block.columns
-    cdef Py_ssize_t first = group * c.filters + panel * c.panel
-    cdef const char *weights = plan.weights + (group * packed_weight_size(c) + panel * c.panel * c.reduction) * c.item
-    cdef const char *bias = bias_at(plan.bias, first * c.item)
-    cdef Py_ssize_t block_weights = plan.width * c.taps * width * c.item
-    cdef Py_ssize_t p, m, b, stop
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, m
+    cdef const char *weights = own_weights
     cdef fc_reduction reduction
     reduction.taps = taps
     reduction.n_taps = c.taps
+    reduction.depth = min(plan.width, c.channels - b * plan.width)
+    if plan.weights == NULL:
+        pack_panel(c, group, panel, b * plan.width, reduction.depth, own_weights)
+    else:
+        weights = plan.weights + (
+            group * packed_weight_size(c) + panel * c.panel * c.reduction + b * plan.width * c.taps * width
+        ) * c.item
     reduction.a_step = 1
     reduction.b_tap = width
     reduction.b_step = c.taps * width
-    for p from 0 <= p < pixels by c.chunk:
-        stop = min(p + c.chunk, pixels)
-        for b in range(plan.channel_blocks):
-            reduction.depth = min(plan.width, c.channels - b * plan.width)
-            for m from p <= m < stop by tile_rows:
-                c.kernels.brgemm(
-                    &reduction, part + b * part_bytes, offsets + m, <int>min(tile_rows, stop - m),
-                    weights + b * block_weights, vectors, accumulators + (m - p) * width * c.item, b > 0,
-                )
-        store(
-            c, block, p, stop - p, accumulators, width, first, 1, min(width, c.filters - panel * c.panel), bias, plan.relu
+    for m from first_pixel <= m < end_pixel by tile_rows:
+        c.kernels.brgemm(
+            &reduction, part, offsets + m, <int>min(tile_rows, end_pixel - m), weights, vectors,
+            accumulators + (m - first_pixel) * width * c.item, b > 0,
         )
 
 

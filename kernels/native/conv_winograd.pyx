@@ -132,7 +132,7 @@ cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
     cdef char *packed = arena(FC_ARENA_BLOCK, c.reduction * width * c.item)
     if packed == NULL:
         return 1
-    pack_panel(c, number // c.panels, panel, packed)
+    pack_panel(c, number // c.panels, panel, 0, c.channels, packed)
     c.kernels.winograd_weight(
         packed, c.channels, width, plan.weights + number * plan.panel_bytes, c.channels * width
     )

@@ -11,8 +11,8 @@ output [K x P] = weight [K x R] * columns [R x P],    P = output pixels, R = C/g
          |      |      |      |  |
          +------+------+------+--+
 
-The gradient of the weights is grad_output [K x P] * columns^T [P x R], summed over panels and images in their order; the
-gradient of the input is the forward product on rotated weights, one for each phase of the stride (interleave.py).
+The gradient of the weights is grad_output [K x P] * columns^T [P x R], summed over panels and images in their order;
+the gradient of the input is the forward product on rotated weights, one for each phase of the stride (interleave.py).
 Groups are the leading dimension of a batched product. The threads are those of NumPy's BLAS.
 """
 
@@ -36,7 +36,7 @@ PANEL = 4 << 20  #: bytes of a panel: its columns, the strip of the image that t
 def conv_forward(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> None:
-    """output = weight * columns, panel by panel."""
+    """The product weight * columns, panel by panel."""
     filters = _filters(weight, dims)
     for n, block, columns in _panels(input, dims):
         target = output[(n, ..., *block)]
@@ -68,7 +68,7 @@ def conv_weight_grad(
     dims: Any,
     options: Any,
 ) -> None:
-    """grad_weight = grad_output * columns^T, summed over the panels."""
+    """The product grad_output * columns^T, summed over the panels."""
     total = np.zeros((dims.groups, dims.group_out_channels, dims.reduction), grad_weight.dtype)
     for n, block, columns in _panels(input, dims):
         pixels = grad_output[(n, ..., *block)].reshape(dims.groups, dims.group_out_channels, -1)  # (g, K/g, P)
@@ -112,7 +112,7 @@ def _blocks(dims: Any, itemsize: int) -> Iterator[Slices]:
 
 
 def _strip(input: np.ndarray, block: Slices, dims: Any) -> tuple[Slices, Slices, np.ndarray]:
-    """Return a zero array (C, D', H', W') for all that ``block`` sees, and which part of the image goes to which of it."""
+    """Return which part of the image ``block`` sees, where it goes, and zeros (C, D', H', W') to put it in."""
     source, inner, shape = [], [], [dims.in_channels]
     for axis, part in enumerate(block):
         first = part.start * dims.stride[axis] - dims.pad_before[axis]

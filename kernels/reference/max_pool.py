@@ -2,8 +2,8 @@
 
 output[c, o] = max over taps t of  input[c, o * stride + t * dilation - pad],    padding counts as -inf
 
-Both directions go image by image. Going backward the taps come in descending order, so that the gradients of overlapping
-windows reach a cell in the order of the outputs.
+Both directions go image by image. Going backward the taps come in descending order, so that the gradients of
+overlapping windows reach a cell in the order of the outputs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The loops of the textbook: the oracle of the tests and the baseline of the benchmark.
 
-output[n, k, o] = bias[k] + sum over channels c and taps t of  input[n, c, o * stride + t * dilation - pad] * weight[k, c, t]
+output[n, k, o] = bias[k] + sum over channels c and taps t of
+                  input[n, c, o * stride + t * dilation - pad] * weight[k, c, t]
 
 Nothing is shared with the other kernels, so that an error of theirs can't hide here. One output element is one
 ``(window * filter).sum()``, and each gradient is the same loop with the roles of the three arrays exchanged.
@@ -21,7 +22,7 @@ Slices = tuple[Any, ...]
 def conv_forward(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> None:
-    """output[n, k, o] = (window of o * filter k).sum() + bias[k]."""
+    """One output element after the other: (window * filter).sum() + bias."""
     for n in range(dims.batch):
         padded = _pad(input[n], dims)
         for k in range(dims.out_channels):

@@ -4,6 +4,7 @@
  * stays static, so that no code of one instruction set can be linked into another.
  */
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(T)))
+#define LINE ((ptrdiff_t)(64 / sizeof(T)))
 
 typedef T FC(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 typedef T FC(quad) __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -99,15 +100,17 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         out_stride = -out_stride;
     }
     ptrdiff_t quads_i = j_stride == 1 ? ni & ~(ptrdiff_t)3 : 0, quads_j = nj & ~(ptrdiff_t)3;
-    for (ptrdiff_t j = 0; j < quads_j && quads_i; j += 4)
-        for (ptrdiff_t i = 0; i < quads_i; i += 4) {
-            Q x[4];
-            UNROLL for (int n = 0; n < 4; n++)
-                x[n] = *(const Q *)(in + (i + n) * i_stride + j);
-            FC(transpose_quads)(x);
-            UNROLL for (int n = 0; n < 4; n++)
-                *(Q *)(out + (j + n) * out_stride + i) = x[n];
-        }
+    /* A cache line of a row at a time: rows are often a power of two apart, and then few of their lines fit into L1. */
+    for (ptrdiff_t line = 0; line < quads_j && quads_i; line += LINE)
+        for (ptrdiff_t i = 0; i < quads_i; i += 4)
+            for (ptrdiff_t j = line; j < quads_j && j < line + LINE; j += 4) {
+                Q x[4];
+                UNROLL for (int n = 0; n < 4; n++)
+                    x[n] = *(const Q *)(in + (i + n) * i_stride + j);
+                FC(transpose_quads)(x);
+                UNROLL for (int n = 0; n < 4; n++)
+                    *(Q *)(out + (j + n) * out_stride + i) = x[n];
+            }
     for (ptrdiff_t j = 0; j < nj; j++)
         for (ptrdiff_t i = j < quads_j ? quads_i : 0; i < ni; i++)
             out[j * out_stride + i] = in[i * i_stride + j * j_stride];
@@ -338,3 +341,4 @@ static const fc_ukernels FC(table) = {
 #undef V
 #undef Q
 #undef LANES
+#undef LINE
