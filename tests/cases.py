@@ -129,12 +129,6 @@ NAIVE = {"engine": NAIVE_ROW.engine, "algorithm": NAIVE_ROW.algorithm}
 CONV_OPS = ("conv_forward", "conv_input_grad", "conv_weight_grad")
 
 
-def runs(row: Row, op: str, dims: ConvDims | PoolDims) -> bool:
-    """Whether a row can compute this when it is asked for by name."""
-    reason = row.supports(op, dims)
-    return not reason or reason.startswith("slower")
-
-
 def how(row: Row) -> dict[str, Any]:
     """The keywords that ask for a row."""
     return {"engine": row.engine, "algorithm": row.algorithm}
@@ -143,7 +137,7 @@ def how(row: Row) -> dict[str, Any]:
 def rows_of(case: ConvCase, op: str | None = None) -> list[Row]:
     """The rows that work here and can compute ``op`` of a case, or any operation of it."""
     ops = CONV_OPS if op is None else (op,)
-    return [row for row in available("conv_forward") if any(runs(row, name, case.dims) for name in ops)]
+    return [row for row in available("conv_forward") if any(row.can(name, case.dims) for name in ops)]
 
 
 def for_every_row(cases: list[ConvCase], op: str | None = None, but: Row | None = None) -> pytest.MarkDecorator:
@@ -163,7 +157,7 @@ def conv_function(spatial: int, gradient: str = "") -> Callable[..., Any]:
 def conv_results(case: ConvCase, arrays: ConvArrays, row: Row = NAIVE_ROW, **keywords: Any) -> ConvResults:
     """Everything that one algorithm says of a case, by way of the public functions."""
     x, w, b, g = arrays
-    forward, input_grad, weight_grad = (runs(row, op, case.dims) for op in CONV_OPS)
+    forward, input_grad, weight_grad = (row.can(op, case.dims) for op in CONV_OPS)
     options = case.geometry | how(row) | keywords
     output = conv_function(case.spatial)(x, w, b, **options) if forward else None
     needs = ["input"] * input_grad + ["weight", "bias"] * weight_grad

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from cases import CONV_OPS, NAIVE_ROW, ConvCase, for_every_row, how, output_of, runs
+from cases import CONV_OPS, NAIVE_ROW, ConvCase, for_every_row, how, output_of
 
 from fastconv.registry import Row
 
@@ -66,7 +66,7 @@ PROBLEMS = [
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the resident memory from /proc")
 @for_every_row(PROBLEMS, but=NAIVE_ROW)  # the textbook loops pad a copy of the image, and would take minutes
 def test_the_workspace_is_small(row: Row, case: ConvCase) -> None:
-    ops = [op for op in CONV_OPS if runs(row, op, case.dims)]
+    ops = [op for op in CONV_OPS if row.can(op, case.dims)]
     code = PROGRAM
     for name, value in {
         "{how}": ", ".join(f"{key}={value!r}" for key, value in how(row).items()),

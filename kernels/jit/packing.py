@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from .blocking import Plan
 from .compile import jit, kernel
-from .threads import aligned_zeros, parallel
+from .threads import aligned, parallel
 from .tile import CHUNK, MACHINE, ROW_MULTIPLE, pointer, shift
 
 Quad = tuple[int, int, int, int]  #: n, d, h, w
@@ -211,7 +211,7 @@ def repeat_last(rows: Any, count: int) -> None:
 def packed_weight(weight: np.ndarray, plan: Plan, dtype: np.dtype, threads: int) -> np.ndarray:
     """Return the weights in panels."""
     panels = plan.groups * plan.panels
-    packed = aligned_zeros(panels * plan.reduction * plan.panel.lanes, dtype)
+    packed = aligned(panels * plan.reduction * plan.panel.lanes, dtype)
     parallel(lambda first, last: pack_weight(first, last, strided(weight), packed, plan), panels, threads)
     return packed
 
@@ -223,7 +223,7 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 
 @kernel
 def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
-    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes stay zero."""
+    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes are zero."""
     (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
     source, target = pointer(weight.address, packed), pointer(packed.ctypes.data, packed)
     channels = plan.reduction // taps
@@ -233,6 +233,8 @@ def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan
     for number in range(first, last):
         filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
         panel, filters = shift(target, number * plan.reduction * lanes), shift(source, filter0 * weight.n)
+        if count < lanes:
+            fill(panel, plan.reduction * lanes)
         for channel0 in range(0, channels, plan.block):
             depth = min(plan.block, channels - channel0)
             to, start = shift(panel, channel0 * taps * lanes), shift(filters, channel0 * weight.c)

@@ -51,13 +51,13 @@ def workspace(name: str, count: int, dtype: np.dtype) -> np.ndarray:
     """
     memory: np.ndarray | None = getattr(_arena, name, None)
     if memory is None or memory.nbytes < count * dtype.itemsize:
-        memory = aligned_zeros(count, dtype).view(np.uint8)
+        memory = aligned(count, dtype).view(np.uint8)
         setattr(_arena, name, memory)
     return memory[: count * dtype.itemsize].view(dtype)
 
 
-def aligned_zeros(count: int, dtype: np.dtype) -> np.ndarray:
-    """Return zeros that start on a cache line, so that no vector load straddles two."""
-    memory = np.zeros(count * dtype.itemsize + 64, np.uint8)
+def aligned(count: int, dtype: np.dtype) -> np.ndarray:
+    """Return room for ``count`` numbers that starts on a cache line, so that no vector load straddles two."""
+    memory = np.empty(count * dtype.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + count * dtype.itemsize].view(dtype)

@@ -17,7 +17,7 @@ import numpy as np
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
 from .packing import Quad, Strided, filters_of, pack_pixels, strided
-from .threads import aligned_zeros, parallel, workspace
+from .threads import aligned, parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
 
 
@@ -49,7 +49,9 @@ def weight_grad(
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
     tasks = grad_tasks(plan, threads)
     columns = tasks.splits * panels * lanes
-    sums = Sums(aligned_zeros(columns * plan.sum_rows, dtype), aligned_zeros(columns, dtype))
+    sums = Sums(aligned(columns * plan.sum_rows, dtype), aligned(columns, dtype))
+    for array in sums:
+        array.fill(0)
     bias = np.empty(grad_weight.shape[0], dtype)
 
     def work(first: int, last: int) -> None:

@@ -1,7 +1,7 @@
 """The ordered lists of algorithms: fastest first, the reference last; the first "yes" wins.
 
-A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes; any other answer is the
-reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
+A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes, any other is the reason
+for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
 
 To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests and benchmarks loop over these lists.
 (oneDNN arranges its implementations like this, in ``cpu_convolution_list.cpp``.)
@@ -34,6 +34,12 @@ class Row(NamedTuple):
         module = "naive" if self.algorithm == "naive" else family if family == "max_pool" else f"{family}_{self.algorithm}"
         kernel: Kernel = getattr(importlib.import_module(f"fastconv.kernels.{folder}.{module}"), op)
         return kernel
+
+
+    def can(self, op: str, dims: Dims) -> bool:
+        """Whether this row computes ``op`` when asked for by name, fastest or not."""
+        reason = self.supports(op, dims)
+        return not reason or reason.startswith("slower")
 
 
 class Verdict(NamedTuple):
@@ -111,8 +117,7 @@ def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | 
         return f"algorithm {algorithm!r} was asked for"
     if missing := why_missing(row.engine):
         return missing
-    reason = row.supports(op, dims)
-    return "" if algorithm is not None and reason.startswith("slower") else reason
+    return "" if algorithm is not None and row.can(op, dims) else row.supports(op, dims)
 
 
 def select(op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None) -> Row:
