@@ -286,6 +286,12 @@ def pool_results(spatial: int, image: Array, window: tuple[Any, ...], **how: Any
     return PoolResults(output, indices, winners, gradient(image.shape, winners, grad_output, *window, **how))
 
 
+@cache
+def pool_oracle(case: PoolCase, dtype: Any) -> PoolResults:
+    """What the textbook loops say of the case's image."""
+    return pool_results(case.spatial, case.image(dtype), case.window, **NAIVE)
+
+
 def run_python(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, where a warning is an error and a crash is only a return code."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FASTCONV_")}

@@ -39,6 +39,7 @@ cdef enum:
     TILES = 64                  # tiles of a block, about; fewer where there are many channels
     INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
+    LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
 
 cdef double LIMIT = 2.0 ** 48   # products of numbers below it can be summed without overflow
 
@@ -80,7 +81,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(c, input, weight, output, dims, options)
     _plan_blocks(&plan)
     panels = c.groups * c.panels
-    plan.panel_bytes = POINTS * c.channels * c.panel * c.item
+    plan.panel_bytes = POINTS * (c.channels * c.panel * c.item + LINE_BYTES)
     plan.weights = arena(FC_ARENA_WEIGHTS, panels * (plan.panel_bytes + c.panel * c.item) + 64)
     if plan.weights == NULL:
         raise MemoryError("no memory for packed weights")
@@ -134,7 +135,7 @@ cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
         return 1
     pack_panel(c, number // c.panels, panel, 0, c.channels, packed)
     c.kernels.winograd_weight(
-        packed, c.channels, width, plan.weights + number * plan.panel_bytes, c.channels * width
+        packed, c.channels, width, plan.weights + number * plan.panel_bytes, plan.panel_bytes // (POINTS * c.item)
     )
     return not c.kernels.all_below(packed, c.reduction * width, LIMIT)
 
@@ -154,8 +155,9 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t across = even.columns // 2, tiles = across * even.rows // 2
     cdef Py_ssize_t cells = even.high * even.wide
     cdef Py_ssize_t offset_bytes = (tiles + plan.channel_blocks + 8) // 8 * 64
-    cdef Py_ssize_t input_bytes = POINTS * plan.channel_blocks * tiles * plan.width * c.item
-    cdef Py_ssize_t product_bytes = PANELS * POINTS * tiles * c.panel * c.item
+    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.item + LINE_BYTES
+    cdef Py_ssize_t input_bytes = POINTS * point_bytes
+    cdef Py_ssize_t product_bytes = PANELS * POINTS * (tiles * c.panel * c.item + LINE_BYTES)
     cdef Py_ssize_t part_bytes = plan.width * cells * c.item
     cdef Py_ssize_t row_bytes = 4 * across * c.panel * c.item
     cdef char *memory = arena(
@@ -180,7 +182,7 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
             return 0
         c.kernels.winograd_input(
             offsets, tiles, part, even.wide * plan.width, plan.width,
-            inputs + b * tiles * plan.width * c.item, plan.channel_blocks * tiles * plan.width,
+            inputs + b * tiles * plan.width * c.item, point_bytes // c.item,
         )
     for p in range(tiles):
         offsets[p] = p * plan.width
@@ -188,26 +190,26 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
         taps[b] = b * tiles * plan.width
     cdef Py_ssize_t first = c.panels * share // plan.shares, end = c.panels * (share + 1) // plan.shares
     for panel from first <= panel < end by PANELS:
-        _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, products, part)
+        _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, point_bytes,
+                products, part)
     return 0
 
 
 cdef void _panels(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
                   Py_ssize_t tiles, Py_ssize_t across, const Py_ssize_t *offsets, const Py_ssize_t *taps,
-                  const char *inputs, char *products, char *pixels) noexcept nogil:
+                  const char *inputs, Py_ssize_t point_bytes, char *products, char *pixels) noexcept nogil:
     """Compute and store the filters of some panels for all tiles of a block."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t point, panel
-    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.item
+    cdef Py_ssize_t product_bytes = tiles * c.panel * c.item + LINE_BYTES, point, panel
     for point in range(POINTS):
         for panel in range(first, end):
             _multiply(
                 plan, group, panel, point, tiles, offsets, taps, inputs + point * point_bytes,
-                products + ((panel - first) * POINTS + point) * tiles * c.panel * c.item,
+                products + ((panel - first) * POINTS + point) * product_bytes,
             )
     for panel in range(first, end):
-        _store_panel(plan, block, group, panel, tiles, across, products + (panel - first) * POINTS * tiles * c.panel * c.item,
-                     pixels)
+        _store_panel(plan, block, group, panel, tiles, across, products + (panel - first) * POINTS * product_bytes,
+                     product_bytes, pixels)
 
 
 cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t point, Py_ssize_t tiles,
@@ -217,7 +219,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, together = REDUCTION // plan.width, b, m, whole
     cdef const char *weights = plan.weights + (
-        (group * c.panels + panel) * plan.panel_bytes + point * c.channels * width * c.item
+        (group * c.panels + panel) * plan.panel_bytes + point * (plan.panel_bytes // POINTS)
     )
     cdef fc_reduction reduction
     reduction.a_step = 1
@@ -238,14 +240,14 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
 
 
 cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t tiles,
-                       Py_ssize_t across, const char *products, char *pixels) noexcept nogil:
+                       Py_ssize_t across, const char *products, Py_ssize_t product_bytes, char *pixels) noexcept nogil:
     """Transform one panel's products back and store them, two output rows at a time."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes, row, r
     cdef Py_ssize_t first = group * c.filters + panel * c.panel
     cdef Py_ssize_t filters = min(width, c.filters - panel * c.panel)
     for row in range(tiles // across):
-        c.kernels.winograd_output(products + row * across * width * c.item, tiles * c.panel, across, width, pixels)
+        c.kernels.winograd_output(products + row * across * width * c.item, product_bytes // c.item, across, width, pixels)
         for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
             store(
                 c, block, (2 * row + r) * block.columns, block.columns, pixels + r * 2 * across * width * c.item, width,

@@ -10,6 +10,7 @@ To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,16 +54,8 @@ def _always(op: str, dims: Dims) -> str:
     return ""
 
 
-def _direct(op: str, dims: ConvDims) -> str:
-    if op == "conv_forward" and dims.group_in_channels < 8 and not dims.depthwise:
-        return f"slower than im2col for few channels ({dims.group_in_channels} < 8)"
-    return ""
-
-
 def _im2col(op: str, dims: ConvDims) -> str:
-    if dims.depthwise:
-        return "slower than direct for depthwise: nothing to reduce over"
-    return ""
+    return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
 
 def _winograd(op: str, dims: ConvDims) -> str:
@@ -76,14 +69,17 @@ def _winograd(op: str, dims: ConvDims) -> str:
         return "less exact than plain float32 sums for few channels"
     if min(dims.group_in_channels, dims.group_out_channels) < 16:
         return f"slower for few channels ({dims.group_in_channels} to {dims.group_out_channels} in a group)"
+    pixels = math.prod(dims.input_size if op == "conv_input_grad" else dims.output_size)
+    if pixels < 100:  # of one image: what is chosen, and so the result's bits, must not depend on the batch
+        return f"slower for small images ({pixels} pixels): transforming the weights takes longer than using them"
     return ""
 
 
 CONVOLUTIONS = (
     Row("winograd", "cython", _winograd),
-    Row("direct", "cython", _direct),
+    Row("direct", "cython", _always),
     Row("im2col", "cython", _im2col),
-    Row("direct", "numba", _direct),
+    Row("direct", "numba", _always),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),
     Row("naive", "numpy", _always),
