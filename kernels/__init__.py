@@ -16,22 +16,25 @@ The same algorithm has the same file name and the same function names in each en
 
 The contract
 ------------
-- **Three spatial dimensions, always.** ``input`` is (N, C, D, H, W), ``weight`` (K, C/groups, KD, KH, KW),
-  ``output`` (N, K, OD, OH, OW), ``bias`` (K,) or None. 1-D and 2-D problems have leading ones.
-- **A layout is only strides.** Arrays come as views with any element strides: NCHW, NHWC, reversed (negative strides),
-  broadcast (stride 0), read-only. They are float32 or float64, all of one type, aligned, in native byte order.
+- **Three spatial dimensions, always.** ``input`` is (N, C, D, H, W), ``weight`` (K, C/groups, KD, KH, KW), ``output``
+  (N, K, OD, OH, OW), ``bias`` (K,) or None. 1-D and 2-D problems have leading ones.
+- **A layout is only strides.** Arrays come as views with any element strides: NCHW, NHWC, reversed (negative
+  strides), broadcast (stride 0), read-only. They are float32 or float64, all of one type, aligned, in native byte
+  order.
 - **Everything is validated before a kernel sees it**; a kernel checks nothing and raises nothing (but MemoryError).
 - **Results are preallocated and overwritten completely**, whatever they held. They overlap no input.
-- ``dims`` is a ``ConvDims`` or ``PoolDims`` (plain named tuples of ints and 3-tuples). Sizes may be zero for the batch only.
-- ``options`` is ``Options(activation, precision, threads)``. ``activation`` is None or "relu" and is applied, after the
-  bias, in the same pass that stores the result. ``threads`` is the largest number of threads to use.
+- ``dims`` is a ``ConvDims`` or ``PoolDims`` (plain named tuples of ints and 3-tuples). Sizes may be zero for the
+  batch only.
+- ``options`` is ``Options(activation, precision, threads)``. ``activation`` is None or "relu" and is applied, after
+  the bias, in the same pass that stores the result. ``threads`` is the largest number of threads to use.
 - ``bias`` of ``conv_input_grad`` is (C,): a transposed convolution is the gradient of the input plus a bias.
   ``grad_bias`` is (K,) or None where nobody wants it.
-- ``winners`` holds each maximum's position in its window, ``(kd * KH + kh) * KW + kw``, as uint8 (uint16 when the window has
-  more than 256 cells), or None where nobody wants it. The first maximum in that order wins a tie; a NaN wins over
-  numbers (the last NaN of the window over earlier ones, as PyTorch has it); cells in the padding never win.
-- **The same bits every time**: an output element depends neither on the number of threads, nor on the batch size, nor on
-  its position in the batch.
-- The GIL is released in compiled engines. Workspace does not grow with the batch: at most 8 MB a thread, beside the packed weights.
+- ``winners`` holds each maximum's position in its window, ``(kd * KH + kh) * KW + kw``, as uint8 (uint16 when the
+  window has more than 256 cells), or None where nobody wants it. The first maximum in that order wins a tie; a NaN
+  wins over numbers (the last NaN of the window over earlier ones, as PyTorch has it); cells in the padding never win.
+- **The same bits every time**: an output element depends neither on the number of threads, nor on the batch size, nor
+  on its position in the batch.
+- The GIL is released in compiled engines. Workspace does not grow with the batch: at most 8 MB a thread, beside the
+  packed weights.
 - Nothing here imports anything of fastconv outside this folder.
 """

@@ -183,17 +183,15 @@ def case_oracle(case: ConvCase) -> Answer:
 
 
 def assert_close(actual: Array, exact: Array, magnitude: Array, dtype: Any) -> None:
-    """Each element within 3 eps of the sum of its terms' magnitudes, the largest such sum of its channel.
+    """Each element within 4 eps of the sum of its terms' magnitudes.
 
     The rounding error of a sum of R random terms is of the order of eps * sum |term| at most, whatever R and the order:
-    relative to the result, sqrt(R) * eps. Algorithms that transform whole tiles share it among neighbours. So 3 leaves
-    room for the largest of many elements and for nothing else: one forgotten or doubled term is far outside.
+    relative to the result, sqrt(R) * eps. So 4 leaves room for the largest of many elements and for nothing else: one
+    forgotten or doubled term is far outside.
     """
     assert actual.dtype == dtype
     assert actual.shape == exact.shape
-    if magnitude.ndim > 2:
-        magnitude = magnitude.max(axis=tuple(range(2, magnitude.ndim)), keepdims=True, initial=0)
-    excess = np.abs(actual.astype(np.float64) - exact) - 3 * np.finfo(dtype).eps * magnitude
+    excess = np.abs(actual.astype(np.float64) - exact) - 4 * np.finfo(dtype).eps * magnitude
     if excess.size and not excess.max() <= 0:
         worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
         wrong = f"{np.count_nonzero(~(excess <= 0))} of {excess.size} elements"

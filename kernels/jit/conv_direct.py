@@ -30,6 +30,7 @@ No sum is cut by the number of threads: every result has the same bits with one 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,18 @@ def conv_forward(
     """Fill ``output``."""
     dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
     plan = forward_plan(dims, dtype.itemsize, threads)
-    packed = packing.packed_weight(weight, plan, dtype, threads)
+    once = plan.batch * math.prod(plan.output_size) <= CHUNK  # each panel is used once: packed where it is used
+    part = plan.block * plan.taps * plan.panel.lanes
+    packed = None if once else packing.packed_weight(weight, plan, dtype, threads)
     all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
     boxes = plan.box_count * plan.groups
     splits = min(plan.panels, -(-threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), packed, all_bias, strided(output), plan, options.activation == "relu",
-            workspace("box", plan.blocks * plan.box_block, dtype),
+            first, last, splits, strided(input), strided(weight),
+            workspace("weight", part, dtype) if packed is None else packed, once, all_bias, strided(output), plan,
+            options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
             workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype), np.zeros(CHUNK + plan.taps, np.int64),
         )  # fmt: skip
 
@@ -94,8 +98,8 @@ def conv_weight_grad(
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
-    plan: Plan, relu: bool, box: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, packed: np.ndarray, once: bool,
+    bias: np.ndarray, output: Strided, plan: Plan, relu: bool, box: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
     rows, taps = data(offsets), shift(data(offsets), CHUNK)
@@ -114,34 +118,45 @@ def _forward(
             for panel in range(plan.panels * split // splits, plan.panels * (split + 1) // splits):
                 filters = packing.filters_of(plan, group, panel)
                 packing.start_sums(data(sums), data(bias), filters, count, plan.panel.lanes)
-                _multiply_chunk(sums, box, rows, count, taps, packed, group * plan.panels + panel, plan)
+                _multiply_chunk(sums, box, rows, count, taps, weight, packed, once, group, panel, plan)
                 packing.store_chunk(target, output, data(sums), plan, origin, size, pixel, count, filters, relu)
 
 
 @jit
 def _multiply_chunk(
-    sums: np.ndarray, box: np.ndarray, rows: Any, count: int, taps: Any, packed: np.ndarray, number: int, plan: Plan
-) -> None:
+    sums: np.ndarray, box: np.ndarray, rows: Any, count: int, taps: Any, weight: Strided, packed: np.ndarray,
+    once: bool, group: int, panel: int, plan: Plan,
+) -> None:  # fmt: skip
     """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
     lanes = plan.panel.lanes
-    panel = shift(data(packed), number * plan.reduction * lanes)
     if plan.panel.elementwise:  # the sums are short: they run along the rows of the filter, and ``taps`` are these rows
         width = plan.kernel_size[2]
         multiply(
             data(sums), lanes, data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2],
-            panel, lanes, plan.panel,
+            _weights_of(weight, packed, once, group, panel, 0, 1, plan), width * lanes, lanes, plan.panel,
         )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
         depth = min(plan.block, plan.channels - channel)
         cells = shift(data(box), channel // plan.block * plan.box_block)
+        weights = _weights_of(weight, packed, once, group, panel, channel, depth, plan)
         most_taps = max(1, BLOCK_BYTES // (depth * lanes * packed.itemsize))
         for tap in range(0, plan.taps, most_taps):
-            b = shift(panel, (channel * plan.taps + tap * depth) * lanes)
             multiply(
                 data(sums), lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
-                b, lanes, plan.panel,
+                shift(weights, tap * lanes), lanes, plan.taps * lanes, plan.panel,
             )  # fmt: skip
+
+
+@jit
+def _weights_of(
+    weight: Strided, packed: np.ndarray, once: bool, group: int, panel: int, channel: int, depth: int, plan: Plan
+) -> Any:
+    """Return where a panel's weights for ``depth`` channels are, packed before or just now."""
+    if once:
+        packing.pack_panel(data(packed), weight, packed, plan, group, panel, channel, depth)
+        return data(packed)
+    return shift(data(packed), ((group * plan.panels + panel) * plan.reduction + channel * plan.taps) * plan.panel.lanes)
 
 
 @kernel

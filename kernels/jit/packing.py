@@ -1,6 +1,6 @@
 """Everything that moves numbers between the caller's strided arrays and the tile's packed form.
 
-    pack_weight   (K, C, taps)         -> panels   [group][panel][block][tap][channel][lane]
+    pack_weight   (K, C, taps)         -> panels   [group][panel][channel][tap][lane]
     pack_box      (C, D, H, W)         -> a box    [block][n][d][h][w][channel], padding included
     pack_patches  (C, D, H, W)         -> patches  [C * taps][pixel]
     pack_pixels   (K, OD, OH, OW)      -> a panel  [pixel][lane]: the gradient of the output, as a reduction sees it
@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 
 from .blocking import Plan
 from .compile import jit, kernel
-from .threads import aligned, parallel
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, pointer, shift
+from .threads import parallel, workspace
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, data, pointer, shift
 
 Quad = tuple[int, int, int, int]  #: n, d, h, w
 
@@ -48,6 +48,7 @@ def strided(array: np.ndarray) -> Strided:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SQUARE = min(8, MACHINE.vector_bytes // 4)  #: side of the squares that are transposed in registers
+RUN = 8 * SQUARE  #: of each row before the next few: rows a power of two apart share one set of the L1 cache
 
 
 @intrinsic
@@ -114,11 +115,12 @@ def _transpose_block(target: Any, to_i: int, source: Any, from_j: int, count_i: 
             for i in range(count_i):
                 target[i * to_i + j] = source[i + j * from_j]
         return
-    for i_square in range(0, count_i, SQUARE):
-        i = min(i_square, count_i - SQUARE)
+    for i_run in range(0, count_i, RUN):
         for j_square in range(0, count_j, SQUARE):
             j = min(j_square, count_j - SQUARE)
-            transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
+            for i_square in range(i_run, min(i_run + RUN, count_i), SQUARE):
+                i = min(i_square, count_i - SQUARE)
+                transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
 
 
 @jit
@@ -211,7 +213,7 @@ def repeat_last(rows: Any, count: int) -> None:
 def packed_weight(weight: np.ndarray, plan: Plan, dtype: np.dtype, threads: int) -> np.ndarray:
     """Return the weights in panels."""
     panels = plan.groups * plan.panels
-    packed = aligned(panels * plan.reduction * plan.panel.lanes, dtype)
+    packed = workspace("weight", panels * plan.reduction * plan.panel.lanes, dtype)
     parallel(lambda first, last: pack_weight(first, last, strided(weight), packed, plan), panels, threads)
     return packed
 
@@ -223,41 +225,41 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 
 @kernel
 def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
-    """Pack the panels numbered ``first`` to ``last``, counted over all groups; unused lanes are zero."""
-    (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
-    source, target = pointer(weight.address, packed), pointer(packed.ctypes.data, packed)
-    channels = plan.reduction // taps
-    # OIHW, rotated or not: the cells of a filter are neighbours, and a panel of them is transposed as a whole.
-    row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
-    cells_are_neighbours = taps > 1 and abs(weight.w) == 1 and row_follows_row
+    """Pack the panels numbered ``first`` to ``last``, counted over all groups."""
+    channels = plan.reduction // plan.taps
     for number in range(first, last):
-        filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
-        panel, filters = shift(target, number * plan.reduction * lanes), shift(source, filter0 * weight.n)
-        if count < lanes:
-            fill(panel, plan.reduction * lanes)
-        for channel0 in range(0, channels, plan.block):
-            depth = min(plan.block, channels - channel0)
-            to, start = shift(panel, channel0 * taps * lanes), shift(filters, channel0 * weight.c)
-            if cells_are_neighbours:
-                _pack_by_channel(to, start, weight, depth, taps, filter_step * weight.n, count, lanes)
-                continue
-            for tap in range(taps):
-                cell = shift(start, tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w)
-                copy_block(
-                    shift(to, tap * depth * lanes), lanes, 1, cell, weight.c, filter_step * weight.n, depth, count
-                )
+        target = shift(data(packed), number * plan.reduction * plan.panel.lanes)
+        pack_panel(target, weight, packed, plan, number // plan.panels, number % plan.panels, 0, channels)
 
 
 @jit
-def _pack_by_channel(
-    target: Any, source: Any, weight: Strided, depth: int, taps: int, filter_stride: int, count: int, lanes: int
+def pack_panel(
+    target: Any, weight: Strided, like: np.ndarray, plan: Plan, group: int, panel: int, channel0: int, channels: int
 ) -> None:
-    """Pack a block whose cells are neighbours in memory, forwards or backwards."""
-    first_tap = 0 if weight.w == 1 else taps - 1
-    for channel in range(depth):
-        to = shift(target, (first_tap * depth + channel) * lanes)
-        start = shift(source, channel * weight.c + first_tap * weight.w)
-        copy_block(to, weight.w * depth * lanes, 1, start, 1, filter_stride, taps, count)
+    """Pack ``channels`` channels of one panel, from ``channel0`` on; unused lanes are zero."""
+    (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
+    filter0, filter_step, count = filters_of(plan, group, panel)
+    filter_stride = filter_step * weight.n
+    start = shift(pointer(weight.address, like), filter0 * weight.n + channel0 * weight.c)
+    if count < lanes:
+        fill(target, channels * taps * lanes)
+    row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
+    if row_follows_row and weight.w == 1 and weight.c == taps:  # OIHW: a matrix of filters x (channels * taps)
+        copy_block(target, lanes, 1, start, 1, filter_stride, channels * taps, count)
+    elif row_follows_row and abs(weight.w) == 1 and taps > 1:  # the cells of a filter are neighbours, perhaps backwards
+        first_tap = 0 if weight.w == 1 else taps - 1
+        to, start = shift(target, first_tap * lanes), shift(start, first_tap * weight.w)
+        for channel in range(channels):
+            copy_block(
+                shift(to, channel * taps * lanes), weight.w * lanes, 1, shift(start, channel * weight.c), 1,
+                filter_stride, taps, count,
+            )  # fmt: skip
+    else:
+        for tap in range(taps):
+            cell = shift(start, tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w)
+            copy_block(
+                shift(target, tap * lanes), taps * lanes, 1, cell, weight.c, filter_stride, channels, count
+            )
 
 
 @jit

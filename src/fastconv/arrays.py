@@ -176,7 +176,7 @@ def offsets_to_winners(offsets: np.ndarray, dims: PoolDims) -> np.ndarray:
         start = np.arange(dims.output_size[axis]) * dims.stride[axis] - dims.pad_before[axis]
         from_start = position - start.reshape([-1 if i == axis else 1 for i in range(3)])
         cells.append(np.clip(from_start // dims.dilation[axis], 0, dims.kernel_size[axis] - 1))
-    winners = np.ravel_multi_index(cells, dims.kernel_size).astype(winner_dtype(dims))  # type: ignore[arg-type]
+    winners: np.ndarray = np.ravel_multi_index(cells, dims.kernel_size).astype(winner_dtype(dims))
     winners[offsets < 0] = 0
     if not np.array_equal(winners_to_offsets(winners, dims), offsets):
         raise ValueError("indices must be offsets within the pooling windows, as max_pool returned them; got others")

@@ -59,7 +59,7 @@ class Digits(NamedTuple):
 def _load_digits() -> Digits:
     """Return scikit-learn's digits, always split in the same way."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(f"the digits come with scikit-learn, which is not installed; {INSTALL}") from error
     pixels, classes = load_digits(return_X_y=True)
@@ -165,7 +165,7 @@ def _has_kernels(layer: Layer) -> bool:
 def _with_progress(items: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress or not _has_tqdm():
         return items
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     bar: Iterable[Any] = tqdm(list(items), desc="timing the layers", unit="engine")
     return bar

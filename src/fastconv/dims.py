@@ -84,7 +84,7 @@ class ConvDims(NamedTuple):
         return 2 * self.batch * self.out_channels * math.prod(self.output_size) * self.reduction
 
     def input_grad_parts(self) -> tuple[InputGradPart, ...]:
-        """Return the gradient of the input as stride-1 convolutions of ``grad_output``, one for each phase of the stride.
+        """Return the gradient of the input as stride-1 convolutions of ``grad_output``, one for each phase of stride.
 
         grad_input[i] = sum over taps t with (i + pad - t * dilation) divisible by the stride of
         grad_output[(i + pad - t * dilation) / stride] * weight[t]. Positions i of one phase i = r (mod stride) share
@@ -188,7 +188,9 @@ def _padding(
         if padding == "valid":
             return ((0, 0),) * spatial
         if padding not in ("same", "same_lower"):
-            raise ValueError(f"padding must be an integer, a sequence, 'valid', 'same' or 'same_lower', got {padding!r}")
+            raise ValueError(
+                f"padding must be an integer, a sequence, 'valid', 'same' or 'same_lower', got {padding!r}"
+            )
         pairs = []
         for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
             # TensorFlow's and ONNX's SAME: ceil(n / s) outputs, the surplus shared, an odd one after (or before).
@@ -199,7 +201,9 @@ def _padding(
     if not isinstance(padding, (list, tuple)):
         return ((integer(padding, "padding", 0),) * 2,) * spatial
     if len(padding) not in (1, spatial):
-        raise ValueError(f"padding must be an integer or a sequence of {spatial}, got {len(padding)} values: {padding!r}")
+        raise ValueError(
+            f"padding must be an integer or a sequence of {spatial}, got {len(padding)} values: {padding!r}"
+        )
     pairs = []
     for i, value in enumerate(padding):
         if isinstance(value, (list, tuple)):
@@ -295,7 +299,7 @@ def conv_transpose_shape(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     stride: int | Sequence[int],
-    padding: int | Sequence[int],
+    padding: Padding,
     output_padding: int | Sequence[int],
     groups: int,
     dilation: int | Sequence[int],
@@ -329,7 +333,9 @@ def conv_transpose_shape(
             raise ValueError(f"output_padding must be smaller than stride or dilation, got {extra} for {s} and {d}")
         n = (size[axis] - 1) * s - sum(pads[axis]) + d * (weight_shape[2 + axis] - 1) + extra + 1
         if n < 1:
-            raise ValueError(f"the output would have size {n} along spatial dimension {axis}: padding {pads[axis]} is too large")
+            raise ValueError(
+                f"the output would have size {n} along spatial dimension {axis}: padding {pads[axis]} is too large"
+            )
         output.append(n)
     return batch, weight_shape[1] * groups, *output
 
@@ -344,7 +350,7 @@ class _Phase(NamedTuple):
 
     taps: int
     outputs: int
-    count: int
+    positions: int
     dilation: int
     before: int
     after: int
@@ -371,9 +377,16 @@ def _phases(dims: ConvDims, axis: int) -> list[_Phase]:
         last = first + (taps - 1) * step
         phases.append(
             _Phase(
-                taps if stop > start else 0, stop - start, count, sub_dilation, max(0, before), max(0, after),
-                slice(start, stop), slice(last, first - step if first >= step else None, -step), slice(r, n, s),
-            )  # fmt: skip
+                taps if stop > start else 0,
+                stop - start,
+                count,
+                sub_dilation,
+                max(0, before),
+                max(0, after),
+                slice(start, stop),
+                slice(last, first - step if first >= step else None, -step),
+                slice(r, n, s),
+            )
         )
     return phases
 
@@ -386,7 +399,8 @@ def _input_grad_part(dims: ConvDims, axes: tuple[_Phase, ...]) -> InputGradPart:
     part = ConvDims(
         dims.spatial, dims.batch, dims.out_channels, dims.in_channels, dims.groups,
         triple(lambda a: a.outputs), triple(lambda a: a.taps), (1, 1, 1),
-        triple(lambda a: a.before), triple(lambda a: a.after), triple(lambda a: a.dilation), triple(lambda a: a.count),
+        triple(lambda a: a.before), triple(lambda a: a.after),
+        triple(lambda a: a.dilation), triple(lambda a: a.positions),
     )  # fmt: skip
     return InputGradPart(
         part if part.taps else None,

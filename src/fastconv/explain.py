@@ -41,8 +41,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Parameters
     ----------
     op : str
-        Name of a function: "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "conv2d_input", "conv2d_weight", and
-        the same in 1-D and 3-D.
+        Name of a function: "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "conv2d_input", "conv2d_weight",
+        and the same in 1-D and 3-D.
     *args, **kwargs
         The arguments of that function; an array may be given by its shape alone.
 

@@ -1,7 +1,7 @@
 """Convolution and pooling of NumPy arrays: validate, allocate, select, run.
 
-``conv1d/2d/3d``, ``conv_transpose1d/2d/3d``, ``max_pool1d/2d/3d``, ``avg_pool1d/2d/3d``, ``max_blur_pool1d/2d/3d``. Argument
-names and order follow ``torch.nn.functional``. Gradients are in ``fastconv.grad``.
+``conv1d/2d/3d``, ``conv_transpose1d/2d/3d``, ``max_pool1d/2d/3d``, ``avg_pool1d/2d/3d``, ``max_blur_pool1d/2d/3d``.
+Argument names and order follow ``torch.nn.functional``. Gradients are in ``fastconv.grad``.
 
 Average pooling is a depthwise convolution with ones, divided by the number of cells; max-blur pooling is a dense max
 pooling followed by a depthwise convolution with a binomial filter. Neither has kernels of its own.
@@ -200,7 +200,7 @@ def conv2d(
     stride, dilation : int or sequence of int
         In pixels, one for all dimensions or one for each.
     padding : int, sequence, "valid", "same" or "same_lower"
-        Zeros around the image: one number, one for each dimension, a (before, after) pair for each dimension, or a word.
+        Zeros around the image: one number, one for each dimension, a (before, after) pair for each, or a word.
         "same" gives ceil(H / stride) rows, an odd surplus after the image; "same_lower" puts it before.
     groups : int
         Channel groups that are convolved independently; ``groups=C`` is a depthwise convolution.
@@ -468,7 +468,13 @@ def conv_transpose3d(
 
 @lru_cache(maxsize=1024, typed=True)
 def pooling_dims(
-    spatial: int, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints, ceil_mode: bool
+    spatial: int,
+    x: tuple[int, ...],
+    kernel_size: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
 ) -> PoolDims:
     """Return the dims of a pooling of the (5-D shape) x."""
     return pool_dims(x[:2] + x[5 - spatial :], kernel_size, stride, padding, dilation, ceil_mode)
@@ -492,7 +498,9 @@ def _max_pool(
     x = as_image(input, "input", spatial, last)
     if return_indices not in (False, True, "compact"):
         raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
-    dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), freeze(dilation), ceil_mode)
+    dims = pooling_dims(
+        spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), freeze(dilation), ceil_mode
+    )
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
     result = allocate(out, shape, batched, x)

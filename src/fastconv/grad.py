@@ -1,7 +1,7 @@
 """Gradients of convolution and pooling: validate, allocate, select, run.
 
-``conv1d/2d/3d_input`` and ``_weight`` follow ``torch.nn.grad``; ``conv1d/2d/3d`` give all gradients of a convolution at once.
-Sizes (``input_size``, ``weight_size``) are full shapes in the caller's layout.
+``conv1d/2d/3d_input`` and ``_weight`` follow ``torch.nn.grad``; ``conv1d/2d/3d`` give all gradients of a convolution at
+once. Sizes (``input_size``, ``weight_size``) are full shapes in the caller's layout.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _check_grad_output(grad: Array, batch: int, channels: int, size: tuple[int, 
     """Raise ValueError unless the (5-D view) gradient has the shape of the operation's output."""
     if grad.shape != (batch, channels, *size):
         wanted = arrays.image_shape(batch, channels, (size[0], size[1], size[2]), spatial, last)
-        got = arrays.image_shape(grad.shape[0], grad.shape[1], (grad.shape[2], grad.shape[3], grad.shape[4]), spatial, last)
+        got = arrays.image_shape(
+            grad.shape[0], grad.shape[1], (grad.shape[2], grad.shape[3], grad.shape[4]), spatial, last
+        )
         raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
 
 
@@ -97,7 +99,9 @@ def _conv_input(
     shape = _image_size(input_size, spatial, grad_output)
     first = first_shape(shape, spatial, last)
     kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
-    dims = conv_dims(first, kernel_shape, freeze(stride), freeze(padding), freeze(dilation), groups, input_name="input_size")
+    dims = conv_dims(
+        first, kernel_shape, freeze(stride), freeze(padding), freeze(dilation), groups, input_name="input_size"
+    )
     _check_conv_output(g, dims, last)
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g, w)
@@ -628,7 +632,8 @@ def conv_transpose3d_input(
     Examples
     --------
     >>> import numpy as np, fastconv as fc
-    >>> fc.grad.conv_transpose3d_input((1, 1, 2, 2, 2), np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 4, 4, 4)), stride=2).max()
+    >>> weight, grad_output = np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 4, 4, 4))
+    >>> fc.grad.conv_transpose3d_input((1, 1, 2, 2, 2), weight, grad_output, stride=2).max()
     np.float64(8.0)
     """
     geometry = (stride, padding, output_padding, groups, dilation)
@@ -722,7 +727,8 @@ def conv_transpose3d_weight(
     Examples
     --------
     >>> import numpy as np, fastconv as fc
-    >>> fc.grad.conv_transpose3d_weight(np.ones((1, 1, 2, 2, 2)), (1, 1, 2, 2, 2), np.ones((1, 1, 4, 4, 4)), stride=2).max()
+    >>> image, grad_output = np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 4, 4, 4))
+    >>> fc.grad.conv_transpose3d_weight(image, (1, 1, 2, 2, 2), grad_output, stride=2).max()
     np.float64(8.0)
     """
     geometry = (stride, padding, output_padding, groups, dilation)
@@ -738,7 +744,9 @@ def _winners(indices: object, grad: Array, dims: PoolDims, spatial: int, last: b
     """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
     if not isinstance(indices, np.ndarray) or indices.dtype not in (np.int64, arrays.winner_dtype(dims)):
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
-        raise TypeError(f"indices must be an int64 or {arrays.winner_dtype(dims)} array that max_pool returned, got {got}")
+        raise TypeError(
+            f"indices must be an int64 or {arrays.winner_dtype(dims)} array that max_pool returned, got {got}"
+        )
     batched = indices if indices.ndim == spatial + 2 else indices[None]
     view = first_image(batched, spatial, last) if batched.ndim == spatial + 2 else batched
     if view.shape != grad.shape:
@@ -1027,7 +1035,7 @@ def avg_pool3d(
 
 
 def _fold(grad: Array, axis: int, border: tuple[int, int]) -> Array:
-    """Return the gradient of a row that was reflected at both ends: what the reflections got goes to their originals."""
+    """Return the gradient of a row that was reflected at both ends: reflections add to their originals."""
     before, after = border
     n = grad.shape[axis] - before - after
     cells = reflected(n, before, after)
@@ -1086,9 +1094,7 @@ def max_blur_pool1d(
     >>> fc.grad.max_blur_pool1d(signal.shape, indices, np.ones_like(pooled), 2, 2)
     array([[[0.  , 1.25, 0.5 , 0.75, 0.5 , 0.  ]]])
     """
-    return _max_blur_pool(
-        1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
-    )
+    return _max_blur_pool(1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)
 
 
 def max_blur_pool2d(
@@ -1140,9 +1146,7 @@ def max_blur_pool2d(
     >>> fc.grad.max_blur_pool2d(image.shape, indices, np.ones_like(pooled), 2, 2).sum()
     np.float64(16.0)
     """
-    return _max_blur_pool(
-        2, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
-    )
+    return _max_blur_pool(2, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)
 
 
 def max_blur_pool3d(
@@ -1166,6 +1170,4 @@ def max_blur_pool3d(
     >>> fc.grad.max_blur_pool3d((1, 1, 4, 4, 4), indices, pooled, 2, 2).sum()
     np.float64(8.0)
     """
-    return _max_blur_pool(
-        3, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out
-    )
+    return _max_blur_pool(3, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)

@@ -1,7 +1,7 @@
 """The ordered lists of algorithms: fastest first, the reference last; the first "yes" wins.
 
-A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes, any other is the reason
-for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
+A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes, any other is the
+reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
 
 To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests and benchmarks loop over these lists.
 (oneDNN arranges its implementations like this, in ``cpu_convolution_list.cpp``.)
@@ -32,10 +32,11 @@ class Row(NamedTuple):
         """Return the kernel of this row for ``op``, importing its module."""
         folder = {"cython": "native", "numba": "jit", "numpy": "reference"}[self.engine]
         family = "conv" if op.startswith("conv") else "max_pool"
-        module = "naive" if self.algorithm == "naive" else family if family == "max_pool" else f"{family}_{self.algorithm}"
+        module = (
+            "naive" if self.algorithm == "naive" else family if family == "max_pool" else f"{family}_{self.algorithm}"
+        )
         kernel: Kernel = getattr(importlib.import_module(f"fastconv.kernels.{folder}.{module}"), op)
         return kernel
-
 
     def can(self, op: str, dims: Dims) -> bool:
         """Whether this row computes ``op`` when asked for by name, fastest or not."""
@@ -65,10 +66,8 @@ def _winograd(op: str, dims: ConvDims) -> str:
         return "only for 3x3 filters with stride 1 and dilation 1"
     if op == "conv_input_grad" and dims.stride[0] != 1:
         return "only for stride 1"
-    if min(dims.group_in_channels, dims.group_out_channels) < 8:
-        return "less exact than plain float32 sums for few channels"
     if min(dims.group_in_channels, dims.group_out_channels) < 16:
-        return f"slower for few channels ({dims.group_in_channels} to {dims.group_out_channels} in a group)"
+        return "not for few channels: less exact than plain sums there, and no faster"
     pixels = math.prod(dims.input_size if op == "conv_input_grad" else dims.output_size)
     if pixels < 100:  # of one image: what is chosen, and so the result's bits, must not depend on the batch
         return f"slower for small images ({pixels} pixels): transforming the weights takes longer than using them"

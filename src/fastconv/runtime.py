@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -265,12 +264,14 @@ def config_report() -> dict[str, str]:
 
     report = {
         "fastconv": fastconv.__version__,
-        "python": f"{sys.version.split()[0]} ({platform.python_implementation()}, {platform.system()} {platform.machine()})",
+        "python": f"{platform.python_version()} {platform.python_implementation()}, {platform.platform(terse=True)}",
         "numpy": np.__version__,
         "cpu": _cpu_name(),
     }
     for engine in ENGINES:
-        report[f"engine {engine}"] = f"missing: {why_missing(engine)}" if why_missing(engine) else _engine_detail(engine)
+        report[f"engine {engine}"] = (
+            f"missing: {why_missing(engine)}" if why_missing(engine) else _engine_detail(engine)
+        )
     report["threads"] = f"{get_num_threads()} of {os.cpu_count()} processors"
     config = get_config()
     report["settings"] = f"engine={config.engine or 'best'}, precision={config.precision}"
@@ -281,7 +282,8 @@ def _engine_detail(engine: str) -> str:
     if engine == "cython":
         native = native_module()
         assert native is not None
-        return f"yes; instruction set {native.isa()} (CPU and build have {', '.join(native.available_isas())}); {native.compiler()}"
+        there = ", ".join(native.available_isas())
+        return f"yes; instruction set {native.isa()} (CPU and build have {there}); {native.compiler()}"
     if engine == "numba":
         from importlib.metadata import version
 

@@ -173,7 +173,7 @@ def _check_samples(x: Any, y: Any, x_name: str, y_name: str) -> None:
 def _progress_bar(total: int) -> Any:
     """Return a tqdm bar, or None without tqdm: training does not need it."""
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         return None
     return tqdm(total=total, unit="batch")
