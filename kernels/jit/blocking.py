@@ -20,6 +20,8 @@ Triple = tuple[int, int, int]
 BOX_BYTES = 1024 * 1024  #: a packed box: about the L2 cache
 PATCH_BYTES = 2 * 1024 * 1024  #: a panel of patches
 IM2COL_PIXELS = 512  #: most columns of one
+WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
+WINOGRAD_TILES = 72  #: most tiles of one
 
 
 class Plan(NamedTuple):
@@ -91,6 +93,20 @@ def im2col_plan(dims: Any, itemsize: int, threads: int | None = None) -> Plan:
         pixels = min(pixels, max(CHUNK, -(-math.prod(dims.output_size) * dims.batch * dims.groups // threads)))
     plan = _plan(dims, itemsize, 1, most_pixels=pixels, most_columns=pixels, depthwise=False)
     return plan if threads is None else plan._replace(panel=panel_for(math.prod(plan.box), False, itemsize))
+
+
+@lru_cache(maxsize=512)
+def winograd_plans(dims: Any, itemsize: int, threads: int) -> tuple[Plan, Plan]:
+    """Return two views of one cutting: its tiles of 2x2 outputs, as pixels that see 4x4 cells, and its real pixels."""
+    depth, height, width = dims.output_size
+    tiles = dims._replace(
+        kernel_size=(1, 4, 4), stride=(dims.stride[0], 2, 2), output_size=(depth, -(-height // 2), -(-width // 2))
+    )
+    channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
+    most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (tiles.taps * channels * itemsize))
+    most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
+    plan = _plan(tiles, itemsize, min(64, channels), most, most_columns=CHUNK // 4)
+    return plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size)
 
 
 class GradTasks(NamedTuple):

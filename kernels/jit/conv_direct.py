@@ -133,7 +133,7 @@ def _multiply_chunk(
         width = plan.kernel_size[2]
         multiply(
             data(sums), lanes, data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2],
-            _weights_of(weight, packed, once, group, panel, 0, 1, plan), width * lanes, lanes, plan.panel,
+            _weights_of(weight, packed, once, group, panel, 0, 1, plan), lanes, plan.panel,
         )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
@@ -144,7 +144,7 @@ def _multiply_chunk(
         for tap in range(0, plan.taps, most_taps):
             multiply(
                 data(sums), lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
-                shift(weights, tap * lanes), lanes, plan.taps * lanes, plan.panel,
+                shift(weights, tap * depth * lanes), lanes, plan.panel,
             )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _weights_of(
 ) -> Any:
     """Return where a panel's weights for ``depth`` channels are, packed before or just now."""
     if once:
-        packing.pack_panel(data(packed), weight, packed, plan, group, panel, channel, depth)
+        packing.pack_part(data(packed), weight, packed, plan, group, panel, channel, depth)
         return data(packed)
     return shift(data(packed), ((group * plan.panels + panel) * plan.reduction + channel * plan.taps) * plan.panel.lanes)
 

@@ -135,7 +135,7 @@ def _multiply_chunk(
         for pixel in range(0, pixels, plan.panel.lanes):
             multiply(
                 shift(sums, pixel), plan.pitch, filters, rows, count, shift(channels, channel), runs, depth, step,
-                shift(data(patches), channel * plan.taps * plan.pitch + pixel), depth * plan.pitch, plan.pitch, plan.panel,
+                shift(data(patches), channel * plan.taps * plan.pitch + pixel), plan.pitch, plan.panel,
             )  # fmt: skip
 
 

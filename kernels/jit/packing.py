@@ -1,6 +1,6 @@
 """Everything that moves numbers between the caller's strided arrays and the tile's packed form.
 
-    pack_weight   (K, C, taps)         -> panels   [group][panel][channel][tap][lane]
+    pack_weight   (K, C, taps)         -> panels   [group][panel][block][tap][channel][lane]
     pack_box      (C, D, H, W)         -> a box    [block][n][d][h][w][channel], padding included
     pack_patches  (C, D, H, W)         -> patches  [C * taps][pixel]
     pack_pixels   (K, OD, OH, OW)      -> a panel  [pixel][lane]: the gradient of the output, as a reduction sees it
@@ -52,34 +52,36 @@ RUN = 8 * SQUARE  #: of each row before the next few: rows a power of two apart 
 
 
 @intrinsic
-def transpose(typingctx: Any, target: Any, target_stride: Any, source: Any, source_stride: Any) -> Any:
-    """target[i * target_stride + j] = source[j * source_stride + i] for i, j < SQUARE."""
+def transpose(typingctx: Any, target: Any, rows: Any, source: Any, source_stride: Any) -> Any:
+    """target[rows[i] + j] = source[j * source_stride + i] for i, j < SQUARE; a number as rows means i * rows."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        to, to_stride, start, stride = args
+        to, to_rows, start, stride = args
         number = context.get_value_type(source.dtype)
         vector, align = ir.VectorType(number, SQUARE), source.dtype.bitwidth // 8
 
         def row(base: Any, step: Any, i: int) -> Any:
-            where = builder.gep(base, [builder.mul(step, ir.Constant(step.type, i))])
-            return builder.bitcast(where, vector.as_pointer())
+            index = ir.Constant(stride.type, i)
+            table = isinstance(step.type, ir.PointerType)
+            offset = builder.load(builder.gep(step, [index])) if table else builder.mul(step, index)
+            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
         def pick(a: Any, b: Any, lanes: list[int]) -> Any:
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes))
 
         # Exchange one bit of the row number with the same bit of the column number, for each bit: of every 2 x 2 blocks
         # of side ``bit`` the upper right and the lower left change places.
-        rows = [builder.load(row(start, stride, i), align=align) for i in range(SQUARE)]
+        vectors = [builder.load(row(start, stride, i), align=align) for i in range(SQUARE)]
         for bit in (1 << b for b in range(SQUARE.bit_length() - 1)):
             for i in (i for i in range(SQUARE) if not i & bit):
-                above, below = rows[i], rows[i + bit]
-                rows[i] = pick(above, below, [j - bit + SQUARE if j & bit else j for j in range(SQUARE)])
-                rows[i + bit] = pick(above, below, [j + SQUARE if j & bit else j + bit for j in range(SQUARE)])
+                above, below = vectors[i], vectors[i + bit]
+                vectors[i] = pick(above, below, [j - bit + SQUARE if j & bit else j for j in range(SQUARE)])
+                vectors[i + bit] = pick(above, below, [j + SQUARE if j & bit else j + bit for j in range(SQUARE)])
         for i in range(SQUARE):
-            builder.store(rows[i], row(to, to_stride, i), align=align)
+            builder.store(vectors[i], row(to, to_rows, i), align=align)
         return context.get_dummy_value()
 
-    return types.void(target, types.intp, source, types.intp), generate
+    return types.void(target, rows, source, types.intp), generate
 
 
 @jit
@@ -115,12 +117,27 @@ def _transpose_block(target: Any, to_i: int, source: Any, from_j: int, count_i: 
             for i in range(count_i):
                 target[i * to_i + j] = source[i + j * from_j]
         return
+    for i_square in range(0, count_i, SQUARE):
+        i = min(i_square, count_i - SQUARE)
+        for j_square in range(0, count_j, SQUARE):
+            j = min(j_square, count_j - SQUARE)
+            transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
+
+
+@jit
+def _transpose_to_rows(target: Any, rows: Any, source: Any, from_j: int, count_i: int, count_j: int) -> None:
+    """target[rows[i] + j] = source[i + j * from_j], in the same way."""
+    if min(count_i, count_j) < SQUARE:
+        for j in range(count_j):
+            for i in range(count_i):
+                target[rows[i] + j] = source[i + j * from_j]
+        return
     for i_run in range(0, count_i, RUN):
         for j_square in range(0, count_j, SQUARE):
             j = min(j_square, count_j - SQUARE)
             for i_square in range(i_run, min(i_run + RUN, count_i), SQUARE):
                 i = min(i_square, count_i - SQUARE)
-                transpose(shift(target, i * to_i + j), to_i, shift(source, i + j * from_j), from_j)
+                transpose(shift(target, j), shift(rows, i), shift(source, i + j * from_j), from_j)
 
 
 @jit
@@ -226,40 +243,42 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 @kernel
 def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
     """Pack the panels numbered ``first`` to ``last``, counted over all groups."""
-    channels = plan.reduction // plan.taps
+    channels, lanes = plan.reduction // plan.taps, plan.panel.lanes
     for number in range(first, last):
-        target = shift(data(packed), number * plan.reduction * plan.panel.lanes)
-        pack_panel(target, weight, packed, plan, number // plan.panels, number % plan.panels, 0, channels)
+        panel = shift(data(packed), number * plan.reduction * lanes)
+        for channel in range(0, channels, plan.block):
+            depth = min(plan.block, channels - channel)
+            target = shift(panel, channel * plan.taps * lanes)
+            pack_part(target, weight, packed, plan, number // plan.panels, number % plan.panels, channel, depth)
 
 
 @jit
-def pack_panel(
-    target: Any, weight: Strided, like: np.ndarray, plan: Plan, group: int, panel: int, channel0: int, channels: int
+def pack_part(
+    target: Any, weight: Strided, like: np.ndarray, plan: Plan, group: int, panel: int, channel0: int, depth: int
 ) -> None:
-    """Pack ``channels`` channels of one panel, from ``channel0`` on; unused lanes are zero."""
+    """Pack one panel's weights [tap][channel][lane] for ``depth`` channels; unused lanes are zero."""
     (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
     filter0, filter_step, count = filters_of(plan, group, panel)
-    filter_stride = filter_step * weight.n
+    stride = filter_step * weight.n
     start = shift(pointer(weight.address, like), filter0 * weight.n + channel0 * weight.c)
     if count < lanes:
-        fill(target, channels * taps * lanes)
+        fill(target, taps * depth * lanes)
     row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
-    if row_follows_row and weight.w == 1 and weight.c == taps:  # OIHW: a matrix of filters x (channels * taps)
-        copy_block(target, lanes, 1, start, 1, filter_stride, channels * taps, count)
-    elif row_follows_row and abs(weight.w) == 1 and taps > 1:  # the cells of a filter are neighbours, perhaps backwards
-        first_tap = 0 if weight.w == 1 else taps - 1
-        to, start = shift(target, first_tap * lanes), shift(start, first_tap * weight.w)
-        for channel in range(channels):
-            copy_block(
-                shift(to, channel * taps * lanes), weight.w * lanes, 1, shift(start, channel * weight.c), 1,
-                filter_stride, taps, count,
-            )  # fmt: skip
-    else:
-        for tap in range(taps):
-            cell = shift(start, tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w)
-            copy_block(
-                shift(target, tap * lanes), taps * lanes, 1, cell, weight.c, filter_stride, channels, count
-            )
+    if taps > 1 and abs(weight.w) == 1 and row_follows_row:  # OIHW, rotated or not: a filter's cells are neighbours
+        start = shift(start, min(0, (taps - 1) * weight.w))
+        follow = depth if weight.c == taps else 1  # channels that are neighbours, too
+        rows = np.empty((follow, taps), np.int64)
+        for channel in range(follow):
+            for tap in range(taps):
+                rows[channel, tap if weight.w > 0 else taps - 1 - tap] = (tap * depth + channel) * lanes
+        for channel in range(0, depth, follow):
+            to, cells = shift(target, channel * lanes), shift(start, channel * weight.c)
+            _transpose_to_rows(to, data(rows), cells, stride, follow * taps, count)
+        return
+    for tap in range(taps):
+        cell_of_tap = tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w
+        cells = shift(start, cell_of_tap)
+        copy_block(shift(target, tap * depth * lanes), lanes, 1, cells, weight.c, stride, depth, count)
 
 
 @jit

@@ -140,7 +140,7 @@ def _make_tile(shape: Shape, elementwise: bool) -> Any:
     @intrinsic
     def tile(
         typingctx: Any, c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any,
-        b: Any, b_tap: Any, b_step: Any,
+        b: Any, b_step: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             _emit_tile(context, builder, shape, elementwise, c.dtype, *args)
@@ -148,15 +148,14 @@ def _make_tile(shape: Shape, elementwise: bool) -> Any:
 
         offsets = types.CPointer(types.int64)
         size = types.intp
-        return types.void(c, size, a, offsets, offsets, size, size, size, b, size, size), generate
+        return types.void(c, size, a, offsets, offsets, size, size, size, b, size), generate
 
     return tile
 
 
 def _emit_tile(
     context: Any, builder: ir.IRBuilder, shape: Shape, elementwise: bool, dtype: Any,
-    c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any,
-    b: Any, b_tap: Any, b_step: Any,
+    c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any, b_step: Any,
 ) -> None:  # fmt: skip
     """Emit the loops over taps and depth around ``rows * vectors`` multiply-adds."""
     width = MACHINE.vector_bytes * 8 // dtype.bitwidth
@@ -178,8 +177,8 @@ def _emit_tile(
     # LLVM turns these variables into registers.
     sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in columns] for _ in tile_rows]
     starts = [builder.gep(a, [builder.load(builder.gep(rows, [index(m)]))]) for m in tile_rows]
+    panel = cgutils.alloca_once_value(builder, b)
     with cgutils.for_range(builder, tap_count) as tap:
-        panel = cgutils.alloca_once_value(builder, builder.gep(b, [builder.mul(b_tap, tap.index)]))
         position = cgutils.alloca_once_value(builder, builder.load(builder.gep(taps, [tap.index])))
         with cgutils.for_range(builder, depth):
             here, b_row = builder.load(position), builder.load(panel)
@@ -212,21 +211,21 @@ _narrow_elementwise = _make_tile(MACHINE.narrow, elementwise=True)
 @jit
 def multiply(
     c: Any, c_step: int, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int,
-    b: Any, b_tap: int, b_step: int, panel: Panel,
+    b: Any, b_step: int, panel: Panel,
 ) -> None:  # fmt: skip
     """Add the formula above to ``count`` rows of C, tile after tile.
 
-    Rows of C are ``c_step`` apart, those of B ``b_step`` for the next k and ``b_tap`` for the next tap. The last tile
-    may be taller than what is left: ``rows`` and C go on up to a multiple of ROW_MULTIPLE.
+    Rows of B and C are ``b_step`` and ``c_step`` apart. The last tile may be taller than what is left: ``rows`` and C
+    go on up to a multiple of ROW_MULTIPLE.
     """
     tile_rows = NARROW_ROWS if panel.narrow else WIDE_ROWS
     for row in range(0, count, tile_rows):
         c_row, a_rows = shift(c, row * c_step), shift(rows, row)
         if panel.elementwise and panel.narrow:
-            _narrow_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_tap, b_step)
+            _narrow_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         elif panel.elementwise:
-            _wide_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_tap, b_step)
+            _wide_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         elif panel.narrow:
-            _narrow(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_tap, b_step)
+            _narrow(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
         else:
-            _wide(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_tap, b_step)
+            _wide(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)

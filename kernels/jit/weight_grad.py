@@ -121,8 +121,7 @@ def add_products(
                 b = shift(data(pixels), (panel * line_count + line) * width * lanes)
                 multiply(
                     shift(data(sums.weight), place * lanes), lanes, data(cells), shift(rows, row),
-                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step, b, width * lanes, lanes,
-                    plan.panel,
+                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step, b, lanes, plan.panel,
                 )  # fmt: skip
 
 

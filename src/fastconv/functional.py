@@ -34,10 +34,14 @@ Indices: TypeAlias = bool | Literal["compact"]
 
 def options(activation: str | None = None, precision: str | None = None) -> Options:
     """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
+    return _options(activation, get_config().precision if precision is None else precision, get_num_threads())
+
+
+@lru_cache
+def _options(activation: str | None, precision: str, threads: int) -> Options:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    word = get_config().precision if precision is None else check_precision(precision)
-    return Options(activation, word, get_num_threads())
+    return Options(activation, check_precision(precision), threads)
 
 
 def freeze(value: Any) -> Any:
@@ -111,23 +115,41 @@ def _conv(
     x = as_image(input, "input", spatial, last)
     w = as_weight(weight, "weight", spatial, last, flip_kernel)
     check_same_dtype(w, "weight", x, "input")
-    dims = _forward_dims(spatial, x.shape, w.shape, freeze(stride), freeze(padding), freeze(dilation), groups)
-    b = as_bias(bias, x, dims.out_channels)
+    geometry = (freeze(stride), freeze(padding), freeze(dilation), groups)
+    plan = _conv_plan(spatial, last, x.shape, w.shape, *geometry, engine or get_config().engine, algorithm)
+    b = as_bias(bias, x, plan.dims.out_channels)
     how = options(activation, precision)
     batched = is_batched(input, spatial)
-    shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
-    result = allocate(out, shape, batched, x, w, b)
-    target = first_image(result, spatial, last)
-    run("conv_forward", dims, x, w, b, target, how=how, engine=engine, algorithm=algorithm)
+    result = allocate(out, plan.shape, batched, x, w, b)
+    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, how)
     return deliver(result, out, batched)
 
 
+class ConvPlan(NamedTuple):
+    """What a convolution's shapes and options come to; kept, so that the next call of the kind has no shape algebra."""
+
+    dims: ConvDims
+    shape: tuple[int, ...]  #: of the output, in the caller's layout
+    kernel: Kernel
+
+
 @lru_cache(maxsize=1024, typed=True)
-def _forward_dims(
-    spatial: int, x: tuple[int, ...], w: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints, groups: int
-) -> ConvDims:
+def _conv_plan(
+    spatial: int,
+    last: bool,
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    engine: str | None,
+    algorithm: str | None,
+) -> ConvPlan:
     skip = 5 - spatial
-    return conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
+    dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
+    shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm))
 
 
 def conv1d(

@@ -78,6 +78,7 @@ CONVOLUTIONS = (
     Row("winograd", "cython", _winograd),
     Row("direct", "cython", _always),
     Row("im2col", "cython", _im2col),
+    Row("winograd", "numba", _winograd),
     Row("direct", "numba", _always),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),

@@ -1,0 +1,309 @@
+"""Winograd's F(2x2, 3x3): 16 multiplications for what a 3x3 filter takes 36 for.
+
+    output tile (2x2) = At [ sum over channels of (G g Gt) * (Bt d B) ] A,     d: 4x4 inputs, g: 3x3 filter
+
+    for each box of tiles (a task):
+        for each block of channels:
+            pack the image, transform it                          [point of 16][block][tile][channel]
+        for some panels of filters:
+            for each point, each panel:
+                sums += inputs of the point * panel               16 independent matrix products: the register tile
+            for each panel:
+                output = activation(At sums A)                    the epilogue
+
+      inputs of a point          panel                sums, [panel][point][tile][lane]
+      +---------------+       +----------+            +----------+
+      |    tiles x    |   x   | channels |     =      |  tiles x |
+      |   channels    |       | x lanes  |            |   lanes  |
+      +---------------+       +----------+            +----------+
+
+To all code that packs, a tile of outputs is a pixel, of a convolution with 4x4 filters and stride 2. Sums of inputs can
+overflow, or make a NaN of two infinities, where single products would not: an image that holds such numbers is left to
+conv_direct.
+
+A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ..interleave import input_grad
+from . import conv_direct, packing
+from .blocking import Plan, winograd_plans
+from .compile import jit, kernel
+from .packing import Quad, Strided, strided
+from .threads import parallel, workspace, worthwhile
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, data, multiply, pointer, shift
+
+POINTS = 16
+BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
+PANELS = 4  #: panels that one pass over the transformed inputs multiplies
+REDUCTION = 256  #: channels that are summed at a time: a panel's share of one point is 16 KB of L1 in float32
+LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
+
+
+class Steps(NamedTuple):
+    """Elements between the points of an array: a cache line more than needed, lest all fall into one set of L1."""
+
+    weight: int
+    input: int
+    sums: int
+
+
+def conv_forward(
+    input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
+) -> None:
+    """Fill ``output``."""
+    alone = dims._replace(batch=1)
+    for image in _convolve(input, weight, bias, output, dims, options):
+        one = slice(image, image + 1)
+        conv_direct.conv_forward(input[one], weight, bias, output[one], alone, options)
+
+
+def conv_input_grad(
+    grad_output: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    grad_input: np.ndarray,
+    dims: Any,
+    options: Any,
+) -> None:
+    """Fill ``grad_input``: stride-1 convolutions of ``grad_output``, see ``interleave``."""
+    input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+
+
+def _convolve(
+    input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
+) -> list[int]:
+    """Convolve; return the images with numbers that are not below LIMIT, whose output is to be computed otherwise."""
+    dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
+    tiles, pixels = winograd_plans(dims, dtype.itemsize, threads)
+    lanes, panels, line = tiles.panel.lanes, tiles.groups * tiles.panels, 64 // dtype.itemsize
+    most_tiles = -(-math.prod(tiles.box) // ROW_MULTIPLE) * ROW_MULTIPLE
+    steps = Steps(
+        tiles.channels * lanes + line, tiles.blocks * most_tiles * tiles.block + line, most_tiles * lanes + line
+    )
+    packed = workspace("weight", panels * POINTS * steps.weight, dtype)
+    refused = np.zeros(dims.batch, np.bool_)
+
+    def transform(first: int, last: int) -> None:
+        part = workspace("box", tiles.block * dims.taps * lanes, dtype)
+        if not _transform_weight(first, last, strided(weight), part, packed, steps, pixels):
+            refused.fill(True)
+
+    parallel(transform, panels, threads)
+    if refused.any():
+        return list(range(dims.batch))
+    all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
+    boxes = tiles.box_count * tiles.groups
+    splits = min(-(-tiles.panels // PANELS), -(-threads // max(1, boxes)))  # few boxes: threads share them
+
+    def work(first: int, last: int) -> None:
+        _forward(
+            first, last, splits, strided(input), packed, all_bias, strided(output), tiles, pixels,
+            options.activation == "relu", refused, steps, workspace("box", tiles.box_block, dtype),
+            workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
+            workspace("pixels", 2 * CHUNK * lanes, dtype), np.zeros(most_tiles + tiles.blocks, np.int64),
+        )  # fmt: skip
+
+    parallel(work, boxes * splits, threads)
+    return [int(image) for image in np.flatnonzero(refused)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # Bt
+_WEIGHT = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
+_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # At
+
+
+def _make_transform(matrix: tuple[tuple[float, ...], ...]) -> Any:
+    """Return the function Y = matrix * X * transposed matrix, whose numbers are vectors: of neighbours in memory."""
+
+    @intrinsic
+    def transform(typingctx: Any, y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            _emit_transform(builder, matrix, context.get_value_type(y.dtype), y.dtype.bitwidth // 8, *args)
+            return context.get_dummy_value()
+
+        return types.void(y, types.intp, types.intp, x, types.intp, types.intp), generate
+
+    return transform
+
+
+def _emit_transform(
+    builder: ir.IRBuilder, matrix: tuple[tuple[float, ...], ...], number: Any, itemsize: int,
+    y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any,
+) -> None:  # fmt: skip
+    """Emit the loads, additions and stores of one transform; rows and columns are so many elements apart."""
+    vector = ir.VectorType(number, MACHINE.vector_bytes // itemsize)
+    half = ir.Constant(vector, [0.5] * vector.count)
+    rows, columns = range(len(matrix)), range(len(matrix[0]))
+
+    def cell(start: Any, row_step: Any, row: int, column_step: Any, column: int) -> Any:
+        index = row_step.type
+        offset = builder.add(builder.mul(row_step, index(row)), builder.mul(column_step, index(column)))
+        return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
+
+    def combine(factors: tuple[float, ...], vectors: list[Any]) -> Any:
+        """Return the sum of factor * vector; the factors that are not zero are all 1 or -1, or all a half or minus."""
+        plus = [v for f, v in zip(factors, vectors, strict=True) if f > 0]
+        minus = [v for f, v in zip(factors, vectors, strict=True) if f < 0]
+        total = reduce(builder.fsub, minus, reduce(builder.fadd, plus))
+        return builder.fmul(total, half) if 0.5 in factors else total
+
+    cells = [[builder.load(cell(x, x_row, i, x_column, j), align=itemsize) for i in columns] for j in columns]
+    halfway = [[combine(matrix[i], cells[j]) for j in columns] for i in rows]  # matrix * X
+    for i in rows:
+        for j in rows:
+            builder.store(combine(matrix[j], halfway[i]), cell(y, y_row, i, y_column, j), align=itemsize)
+
+
+_transform_input = _make_transform(_INPUT)
+_transform_filter = _make_transform(_WEIGHT)
+_transform_sums = _make_transform(_OUTPUT)
+
+
+@kernel
+def _transform_weight(
+    first: int, last: int, weight: Strided, part: np.ndarray, packed: np.ndarray, steps: Steps, pixels: Plan
+) -> bool:
+    """Pack and transform the panels ``first`` to ``last``, counted over all groups; return whether all are below LIMIT."""
+    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // packed.itemsize, True
+    for number in range(first, last):
+        panel = shift(data(packed), number * POINTS * steps.weight)
+        for channel in range(0, pixels.channels, pixels.block):
+            depth = min(pixels.block, pixels.channels - channel)
+            group, panel_of_group = number // pixels.panels, number % pixels.panels
+            packing.pack_part(data(part), weight, packed, pixels, group, panel_of_group, channel, depth)
+            below &= _all_below(data(part), pixels.taps * depth * lanes)
+            tap = depth * lanes
+            for i in range(0, depth * lanes, width):
+                target = shift(panel, channel * lanes + i)
+                _transform_filter(target, 4 * steps.weight, steps.weight, shift(data(part), i), 3 * tap, tap)
+    return below
+
+
+@jit
+def _all_below(numbers: Any, count: int) -> bool:
+    """Whether all numbers are below LIMIT in magnitude, which a NaN is not."""
+    others = 0
+    for i in range(count):
+        others += not (-LIMIT < numbers[i] < LIMIT)
+    return others == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _forward(
+    first: int, last: int, splits: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
+    tiles: Plan, pixels: Plan, relu: bool, refused: np.ndarray, steps: Steps,
+    box: np.ndarray, inputs: np.ndarray, sums: np.ndarray, rows_of_pixels: np.ndarray, offsets: np.ndarray,
+) -> None:  # fmt: skip
+    """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
+    rows, blocks = data(offsets), shift(data(offsets), len(offsets) - tiles.blocks)
+    source = pointer(input.address, box)
+    for task in range(first, last):
+        split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
+        origin, size = packing.box_of(tiles, number)
+        count = size[0] * size[1] * size[2] * size[3]
+        packing.pixel_offsets(rows, tiles, size, 0, count, 1)
+        for block in range(tiles.blocks):
+            end = min((block + 1) * tiles.block, tiles.channels)
+            packing.pack_box(data(box), source, input, tiles, origin, size, group, block * tiles.block, end)
+            for n in range(size[0]):
+                if not _all_below(shift(data(box), n * tiles.plane), tiles.plane):
+                    refused[origin[0] + n] = True
+            _transform_box(shift(data(inputs), block * count * tiles.block), box, rows, count, steps, tiles)
+        for tile in range(count):
+            rows[tile] = tile * tiles.block
+        packing.repeat_last(rows, count)
+        for block in range(tiles.blocks):
+            blocks[block] = block * count * tiles.block
+        last_panel = tiles.panels * (split + 1) // splits
+        for panel in range(tiles.panels * split // splits, last_panel, PANELS):
+            panels = min(PANELS, last_panel - panel)
+            _multiply(sums, inputs, rows, count, blocks, packed, bias, group, panel, panels, steps, tiles)
+            for i in range(panels):
+                some_sums = shift(data(sums), i * POINTS * steps.sums)
+                filters = packing.filters_of(pixels, group, panel + i)
+                _store(output, some_sums, rows_of_pixels, origin, size, filters, relu, steps, pixels)
+
+
+@jit
+def _transform_box(target: Any, box: np.ndarray, rows: Any, count: int, steps: Steps, tiles: Plan) -> None:
+    """Transform one block of channels of a packed box, tile by tile."""
+    width = MACHINE.vector_bytes // box.itemsize
+    for tile in range(count):
+        for i in range(0, tiles.block, width):
+            to, source = shift(target, tile * tiles.block + i), shift(data(box), rows[tile] + i)
+            _transform_input(to, 4 * steps.input, steps.input, source, tiles.tap_step[1], tiles.tap_step[2])
+
+
+@jit
+def _multiply(
+    sums: np.ndarray, inputs: np.ndarray, rows: Any, count: int, blocks: Any, packed: np.ndarray, bias: np.ndarray,
+    group: int, panel: int, panels: int, steps: Steps, tiles: Plan,
+) -> None:  # fmt: skip
+    """Compute the sums of all points of some panels."""
+    lanes = tiles.panel.lanes
+    whole = tiles.channels // tiles.block  # blocks; a last, narrower one is a reduction of its own
+    together = max(1, REDUCTION // tiles.block)
+    for point in range(POINTS):
+        cells = shift(data(inputs), point * steps.input)
+        for i in range(panels):
+            target = shift(data(sums), (i * POINTS + point) * steps.sums)
+            if point == BIAS_POINT:
+                packing.start_sums(target, data(bias), packing.filters_of(tiles, group, panel + i), count, lanes)
+            else:
+                packing.fill(target, count * lanes)
+            number = (group * tiles.panels + panel + i) * POINTS + point
+            weights = shift(data(packed), number * steps.weight)
+            for block in range(0, whole, together):
+                multiply(
+                    target, lanes, cells, rows, count, shift(blocks, block), min(together, whole - block), tiles.block,
+                    1, shift(weights, block * tiles.block * lanes), lanes, tiles.panel,
+                )  # fmt: skip
+            if whole < tiles.blocks:
+                multiply(
+                    target, lanes, cells, rows, count, shift(blocks, whole), 1, tiles.channels - whole * tiles.block,
+                    1, shift(weights, whole * tiles.block * lanes), lanes, tiles.panel,
+                )  # fmt: skip
+
+
+@jit
+def _store(
+    output: Strided, sums: Any, rows_of_pixels: np.ndarray, origin: Quad, size: Quad, filters: tuple[int, int, int],
+    relu: bool, steps: Steps, pixels: Plan,
+) -> None:  # fmt: skip
+    """Transform one panel's sums and store them, two output rows at a time."""
+    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // rows_of_pixels.itemsize
+    n0, d0, h0, w0 = origin[0], origin[1], 2 * origin[2], 2 * origin[3]
+    high, wide = min(2 * size[2], pixels.output_size[1] - h0), min(2 * size[3], pixels.output_size[2] - w0)
+    target, some = pointer(output.address, rows_of_pixels), data(rows_of_pixels)
+    for line in range(size[0] * size[1] * size[2]):
+        # From right to left: where the width is odd, the tile's second column falls on the start of the next row.
+        for tile in range(size[3] - 1, -1, -1):
+            for i in range(0, lanes, width):
+                source = shift(sums, (line * size[3] + tile) * lanes + i)
+                to = shift(some, 2 * tile * lanes + i)
+                _transform_sums(to, wide * lanes, lanes, source, 4 * steps.sums, steps.sums)
+        image, row = line // size[2], line % size[2] * 2
+        packing.store_chunk(
+            target, output, some, pixels, (n0, d0, h0, w0), (size[0], size[1], high, wide),
+            (image * high + row) * wide, min(2, high - row) * wide, filters, relu,
+        )  # fmt: skip
