@@ -156,7 +156,8 @@ def _weights_of(
     if once:
         packing.pack_part(data(packed), weight, packed, plan, group, panel, channel, depth)
         return data(packed)
-    return shift(data(packed), ((group * plan.panels + panel) * plan.reduction + channel * plan.taps) * plan.panel.lanes)
+    row = (group * plan.panels + panel) * plan.reduction + channel * plan.taps
+    return shift(data(packed), row * plan.panel.lanes)
 
 
 @kernel

@@ -178,7 +178,7 @@ _transform_sums = _make_transform(_OUTPUT)
 def _transform_weight(
     first: int, last: int, weight: Strided, part: np.ndarray, packed: np.ndarray, steps: Steps, pixels: Plan
 ) -> bool:
-    """Pack and transform the panels ``first`` to ``last``, counted over all groups; return whether all are below LIMIT."""
+    """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below LIMIT."""
     lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // packed.itemsize, True
     for number in range(first, last):
         panel = shift(data(packed), number * POINTS * steps.weight)

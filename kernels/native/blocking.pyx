@@ -180,22 +180,29 @@ cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssi
     cdef Py_ssize_t start = min(max(0, -left), block.wide)
     cdef Py_ssize_t stop = max(start, min(block.wide, x.size[4] - left))
     cdef Py_ssize_t row_bytes = block.wide * width * c.item
+    cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1]
+    # Rows that continue one another, without padding between them, are one.
+    cdef bint one_row = (
+        stop - start == block.wide and x.stride[3] == block.wide * x.stride[4] and top >= 0 and top + block.high <= x.size[3]
+    )
+    cdef Py_ssize_t rows = 1 if one_row else block.high, run = (stop - start) * (block.high // rows)
     cdef Py_ssize_t d, h, z, y
+    row_bytes *= block.high // rows
     for d in range(c.kernel[0]):
         z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-        for h in range(block.high):
-            y = block.top * c.stride[1] - c.pad[1] + h
-            if start == stop or z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
+        for h in range(rows):
+            y = top + h
+            if run == 0 or z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
                 memset(out, 0, <size_t>row_bytes)
             else:
                 if count < width:
                     memset(out, 0, <size_t>row_bytes)
-                else:
+                elif run < block.wide:
                     memset(out, 0, <size_t>(start * width * c.item))
                     memset(out + stop * width * c.item, 0, <size_t>((block.wide - stop) * width * c.item))
                 c.kernels.transpose(
                     base + (z * x.stride[2] + y * x.stride[3] + (left + start) * x.stride[4]) * c.item,
-                    x.stride[1], x.stride[4], count, stop - start, out + start * width * c.item, width,
+                    x.stride[1], x.stride[4], count, run, out + start * width * c.item, width,
                 )
             out += row_bytes
 

@@ -8,7 +8,7 @@
             for channel block:                                             the chunk's share of it stays in L1 and L2 ...
                 for panel:                                                 ... and so does its share of the panel
                     for tile of pixels: brgemm over taps and channels
-            store the chunk: bias, activation, the caller's layout
+                    after the last block, store: bias, activation, the caller's layout
 
        part of the image             panel                  chunk
       +------------------+         +--------+            +--------+
@@ -139,7 +139,7 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef char *weights = memory + offset_bytes
     cdef char *accumulators = weights + weight_bytes
     cdef char *part = accumulators + sum_bytes
-    cdef Py_ssize_t b, p, panel, end = c.panels * (share + 1) // plan.shares
+    cdef Py_ssize_t b, p, panel, chunk, end = c.panels * (share + 1) // plan.shares
     pixel_offsets(c, &block, plan.width, offsets)
     tap_offsets(c, &block, plan.width, taps)
     for b in range(plan.channel_blocks):
@@ -147,11 +147,12 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
             c, &block, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
             part + b * plan.width * cells * c.item,
         )
-    for p from 0 <= p < pixels by c.chunk:
+    chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts
+    for p from 0 <= p < pixels by chunk:
         panel = c.panels * share // plan.shares
         while panel < end:
             _chunk(
-                plan, &block, group, panel, min(panel + panels, end), p, min(p + c.chunk, pixels), offsets, taps, part,
+                plan, &block, group, panel, min(panel + panels, end), p, min(p + chunk, pixels), offsets, taps, part,
                 plan.width * cells * c.item, weights, accumulators,
             )
             panel += panels
@@ -168,13 +169,14 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssiz
         for panel in range(first, end):
             _multiply(plan, group, panel, b, first_pixel, end_pixel, offsets, taps, part + b * part_bytes, weights,
                       accumulators + (panel - first) * panel_bytes)
-    for panel in range(first, end):
-        filter = group * c.filters + panel * c.panel
-        width = panel_vectors(c, panel) * c.kernels.lanes
-        store(
-            c, block, first_pixel, end_pixel - first_pixel, accumulators + (panel - first) * panel_bytes, width, filter, 1,
-            min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
-        )
+            if b < plan.channel_blocks - 1:
+                continue
+            filter = group * c.filters + panel * c.panel
+            width = panel_vectors(c, panel) * c.kernels.lanes
+            store(
+                c, block, first_pixel, end_pixel - first_pixel, accumulators + (panel - first) * panel_bytes, width,
+                filter, 1, min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+            )
 
 
 cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t first_pixel,

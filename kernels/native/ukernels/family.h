@@ -99,21 +99,25 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         j_stride = 1;
         out_stride = -out_stride;
     }
-    ptrdiff_t quads_i = j_stride == 1 ? ni & ~(ptrdiff_t)3 : 0, quads_j = nj & ~(ptrdiff_t)3;
-    /* A cache line of a row at a time: rows are often a power of two apart, and then few of their lines fit into L1. */
-    for (ptrdiff_t line = 0; line < quads_j && quads_i; line += LINE)
-        for (ptrdiff_t i = 0; i < quads_i; i += 4)
-            for (ptrdiff_t j = line; j < quads_j && j < line + LINE; j += 4) {
+    if (j_stride != 1 || ni < 4 || nj < 4) {
+        for (ptrdiff_t j = 0; j < nj; j++)
+            for (ptrdiff_t i = 0; i < ni; i++)
+                out[j * out_stride + i] = in[i * i_stride + j * j_stride];
+        return;
+    }
+    /* A cache line of a row at a time: rows are often a power of two apart, and then few of their lines fit into L1.
+     * The last quads overlap those before them where sizes are no multiples of 4. */
+    for (ptrdiff_t line = 0; line < nj; line += LINE)
+        for (ptrdiff_t i = 0; i < ni; i += 4)
+            for (ptrdiff_t j = line; j < nj && j < line + LINE; j += 4) {
+                const ptrdiff_t i0 = i + 4 <= ni ? i : ni - 4, j0 = j + 4 <= nj ? j : nj - 4;
                 Q x[4];
                 UNROLL for (int n = 0; n < 4; n++)
-                    x[n] = *(const Q *)(in + (i + n) * i_stride + j);
+                    x[n] = *(const Q *)(in + (i0 + n) * i_stride + j0);
                 FC(transpose_quads)(x);
                 UNROLL for (int n = 0; n < 4; n++)
-                    *(Q *)(out + (j + n) * out_stride + i) = x[n];
+                    *(Q *)(out + (j0 + n) * out_stride + i0) = x[n];
             }
-    for (ptrdiff_t j = 0; j < nj; j++)
-        for (ptrdiff_t i = j < quads_j ? quads_i : 0; i < ni; i++)
-            out[j * out_stride + i] = in[i * i_stride + j * j_stride];
 }
 
 static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
@@ -136,19 +140,22 @@ static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_str
     const T *c = tile, *bias = e->bias;
     T *out = output;
     const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
-    const ptrdiff_t quads = cs == 1 || ps == 1 ? channels & ~(ptrdiff_t)3 : 0;
-    const ptrdiff_t quad_pixels = cs == 1 ? pixels : pixels & ~(ptrdiff_t)3;
-    for (ptrdiff_t i = 0; i < quads; i += 4) {
+    if (channels < 4 || (cs != 1 && (ps != 1 || pixels < 4))) {
+        for (ptrdiff_t p = 0; p < pixels; p++)
+            for (ptrdiff_t i = 0; i < channels; i++)
+                out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], bias, i, e->relu);
+        return;
+    }
+    for (ptrdiff_t channel = 0; channel < channels; channel += 4) { /* the last quads overlap, as in transpose */
+        const ptrdiff_t i = channel + 4 <= channels ? channel : channels - 4;
         Q shift = bias ? *(const Q *)(bias + i) : (Q){0};
-        if (cs == 1) {
-            for (ptrdiff_t p = 0; p < pixels; p++) {
-                Q x = *(const Q *)(c + p * c_stride + i);
-                FC(finish_quad)(&x, &shift, e->relu);
-                *(Q *)(out + p * ps + i) = x;
-            }
-            continue;
+        for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++) {
+            Q x = *(const Q *)(c + pixel * c_stride + i);
+            FC(finish_quad)(&x, &shift, e->relu);
+            *(Q *)(out + pixel * ps + i) = x;
         }
-        for (ptrdiff_t p = 0; p < quad_pixels; p += 4) {
+        for (ptrdiff_t pixel = 0; pixel < pixels && cs != 1; pixel += 4) {
+            const ptrdiff_t p = pixel + 4 <= pixels ? pixel : pixels - 4;
             Q x[4];
             UNROLL for (int n = 0; n < 4; n++) {
                 x[n] = *(const Q *)(c + (p + n) * c_stride + i);
@@ -159,9 +166,6 @@ static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_str
                 *(Q *)(out + (i + n) * cs + p) = x[n];
         }
     }
-    for (ptrdiff_t p = 0; p < pixels; p++)
-        for (ptrdiff_t i = p < quad_pixels ? quads : 0; i < channels; i++)
-            out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], bias, i, e->relu);
 }
 
 /* ------------------------------------------------------------------------------------------------------- depthwise */
