@@ -2,6 +2,7 @@
 
     output tile (2x2) = At [ sum over channels of (G g Gt) * (Bt d B) ] A,     d: 4x4 inputs, g: 3x3 filter
 
+    transform the weights, all or (where they are large) half the panels at a time
     for image, group, block of tiles, share of the panels:                 in parallel
         pack the part of the image that the block sees                     as conv_direct does
         transform it                                                       [point of 16][channel block][tile][width]
@@ -39,6 +40,7 @@ cdef enum:
     TILES = 64                  # tiles of a block, about; fewer where there are many channels
     INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
+    SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
     LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
 
 cdef double LIMIT = 2.0 ** 48   # products of numbers below it can be summed without overflow
@@ -64,9 +66,10 @@ ctypedef struct Plan:
     Blocks blocks               # rows and columns are even
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
-    Py_ssize_t shares           # tasks that share the panels of one block
+    Py_ssize_t first_panel      # of a pass: the panels whose weights are transformed
+    Py_ssize_t end_panel
     Py_ssize_t panel_bytes      # of transformed weights
-    char *weights               # [group][panel][point][channel][filter]
+    char *weights               # [group][panel of the pass][point][channel][filter]
     const char *bias
     int relu
     unsigned char *refused      # images with numbers that are not below LIMIT
@@ -76,33 +79,50 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     """Convolve; return the images that were left out."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, task, panels, failures = 0, refused_panels = 0
+    cdef Py_ssize_t most, bias_bytes
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     _plan_blocks(&plan)
-    panels = c.groups * c.panels
     plan.panel_bytes = POINTS * (c.channels * c.panel * c.item + LINE_BYTES)
-    plan.weights = arena(FC_ARENA_WEIGHTS, panels * (plan.panel_bytes + c.panel * c.item) + 64)
+    # Transformed weights are 16/9 of the weights. Where that is much, they come half by half.
+    passes = 2 if c.panels > 1 and c.groups * c.panels * plan.panel_bytes > SPARE_BYTES * 16 // 7 else 1
+    bias_bytes = c.groups * c.filters * c.item
+    most = c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
+    plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
     if plan.weights == NULL:
         raise MemoryError("no memory for packed weights")
-    plan.bias = pack_bias(c, bias, plan.weights + panels * plan.panel_bytes)
+    plan.bias = pack_bias(c, bias, plan.weights + most)
     plan.relu = options.activation == "relu"
+    refused = bytearray(c.batch + 1)
+    plan.refused = &refused[0]
+    for number in range(passes):
+        plan.first_panel = c.panels * number // passes
+        plan.end_panel = c.panels * (number + 1) // passes
+        if not _run_pass(&plan):
+            return list(range(c.batch))
+    return [image for image in range(c.batch) if refused[image]]
+
+
+cdef bint _run_pass(const Plan *plan) except -1:
+    """Compute the panels of one pass; return whether the weights are below LIMIT."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t panels = c.groups * (plan.end_panel - plan.first_panel)
+    cdef Py_ssize_t blocks = c.batch * c.groups * plan.blocks.count
+    cdef Py_ssize_t task, refused = 0, failures = 0
+    cdef Py_ssize_t shares = max(
+        1, min(ceil_div(plan.end_panel - plan.first_panel, PANELS), 2 * c.threads // max(blocks, 1))
+    )  # tasks that share the panels of one block
     with nogil:
         for task in prange(panels, num_threads=c.threads, schedule="static"):
-            refused_panels += _transform_panel(&plan, task)
-    if refused_panels or c.batch == 0:
-        return list(range(c.batch))
-    refused = bytearray(c.batch)
-    plan.refused = &refused[0]
-    tasks = c.batch * c.groups * plan.blocks.count
-    plan.shares = max(1, min(ceil_div(c.panels, PANELS), 2 * c.threads // max(tasks, 1)))
-    tasks *= plan.shares
+            refused += _transform_panel(plan, task)
+    if refused:
+        return False
     with nogil:
-        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(&plan, task)
+        for task in prange(blocks * shares, num_threads=c.threads, schedule="dynamic"):
+            failures += _forward_task(plan, task // shares, task % shares, shares)
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
-    return [image for image in range(c.batch) if refused[image]]
+    return True
 
 
 cdef void _plan_blocks(Plan *plan) noexcept nogil:
@@ -128,24 +148,24 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
 cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
     """Pack and transform the weights of one panel; return 1 if they are not below LIMIT (or there is no memory)."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t panel = number % c.panels
+    cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
+    cdef Py_ssize_t panel = plan.first_panel + number % pass_panels
     cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
     cdef char *packed = arena(FC_ARENA_BLOCK, c.reduction * width * c.item)
     if packed == NULL:
         return 1
-    pack_panel(c, number // c.panels, panel, 0, c.channels, packed)
+    pack_panel(c, number // pass_panels, panel, 0, c.channels, packed)
     c.kernels.winograd_weight(
         packed, c.channels, width, plan.weights + number * plan.panel_bytes, plan.panel_bytes // (POINTS * c.item)
     )
     return not c.kernels.all_below(packed, c.reduction * width, LIMIT)
 
 
-cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_ssize_t shares) noexcept nogil:
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t share = task % plan.shares
-    cdef Py_ssize_t group = task // plan.shares % c.groups
+    cdef Py_ssize_t group = task % c.groups
     cdef Block block, even
-    locate(c, &plan.blocks, task // (plan.shares * c.groups), &block)
+    locate(c, &plan.blocks, task // c.groups, &block)
     even = block  # whole tiles: an odd last row or column is computed, and not stored
     even.rows += even.rows % 2
     even.columns += even.columns % 2
@@ -188,7 +208,9 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
         offsets[p] = p * plan.width
     for b in range(plan.channel_blocks):
         taps[b] = b * tiles * plan.width
-    cdef Py_ssize_t first = c.panels * share // plan.shares, end = c.panels * (share + 1) // plan.shares
+    cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
+    cdef Py_ssize_t first = plan.first_panel + pass_panels * share // shares
+    cdef Py_ssize_t end = plan.first_panel + pass_panels * (share + 1) // shares
     for panel from first <= panel < end by PANELS:
         _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, point_bytes,
                 products, part)
@@ -219,7 +241,8 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, together = REDUCTION // plan.width, b, m, whole
     cdef const char *weights = plan.weights + (
-        (group * c.panels + panel) * plan.panel_bytes + point * (plan.panel_bytes // POINTS)
+        (group * (plan.end_panel - plan.first_panel) + panel - plan.first_panel) * plan.panel_bytes
+        + point * (plan.panel_bytes // POINTS)
     )
     cdef fc_reduction reduction
     reduction.a_step = 1
