@@ -48,7 +48,6 @@ def strided(array: np.ndarray) -> Strided:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SQUARE = min(8, MACHINE.vector_bytes // 4)  #: side of the squares that are transposed in registers
-RUN = 8 * SQUARE  #: of each row before the next few: rows a power of two apart share one set of the L1 cache
 
 
 @intrinsic
@@ -132,12 +131,11 @@ def _transpose_to_rows(target: Any, rows: Any, source: Any, from_j: int, count_i
             for i in range(count_i):
                 target[rows[i] + j] = source[i + j * from_j]
         return
-    for i_run in range(0, count_i, RUN):
-        for j_square in range(0, count_j, SQUARE):
-            j = min(j_square, count_j - SQUARE)
-            for i_square in range(i_run, min(i_run + RUN, count_i), SQUARE):
-                i = min(i_square, count_i - SQUARE)
-                transpose(shift(target, j), shift(rows, i), shift(source, i + j * from_j), from_j)
+    for j_square in range(0, count_j, SQUARE):  # few rows of the source at a time: they may share one set of L1
+        j = min(j_square, count_j - SQUARE)
+        for i_square in range(0, count_i, SQUARE):
+            i = min(i_square, count_i - SQUARE)
+            transpose(shift(target, j), shift(rows, i), shift(source, i + j * from_j), from_j)
 
 
 @jit
@@ -266,14 +264,15 @@ def pack_part(
     row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
     if taps > 1 and abs(weight.w) == 1 and row_follows_row:  # OIHW, rotated or not: a filter's cells are neighbours
         start = shift(start, min(0, (taps - 1) * weight.w))
-        follow = depth if weight.c == taps else 1  # channels that are neighbours, too
-        rows = np.empty((follow, taps), np.int64)
-        for channel in range(follow):
+        together = min(SQUARE, depth) if weight.c == taps else 1  # channels that are neighbours, too
+        rows = np.empty((together, taps), np.int64)
+        for channel in range(together):
             for tap in range(taps):
                 rows[channel, tap if weight.w > 0 else taps - 1 - tap] = (tap * depth + channel) * lanes
-        for channel in range(0, depth, follow):
+        for first in range(0, depth, together):
+            channel = min(first, depth - together)
             to, cells = shift(target, channel * lanes), shift(start, channel * weight.c)
-            _transpose_to_rows(to, data(rows), cells, stride, follow * taps, count)
+            _transpose_to_rows(to, data(rows), cells, stride, together * taps, count)
         return
     for tap in range(taps):
         cell_of_tap = tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w

@@ -25,6 +25,7 @@ ctypedef struct Conv:
     Py_ssize_t out[3]
     Py_ssize_t panel          # filters in a full panel: two vectors
     Py_ssize_t panels         # panels of one group
+    bint folded               # weights are packed [tap][channel], not [channel][tap]
     Py_ssize_t chunk          # pixels whose accumulators stay in L1: a multiple of the tile's rows
     Py_ssize_t threads
 

@@ -9,7 +9,8 @@ A driver cuts the output of each image into blocks of rows x columns pixels and 
                                           +-----------+
 
 Weights are packed into panels, [panel][channel][tap][filters of the panel], in the order in which OIHW has them: packing is a
-transposition of the K x (C * taps) matrix. Every copy is one call of the microkernel ``transpose``.
+transposition of the K x (C * taps) matrix. (With few channels conv_direct folds a row of taps and the channels into one
+reduction; then it is [panel][tap][channel].) Every copy is one call of the microkernel ``transpose``.
 """
 
 cimport numpy as cnp
@@ -53,6 +54,7 @@ cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options):
     c.reduction = c.channels * c.taps
     c.panel = 2 * c.kernels.lanes
     c.panels = (c.filters + c.panel - 1) // c.panel
+    c.folded = False
     c.chunk = TILES_PER_CHUNK * c.kernels.tile_rows
     flops = 2 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
     c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
@@ -72,7 +74,10 @@ cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil:
 
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil:
-    """Pack (filters of the panel, some channels, taps) to [channel][tap][filter], missing filters as zeros."""
+    """Pack (filters of the panel, some channels, taps) to [channel][tap][filter], missing filters as zeros.
+
+    Folded, to [tap][channel][filter].
+    """
     cdef const View *w = &c.w
     cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
     cdef Py_ssize_t first = panel * c.panel
@@ -85,6 +90,16 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
     cdef Py_ssize_t i, d, h, run
     if filters < width:
         memset(out, 0, <size_t>(width * channels * c.taps * c.item))
+    if c.folded:
+        for d in range(c.kernel[0]):
+            for h in range(c.kernel[1]):
+                for i in range(channels):
+                    c.kernels.transpose(
+                        base + (i * w.stride[1] + d * w.stride[2] + h * w.stride[3]) * c.item,
+                        w.stride[0], step, filters, c.kernel[2], out + i * width * c.item, channels * width,
+                    )
+                out += c.kernel[2] * channels * width * c.item
+        return
     if c.taps == 1 or (planes and w.stride[1] == c.taps * step):
         step = w.stride[1] if c.taps == 1 else step
         c.kernels.transpose(base, w.stride[0], step, filters, channels * c.taps, out, width)

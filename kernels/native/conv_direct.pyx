@@ -16,7 +16,8 @@
       |  width channels  |         | width  |            |        |
       +------------------+         +--------+            +--------+
 
-A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. The gradient of the input is the same
+A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
+their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
 loop on other views (``interleave``). A depthwise convolution has no panels: its own microkernel multiplies channel by channel.
 
 The gradient of the weights reduces over pixels: rows of the tile are (tap, channel), the reduction runs along image rows.
@@ -44,6 +45,7 @@ cdef enum:
     DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
     DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
+    FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
     PIXELS = 256                # pixels that one brgemm of the weight gradient reduces over
     CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
@@ -98,6 +100,7 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(c, input, weight, output, dims, options)
     plan.width = min(c.channels, max(CHANNELS, (REDUCTION // c.taps + CHANNELS - 1) // CHANNELS * CHANNELS))
     plan.channel_blocks = (c.channels + plan.width - 1) // plan.width
+    c.folded = c.channels <= FOLDED_CHANNELS and c.dilation[2] == 1
     cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, c.out[2], &plan.blocks)
     plan.relu = options.activation == "relu"
     if c.batch * c.out[0] * c.out[1] * c.out[2] > c.chunk:
@@ -142,6 +145,9 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t b, p, panel, chunk, end = c.panels * (share + 1) // plan.shares
     pixel_offsets(c, &block, plan.width, offsets)
     tap_offsets(c, &block, plan.width, taps)
+    if c.folded:
+        for b in range(c.kernel[0] * c.kernel[1]):
+            taps[b] = taps[b * c.kernel[2]]
     for b in range(plan.channel_blocks):
         pack_image(
             c, &block, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
@@ -186,20 +192,27 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, m
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
     cdef const char *weights = own_weights
     cdef fc_reduction reduction
-    reduction.taps = taps
-    reduction.n_taps = c.taps
-    reduction.depth = min(plan.width, c.channels - b * plan.width)
     if plan.weights == NULL:
-        pack_panel(c, group, panel, b * plan.width, reduction.depth, own_weights)
+        pack_panel(c, group, panel, b * plan.width, channels, own_weights)
     else:
         weights = plan.weights + (
             group * packed_weight_size(c) + panel * c.panel * c.reduction + b * plan.width * c.taps * width
         ) * c.item
+    reduction.taps = taps
     reduction.a_step = 1
-    reduction.b_tap = width
-    reduction.b_step = c.taps * width
+    if c.folded:  # neighbours along a row of taps are neighbours in memory, too
+        reduction.n_taps = c.kernel[0] * c.kernel[1]
+        reduction.depth = c.kernel[2] * channels
+        reduction.b_tap = reduction.depth * width
+        reduction.b_step = width
+    else:
+        reduction.n_taps = c.taps
+        reduction.depth = channels
+        reduction.b_tap = width
+        reduction.b_step = c.taps * width
     for m from first_pixel <= m < end_pixel by tile_rows:
         c.kernels.brgemm(
             &reduction, part, offsets + m, <int>min(tile_rows, end_pixel - m), weights, vectors,

@@ -55,6 +55,15 @@ def _always(op: str, dims: Dims) -> str:
     return ""
 
 
+def _direct(op: str, dims: ConvDims) -> str:
+    row = dims.group_in_channels * dims.kernel_size[2]  # products in one row of taps: an inner loop
+    if op == "conv_forward" and not dims.depthwise and row < 16 and dims.group_out_channels >= 32:
+        return (
+            f"slower than im2col: {row} products in a row of taps, {dims.group_out_channels} filters to share patches"
+        )
+    return ""
+
+
 def _im2col(op: str, dims: ConvDims) -> str:
     return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
@@ -76,10 +85,10 @@ def _winograd(op: str, dims: ConvDims) -> str:
 
 CONVOLUTIONS = (
     Row("winograd", "cython", _winograd),
-    Row("direct", "cython", _always),
+    Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd),
-    Row("direct", "numba", _always),
+    Row("direct", "numba", _direct),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),
     Row("naive", "numpy", _always),
