@@ -59,12 +59,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Examples
     --------
     >>> import fastconv as fc
-    >>> rows = fc.explain("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), padding=1, engine="numpy")
+    >>> rows = fc.explain("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), engine="numpy")  # doctest: +ELLIPSIS
     cython   winograd no: engine 'numpy' was asked for
-    cython   direct   no: engine 'numpy' was asked for
-    cython   im2col   no: engine 'numpy' was asked for
-    numba    direct   no: engine 'numpy' was asked for
-    numba    im2col   no: engine 'numpy' was asked for
+    ...
     numpy    im2col   yes, chosen
     numpy    naive    yes
     """
