@@ -46,7 +46,7 @@ from .tile import CHUNK, MACHINE, ROW_MULTIPLE, data, multiply, pointer, shift
 POINTS = 16
 BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
-REDUCTION = 256  #: channels that are summed at a time: a panel's share of one point is 16 KB of L1 in float32
+REDUCTION = 128  #: channels that are summed at a time: a panel's share of one point is 16 KB of L1 in float32
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
 
 
@@ -87,29 +87,35 @@ def _convolve(
     dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
     tiles, pixels = winograd_plans(dims, dtype.itemsize, threads)
     lanes, panels, line = tiles.panel.lanes, tiles.groups * tiles.panels, 64 // dtype.itemsize
+    once = tiles.box_count == 1  # each panel is used once: transformed where it is used
     most_tiles = -(-math.prod(tiles.box) // ROW_MULTIPLE) * ROW_MULTIPLE
     steps = Steps(
         tiles.channels * lanes + line, tiles.blocks * most_tiles * tiles.block + line, most_tiles * lanes + line
     )
-    packed = workspace("weight", panels * POINTS * steps.weight, dtype)
-    refused = np.zeros(dims.batch, np.bool_)
+    refused, packed = np.zeros(dims.batch, np.bool_), None
 
     def transform(first: int, last: int) -> None:
-        part = workspace("box", tiles.block * dims.taps * lanes, dtype)
+        part = workspace("part", tiles.block * dims.taps * lanes, dtype)
         if not _transform_weight(first, last, strided(weight), part, packed, steps, pixels):
             refused.fill(True)
 
-    parallel(transform, panels, threads)
-    if refused.any():
-        return list(range(dims.batch))
+    if once:
+        steps = steps._replace(weight=max(REDUCTION, tiles.block) * lanes + line)
+    else:
+        packed = workspace("weight", panels * POINTS * steps.weight, dtype)
+        parallel(transform, panels, threads)
+        if refused.any():
+            return list(range(dims.batch))
     all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
     boxes = tiles.box_count * tiles.groups
     splits = min(-(-tiles.panels // PANELS), -(-threads // max(1, boxes)))  # few boxes: threads share them
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), packed, all_bias, strided(output), tiles, pixels,
-            options.activation == "relu", refused, steps, workspace("box", tiles.box_block, dtype),
+            first, last, splits, strided(input), strided(weight), once,
+            workspace("weight", PANELS * POINTS * steps.weight, dtype) if packed is None else packed,
+            all_bias, strided(output), tiles, pixels, options.activation == "relu", refused, steps,
+            workspace("box", tiles.box_block, dtype), workspace("part", tiles.block * dims.taps * lanes, dtype),
             workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
             workspace("pixels", 2 * CHUNK * lanes, dtype), np.zeros(most_tiles + tiles.blocks, np.int64),
         )  # fmt: skip
@@ -179,18 +185,29 @@ def _transform_weight(
     first: int, last: int, weight: Strided, part: np.ndarray, packed: np.ndarray, steps: Steps, pixels: Plan
 ) -> bool:
     """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below LIMIT."""
-    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // packed.itemsize, True
+    below = True
     for number in range(first, last):
-        panel = shift(data(packed), number * POINTS * steps.weight)
-        for channel in range(0, pixels.channels, pixels.block):
-            depth = min(pixels.block, pixels.channels - channel)
-            group, panel_of_group = number // pixels.panels, number % pixels.panels
-            packing.pack_part(data(part), weight, packed, pixels, group, panel_of_group, channel, depth)
-            below &= _all_below(data(part), pixels.taps * depth * lanes)
-            tap = depth * lanes
-            for i in range(0, depth * lanes, width):
-                target = shift(panel, channel * lanes + i)
-                _transform_filter(target, 4 * steps.weight, steps.weight, shift(data(part), i), 3 * tap, tap)
+        target = shift(data(packed), number * POINTS * steps.weight)
+        group, panel = number // pixels.panels, number % pixels.panels
+        below &= _transform_panel(target, weight, part, group, panel, 0, pixels.channels, steps, pixels)
+    return below
+
+
+@jit
+def _transform_panel(
+    target: Any, weight: Strided, part: np.ndarray, group: int, panel: int, first: int, channels: int, steps: Steps,
+    pixels: Plan,
+) -> bool:  # fmt: skip
+    """Pack and transform some channels of one panel; return whether all are below LIMIT."""
+    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // part.itemsize, True
+    for channel in range(0, channels, pixels.block):
+        depth = min(pixels.block, channels - channel)
+        packing.pack_part(data(part), weight, part, pixels, group, panel, first + channel, depth)
+        below &= _all_below(data(part), pixels.taps * depth * lanes)
+        tap = depth * lanes
+        for i in range(0, depth * lanes, width):
+            to = shift(target, channel * lanes + i)
+            _transform_filter(to, 4 * steps.weight, steps.weight, shift(data(part), i), 3 * tap, tap)
     return below
 
 
@@ -210,13 +227,14 @@ def _all_below(numbers: Any, count: int) -> bool:
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, packed: np.ndarray, bias: np.ndarray, output: Strided,
-    tiles: Plan, pixels: Plan, relu: bool, refused: np.ndarray, steps: Steps,
-    box: np.ndarray, inputs: np.ndarray, sums: np.ndarray, rows_of_pixels: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, once: bool, packed: np.ndarray,
+    bias: np.ndarray, output: Strided, tiles: Plan, pixels: Plan, relu: bool, refused: np.ndarray, steps: Steps,
+    box: np.ndarray, part: np.ndarray, inputs: np.ndarray, sums: np.ndarray, rows_of_pixels: np.ndarray,
+    offsets: np.ndarray,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
     rows, blocks = data(offsets), shift(data(offsets), len(offsets) - tiles.blocks)
-    source = pointer(input.address, box)
+    source, lanes, together = pointer(input.address, box), tiles.panel.lanes, max(1, REDUCTION // tiles.block)
     for task in range(first, last):
         split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
         origin, size = packing.box_of(tiles, number)
@@ -237,7 +255,22 @@ def _forward(
         last_panel = tiles.panels * (split + 1) // splits
         for panel in range(tiles.panels * split // splits, last_panel, PANELS):
             panels = min(PANELS, last_panel - panel)
-            _multiply(sums, inputs, rows, count, blocks, packed, bias, group, panel, panels, steps, tiles)
+            for i in range(panels):
+                filters = packing.filters_of(tiles, group, panel + i)
+                _start(shift(data(sums), i * POINTS * steps.sums), data(bias), filters, count, steps, tiles)
+            for block in range(0, tiles.blocks, together):
+                channel = block * tiles.block
+                channels = min(together * tiles.block, tiles.channels - channel)
+                weights = shift(data(packed), (group * tiles.panels + panel) * POINTS * steps.weight + channel * lanes)
+                if once:
+                    weights = data(packed)
+                    for i in range(panels):
+                        to = shift(weights, i * POINTS * steps.weight)
+                        if not _transform_panel(to, weight, part, group, panel + i, channel, channels, steps, pixels):
+                            refused[:] = True
+                _multiply(
+                    data(sums), data(inputs), rows, count, shift(blocks, block), weights, channels, panels, steps, tiles
+                )
             for i in range(panels):
                 some_sums = shift(data(sums), i * POINTS * steps.sums)
                 filters = packing.filters_of(pixels, group, panel + i)
@@ -255,33 +288,35 @@ def _transform_box(target: Any, box: np.ndarray, rows: Any, count: int, steps: S
 
 
 @jit
-def _multiply(
-    sums: np.ndarray, inputs: np.ndarray, rows: Any, count: int, blocks: Any, packed: np.ndarray, bias: np.ndarray,
-    group: int, panel: int, panels: int, steps: Steps, tiles: Plan,
-) -> None:  # fmt: skip
-    """Compute the sums of all points of some panels."""
-    lanes = tiles.panel.lanes
-    whole = tiles.channels // tiles.block  # blocks; a last, narrower one is a reduction of its own
-    together = max(1, REDUCTION // tiles.block)
+def _start(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, steps: Steps, tiles: Plan) -> None:
+    """Let the sums of one panel start at zero, and those of one point at the bias."""
     for point in range(POINTS):
-        cells = shift(data(inputs), point * steps.input)
+        packing.fill(shift(sums, point * steps.sums), count * tiles.panel.lanes)
+    packing.start_sums(shift(sums, BIAS_POINT * steps.sums), bias, filters, count, tiles.panel.lanes)
+
+
+@jit
+def _multiply(
+    sums: Any, inputs: Any, rows: Any, count: int, blocks: Any, weights: Any, channels: int, panels: int,
+    steps: Steps, tiles: Plan,
+) -> None:  # fmt: skip
+    """Add the products of some channels to the sums of all points of some panels."""
+    lanes = tiles.panel.lanes
+    whole = channels // tiles.block  # blocks; a last, narrower one is a reduction of its own
+    rest = channels - whole * tiles.block
+    for point in range(POINTS):
+        cells = shift(inputs, point * steps.input)
         for i in range(panels):
-            target = shift(data(sums), (i * POINTS + point) * steps.sums)
-            if point == BIAS_POINT:
-                packing.start_sums(target, data(bias), packing.filters_of(tiles, group, panel + i), count, lanes)
-            else:
-                packing.fill(target, count * lanes)
-            number = (group * tiles.panels + panel + i) * POINTS + point
-            weights = shift(data(packed), number * steps.weight)
-            for block in range(0, whole, together):
+            target = shift(sums, (i * POINTS + point) * steps.sums)
+            b = shift(weights, (i * POINTS + point) * steps.weight)
+            if whole:
                 multiply(
-                    target, lanes, cells, rows, count, shift(blocks, block), min(together, whole - block), tiles.block,
-                    1, shift(weights, block * tiles.block * lanes), lanes, tiles.panel,
-                )  # fmt: skip
-            if whole < tiles.blocks:
+                    target, lanes, cells, rows, count, blocks, whole, tiles.block, 1, b, lanes, tiles.panel
+                )
+            if rest:
                 multiply(
-                    target, lanes, cells, rows, count, shift(blocks, whole), 1, tiles.channels - whole * tiles.block,
-                    1, shift(weights, whole * tiles.block * lanes), lanes, tiles.panel,
+                    target, lanes, cells, rows, count, shift(blocks, whole), 1, rest, 1,
+                    shift(b, whole * tiles.block * lanes), lanes, tiles.panel,
                 )  # fmt: skip
 
 
