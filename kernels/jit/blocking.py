@@ -22,6 +22,7 @@ PATCH_BYTES = 2 * 1024 * 1024  #: a panel of patches
 IM2COL_PIXELS = 512  #: most columns of one
 WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
 WINOGRAD_TILES = 72  #: most tiles of one
+WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32: L2
 
 
 class Plan(NamedTuple):
@@ -105,7 +106,7 @@ def winograd_plans(dims: Any, itemsize: int, threads: int) -> tuple[Plan, Plan]:
     channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
     most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (tiles.taps * channels * itemsize))
     most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
-    plan = _plan(tiles, itemsize, min(64, channels), most, most_columns=CHUNK // 4)
+    plan = _plan(tiles, itemsize, min(WINOGRAD_CHANNELS, channels), most, most_columns=CHUNK // 4)
     return plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size)
 
 

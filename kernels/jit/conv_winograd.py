@@ -6,8 +6,9 @@
         for each block of channels:
             pack the image, transform it                          [point of 16][block][tile][channel]
         for some panels of filters:
-            for each point, each panel:
-                sums += inputs of the point * panel               16 independent matrix products: the register tile
+            for each block of channels:                           their weights are transformed here if used only once
+                for each point, each panel:
+                    sums += inputs of the point * panel           16 independent matrix products: the register tile
             for each panel:
                 output = activation(At sums A)                    the epilogue
 
@@ -41,12 +42,11 @@ from .blocking import Plan, winograd_plans
 from .compile import jit, kernel
 from .packing import Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, data, multiply, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, data, multiply, pointer, shift
 
 POINTS = 16
 BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
-REDUCTION = 128  #: channels that are summed at a time: a panel's share of one point is 16 KB of L1 in float32
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
 
 
@@ -100,7 +100,7 @@ def _convolve(
             refused.fill(True)
 
     if once:
-        steps = steps._replace(weight=max(REDUCTION, tiles.block) * lanes + line)
+        steps = steps._replace(weight=tiles.block * lanes + line)
     else:
         packed = workspace("weight", panels * POINTS * steps.weight, dtype)
         parallel(transform, panels, threads)
@@ -117,7 +117,7 @@ def _convolve(
             all_bias, strided(output), tiles, pixels, options.activation == "relu", refused, steps,
             workspace("box", tiles.box_block, dtype), workspace("part", tiles.block * dims.taps * lanes, dtype),
             workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
-            workspace("pixels", 2 * CHUNK * lanes, dtype), np.zeros(most_tiles + tiles.blocks, np.int64),
+            workspace("pixels", 2 * CHUNK * lanes, dtype), np.zeros(most_tiles + 1, np.int64),
         )  # fmt: skip
 
     parallel(work, boxes * splits, threads)
@@ -203,7 +203,7 @@ def _transform_panel(
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
         packing.pack_part(data(part), weight, part, pixels, group, panel, first + channel, depth)
-        below &= _all_below(data(part), pixels.taps * depth * lanes)
+        below &= _all_below(data(part), pixels.taps * depth * lanes, part)
         tap = depth * lanes
         for i in range(0, depth * lanes, width):
             to = shift(target, channel * lanes + i)
@@ -212,12 +212,12 @@ def _transform_panel(
 
 
 @jit
-def _all_below(numbers: Any, count: int) -> bool:
+def _all_below(numbers: Any, count: int, like: np.ndarray) -> bool:
     """Whether all numbers are below LIMIT in magnitude, which a NaN is not."""
-    others = 0
+    limit, below = like.dtype.type(LIMIT), True
     for i in range(count):
-        others += not (-LIMIT < numbers[i] < LIMIT)
-    return others == 0
+        below &= (numbers[i] < limit) & (numbers[i] > -limit)
+    return below
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,8 +233,7 @@ def _forward(
     offsets: np.ndarray,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
-    rows, blocks = data(offsets), shift(data(offsets), len(offsets) - tiles.blocks)
-    source, lanes, together = pointer(input.address, box), tiles.panel.lanes, max(1, REDUCTION // tiles.block)
+    source, rows, only_tap = pointer(input.address, box), data(offsets), shift(data(offsets), len(offsets) - 1)
     for task in range(first, last):
         split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
         origin, size = packing.box_of(tiles, number)
@@ -244,33 +243,29 @@ def _forward(
             end = min((block + 1) * tiles.block, tiles.channels)
             packing.pack_box(data(box), source, input, tiles, origin, size, group, block * tiles.block, end)
             for n in range(size[0]):
-                if not _all_below(shift(data(box), n * tiles.plane), tiles.plane):
+                if not _all_below(shift(data(box), n * tiles.plane), tiles.plane, box):
                     refused[origin[0] + n] = True
             _transform_box(shift(data(inputs), block * count * tiles.block), box, rows, count, steps, tiles)
         for tile in range(count):
             rows[tile] = tile * tiles.block
         packing.repeat_last(rows, count)
-        for block in range(tiles.blocks):
-            blocks[block] = block * count * tiles.block
         last_panel = tiles.panels * (split + 1) // splits
         for panel in range(tiles.panels * split // splits, last_panel, PANELS):
             panels = min(PANELS, last_panel - panel)
             for i in range(panels):
                 filters = packing.filters_of(tiles, group, panel + i)
                 _start(shift(data(sums), i * POINTS * steps.sums), data(bias), filters, count, steps, tiles)
-            for block in range(0, tiles.blocks, together):
-                channel = block * tiles.block
-                channels = min(together * tiles.block, tiles.channels - channel)
-                weights = shift(data(packed), (group * tiles.panels + panel) * POINTS * steps.weight + channel * lanes)
+            for channel in range(0, tiles.channels, tiles.block):
+                depth = min(tiles.block, tiles.channels - channel)
+                place = (group * tiles.panels + panel) * POINTS * steps.weight + channel * tiles.panel.lanes
+                weights = shift(data(packed), 0 if once else place)
                 if once:
-                    weights = data(packed)
                     for i in range(panels):
                         to = shift(weights, i * POINTS * steps.weight)
-                        if not _transform_panel(to, weight, part, group, panel + i, channel, channels, steps, pixels):
+                        if not _transform_panel(to, weight, part, group, panel + i, channel, depth, steps, pixels):
                             refused[:] = True
-                _multiply(
-                    data(sums), data(inputs), rows, count, shift(blocks, block), weights, channels, panels, steps, tiles
-                )
+                cells = shift(data(inputs), channel * count)
+                _multiply(data(sums), cells, rows, count, only_tap, depth, weights, panels, steps, tiles.panel)
             for i in range(panels):
                 some_sums = shift(data(sums), i * POINTS * steps.sums)
                 filters = packing.filters_of(pixels, group, panel + i)
@@ -297,27 +292,17 @@ def _start(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, step
 
 @jit
 def _multiply(
-    sums: Any, inputs: Any, rows: Any, count: int, blocks: Any, weights: Any, channels: int, panels: int,
-    steps: Steps, tiles: Plan,
+    sums: Any, inputs: Any, rows: Any, count: int, only_tap: Any, depth: int, weights: Any, panels: int,
+    steps: Steps, panel: Panel,
 ) -> None:  # fmt: skip
-    """Add the products of some channels to the sums of all points of some panels."""
-    lanes = tiles.panel.lanes
-    whole = channels // tiles.block  # blocks; a last, narrower one is a reduction of its own
-    rest = channels - whole * tiles.block
+    """Add the products of one block of channels to the sums of all points of some panels."""
     for point in range(POINTS):
-        cells = shift(inputs, point * steps.input)
         for i in range(panels):
-            target = shift(sums, (i * POINTS + point) * steps.sums)
-            b = shift(weights, (i * POINTS + point) * steps.weight)
-            if whole:
-                multiply(
-                    target, lanes, cells, rows, count, blocks, whole, tiles.block, 1, b, lanes, tiles.panel
-                )
-            if rest:
-                multiply(
-                    target, lanes, cells, rows, count, shift(blocks, whole), 1, rest, 1,
-                    shift(b, whole * tiles.block * lanes), lanes, tiles.panel,
-                )  # fmt: skip
+            number = i * POINTS + point
+            multiply(
+                shift(sums, number * steps.sums), panel.lanes, shift(inputs, point * steps.input), rows, count,
+                only_tap, 1, depth, 1, shift(weights, number * steps.weight), panel.lanes, panel,
+            )  # fmt: skip
 
 
 @jit

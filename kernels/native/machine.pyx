@@ -11,8 +11,10 @@ cdef extern from "ukernels.h" nogil:
 
 cdef extern from *:
     """
-    #ifndef FC_COMPILER
+    #ifdef __clang__
     #define FC_COMPILER __VERSION__
+    #else
+    #define FC_COMPILER "GCC " __VERSION__
     #endif
     """
     const char *FC_COMPILER

@@ -212,9 +212,27 @@ def _available_threads() -> int:
 def _import_native() -> tuple[ModuleType | None, str]:
     _check_isa()
     try:
-        return importlib.import_module("fastconv.kernels.native.machine"), ""
+        with _patient_openmp():
+            return importlib.import_module("fastconv.kernels.native.machine"), ""
     except ImportError as error:
         return None, f"the native engine was not built, or does not load ({error}); reinstall with a C compiler"
+
+
+@contextmanager
+def _patient_openmp() -> Iterator[None]:
+    """Load OpenMP so that its threads sleep when they wait, unless the user has set how they wait.
+
+    By default they spin, and on a busy machine they keep from the processor the very thread that they wait for. OpenMP
+    reads this setting once, when it is loaded.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
 
 
 def native_module() -> ModuleType | None:
