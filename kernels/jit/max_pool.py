@@ -68,8 +68,8 @@ def max_pool_forward(
 
     def work(first: int, last: int) -> None:
         count = max(pool.lanes, pool.output_size[2])
-        best, winner = workspace("best", count, output.dtype), workspace("winner", count, to.dtype)
-        _forward(first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner)
+        best, winner = workspace("best", count, output.dtype), workspace("winner", count, np.dtype(np.int32))
+        _forward(first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner, to[:0, 0, 0, 0, 0])
 
     parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
 
@@ -96,10 +96,11 @@ def max_pool_backward(
 @kernel
 def _forward(
     first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool: Pool,
-    best: np.ndarray, winner: np.ndarray,
+    best: np.ndarray, winner: np.ndarray, like_winners: np.ndarray,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is ``lanes`` channels of one image."""
-    source, target, to = pointer(input.address, best), pointer(output.address, best), pointer(winners.address, winner)
+    source, target = pointer(input.address, best), pointer(output.address, best)
+    to = pointer(winners.address, like_winners)
     depth, height, width = pool.output_size
     for task in range(first, last):
         n, channel = task // pool.lane_parts, task % pool.lane_parts * pool.lanes
