@@ -64,6 +64,13 @@ def _direct(op: str, dims: ConvDims) -> str:
     return ""
 
 
+def _direct_numba(op: str, dims: ConvDims) -> str:
+    pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
+    if op == "conv_forward" and dims.taps > 1 and pixels < 64 and weights > 2**18:
+        return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
+    return _direct(op, dims)
+
+
 def _im2col(op: str, dims: ConvDims) -> str:
     return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
@@ -88,7 +95,7 @@ CONVOLUTIONS = (
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd),
-    Row("direct", "numba", _direct),
+    Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),
     Row("naive", "numpy", _always),
