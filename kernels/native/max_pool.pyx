@@ -21,6 +21,9 @@ from libc.string cimport memset
 from fastconv.kernels.native.blocking cimport View, ceil_div, make_view
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_ukernels, ukernels, usable_threads
 
+ctypedef unsigned char uchar
+ctypedef unsigned short ushort
+
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
     CHANNELS = 64               # channels that a task has of a channels-last image
@@ -168,55 +171,111 @@ cdef void _store_row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssi
 def max_pool_backward(grad_output, winners, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
-    cdef Py_ssize_t task
+    cdef Py_ssize_t task, failures = 0
     _make_pool(&pool, grad_input, grad_output, winners, dims, options)
     with nogil:
         for task in prange(pool.x.size[0] * pool.channel_tasks, num_threads=pool.threads, schedule="dynamic"):
-            _backward_task(&pool, task)
+            failures += _backward_task(&pool, task)
+    if failures:
+        raise MemoryError("no memory for the workspace of a pooling")
 
 
-cdef void _backward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
-    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel)
-    if p.item == 4:
-        _scatter[float](p, image, channel, channels, <float *>p.x.data, <const float *>p.y.data)
-    else:
-        _scatter[double](p, image, channel, channels, <double *>p.x.data, <const double *>p.y.data)
-
+# Where a cell of a window is, from the window's first cell.
+ctypedef struct Cell:
+    Py_ssize_t z, y, x, offset
 
 ctypedef fused real:
     float
     double
 
+ctypedef fused index:
+    uchar
+    ushort
 
-cdef void _scatter(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t channels, real *x,
-                   const real *y) noexcept nogil:
+
+cdef int _backward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
+    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel), d, h, w
+    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.kernel[0] * p.kernel[1] * p.kernel[2] * <Py_ssize_t>sizeof(Cell))
+    cdef Cell *cell = cells
+    if cells == NULL:
+        return 1
+    for d in range(p.kernel[0]):
+        for h in range(p.kernel[1]):
+            for w in range(p.kernel[2]):
+                cell.z = d * p.dilation[0]
+                cell.y = h * p.dilation[1]
+                cell.x = w * p.dilation[2]
+                cell.offset = cell.z * p.x.stride[2] + cell.y * p.x.stride[3] + cell.x * p.x.stride[4]
+                cell += 1
+    if p.item == 4 and p.winner_item == 1:
+        _scatter[float, uchar](p, image, channel, channels, cells, <float *>p.x.data, <float *>p.y.data,
+                               <uchar *>p.winners.data)
+    elif p.item == 4:
+        _scatter[float, ushort](p, image, channel, channels, cells, <float *>p.x.data, <float *>p.y.data,
+                                <ushort *>p.winners.data)
+    elif p.winner_item == 1:
+        _scatter[double, uchar](p, image, channel, channels, cells, <double *>p.x.data, <double *>p.y.data,
+                                <uchar *>p.winners.data)
+    else:
+        _scatter[double, ushort](p, image, channel, channels, cells, <double *>p.x.data, <double *>p.y.data,
+                                 <ushort *>p.winners.data)
+    return 0
+
+
+cdef void _scatter(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t channels, const Cell *cells, real *x,
+                   const real *y, const index *winners) noexcept nogil:
     """Zero some channels' planes of the gradient of the input; add each gradient of the output where its winner is."""
     cdef const View *vx = &p.x
     cdef const View *vy = &p.y
     cdef const View *vw = &p.winners
-    cdef Py_ssize_t oz, oy, ox, c, cell, iz, iy, ix
-    cdef const char *winner
+    cdef Py_ssize_t oz, oy, z, y0, from_y, from_w
     x += image * vx.stride[0] + channel * vx.stride[1]
-    y += image * vy.stride[0] + channel * vy.stride[1]
-    for iz in range(vx.size[2]):
-        for iy in range(vx.size[3]):
-            for ix in range(vx.size[4]):
-                for c in range(channels):
-                    x[iz * vx.stride[2] + iy * vx.stride[3] + ix * vx.stride[4] + c * vx.stride[1]] = 0
+    _zero(vx, channels, x)
     for oz in range(vy.size[2]):
+        z = oz * p.stride[0] - p.pad[0]
         for oy in range(vy.size[3]):
-            for ox in range(vy.size[4]):
+            y0 = oy * p.stride[1] - p.pad[1]
+            from_y = image * vy.stride[0] + channel * vy.stride[1] + oz * vy.stride[2] + oy * vy.stride[3]
+            from_w = image * vw.stride[0] + channel * vw.stride[1] + oz * vw.stride[2] + oy * vw.stride[3]
+            _scatter_row(p, channels, cells, z, y0, x, y + from_y, winners + from_w)
+
+
+cdef void _scatter_row(const Pool *p, Py_ssize_t channels, const Cell *cells, Py_ssize_t z, Py_ssize_t y0, real *x,
+                       const real *y, const index *winners) noexcept nogil:
+    """Add the gradients of one row of windows, whose first cells are at depth z and row y0."""
+    cdef const View *vx = &p.x
+    cdef const View *vy = &p.y
+    cdef const View *vw = &p.winners
+    cdef const Cell *last = &cells[p.kernel[0] * p.kernel[1] * p.kernel[2] - 1]
+    cdef bint rows_inside = (
+        0 <= z and z + last.z < vx.size[2] and 0 <= y0 and y0 + last.y < vx.size[3]
+    )
+    cdef Py_ssize_t ox, c, x0, first
+    cdef const Cell *cell
+    cdef bint inside
+    for ox in range(vy.size[4]):
+        x0 = ox * p.stride[2] - p.pad[2]
+        first = z * vx.stride[2] + y0 * vx.stride[3] + x0 * vx.stride[4]
+        inside = rows_inside and 0 <= x0 and x0 + last.x < vx.size[4]  # so is every cell of this window
+        for c in range(channels):
+            cell = &cells[winners[ox * vw.stride[4] + c * vw.stride[1]]]
+            if inside or (
+                0 <= z + cell.z < vx.size[2] and 0 <= y0 + cell.y < vx.size[3] and 0 <= x0 + cell.x < vx.size[4]
+            ):
+                x[first + cell.offset + c * vx.stride[1]] += y[ox * vy.stride[4] + c * vy.stride[1]]
+
+
+cdef void _zero(const View *vx, Py_ssize_t channels, real *x) noexcept nogil:
+    """Zero some channels' planes, row by row along whichever dimension is contiguous."""
+    cdef Py_ssize_t z, y, i, c
+    cdef real *row
+    for z in range(vx.size[2]):
+        for y in range(vx.size[3]):
+            row = x + z * vx.stride[2] + y * vx.stride[3]
+            if channels == 1 and vx.stride[4] == 1:
+                memset(row, 0, <size_t>(vx.size[4] * <Py_ssize_t>sizeof(real)))
+                continue
+            for i in range(vx.size[4]):
                 for c in range(channels):
-                    winner = vw.data + (
-                        image * vw.stride[0] + (channel + c) * vw.stride[1] + oz * vw.stride[2] + oy * vw.stride[3]
-                        + ox * vw.stride[4]
-                    ) * p.winner_item
-                    cell = (<const unsigned char *>winner)[0] if p.winner_item == 1 else (<const unsigned short *>winner)[0]
-                    ix = ox * p.stride[2] - p.pad[2] + cell % p.kernel[2] * p.dilation[2]
-                    iy = oy * p.stride[1] - p.pad[1] + cell // p.kernel[2] % p.kernel[1] * p.dilation[1]
-                    iz = oz * p.stride[0] - p.pad[0] + cell // (p.kernel[2] * p.kernel[1]) * p.dilation[0]
-                    if 0 <= ix < vx.size[4] and 0 <= iy < vx.size[3] and 0 <= iz < vx.size[2]:
-                        x[iz * vx.stride[2] + iy * vx.stride[3] + ix * vx.stride[4] + c * vx.stride[1]] += (
-                            y[oz * vy.stride[2] + oy * vy.stride[3] + ox * vy.stride[4] + c * vy.stride[1]]
-                        )
+                    row[i * vx.stride[4] + c * vx.stride[1]] = 0
