@@ -53,7 +53,7 @@ cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept no
 
 
 cdef void make_view(View *view, cnp.ndarray array)
-cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options)
+cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options)
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
@@ -71,5 +71,5 @@ cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ss
 cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil
 cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
-                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channel_step, Py_ssize_t channels, const char *bias,
+                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channels, const char *bias,
                 int relu) noexcept nogil

@@ -32,8 +32,8 @@ cdef void make_view(View *view, cnp.ndarray array):
         view.stride[axis] = cnp.PyArray_STRIDE(array, axis) // cnp.PyArray_ITEMSIZE(array)
 
 
-cdef void make_conv(Conv *c, cnp.ndarray x, w, cnp.ndarray y, dims, options):
-    """Unpack what the contract passes; ``w`` may be None for depthwise drivers that pack it themselves."""
+cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options):
+    """Unpack what the contract passes; ``w`` are the weights or their gradient."""
     cdef int axis
     c.item = cnp.PyArray_ITEMSIZE(x)
     c.kernels = ukernels(c.item)
@@ -264,9 +264,9 @@ cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_
 
 
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
-                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channel_step, Py_ssize_t channels, const char *bias,
+                Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channels, const char *bias,
                 int relu) noexcept nogil:
-    """Finish accumulators, [pixel][width], and store them as channels ``channel``, ``channel + channel_step``, ..."""
+    """Finish accumulators, [pixel][width], and store them as ``channels`` channels from ``channel`` on."""
     cdef const View *y = &c.y
     cdef fc_epilogue epilogue
     cdef Py_ssize_t end = first_pixel + pixels, row, column, run
@@ -278,7 +278,7 @@ cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ss
     epilogue.bias = bias
     epilogue.relu = relu
     epilogue.pixel_stride = y.stride[4]
-    epilogue.channel_stride = y.stride[1] * channel_step
+    epilogue.channel_stride = y.stride[1]
     while first_pixel < end:
         row = first_pixel // block.columns
         column = first_pixel % block.columns

@@ -181,7 +181,7 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssiz
             width = panel_vectors(c, panel) * c.kernels.lanes
             store(
                 c, block, first_pixel, end_pixel - first_pixel, accumulators + (panel - first) * panel_bytes, width,
-                filter, 1, min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+                filter, min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
             )
 
 
@@ -291,7 +291,7 @@ cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
         c.kernels.depthwise(
             taps, c.taps, part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS, accumulators
         )
-        store(c, &block, p, count, accumulators, CHANNELS, first, 1, channels, bias, plan.relu)
+        store(c, &block, p, count, accumulators, CHANNELS, first, channels, bias, plan.relu)
     return 0
 
 

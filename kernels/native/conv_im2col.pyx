@@ -119,7 +119,7 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
         filter = group * c.filters + panel * c.panel
         width = panel_vectors(c, panel) * c.kernels.lanes
         store(
-            c, &block, first_pixel, pixels, accumulators + panel * panel_bytes, width, filter, 1,
+            c, &block, first_pixel, pixels, accumulators + panel * panel_bytes, width, filter,
             min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
         )
     return 0

@@ -274,5 +274,5 @@ cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, P
         for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
             store(
                 c, block, (2 * row + r) * block.columns, block.columns, pixels + r * 2 * across * width * c.item, width,
-                first, 1, filters, bias_at(plan.bias, first * c.item), plan.relu,
+                first, filters, bias_at(plan.bias, first * c.item), plan.relu,
             )

@@ -9,8 +9,7 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t pixel_stride, channel_stride
 
     ctypedef struct fc_ukernels:
-        const char *isa
-        int item_size, lanes, tile_rows
+        int lanes, tile_rows
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
         void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil

@@ -24,7 +24,6 @@
 #define PASTE(a, b) PASTE_(a, b)
 #define TEXT_(a) #a
 #define TEXT(a) TEXT_(a)
-#define ISA_NAME TEXT(ISA)
 
 #define T float
 #define FC(name) PASTE(fc_f32_##name##__, ISA)
@@ -39,7 +38,7 @@
 #undef FC
 
 const fc_isa PASTE(fc_isa_, ISA) = {
-    .name = ISA_NAME,
+    .name = TEXT(ISA),
     .f32 = &PASTE(fc_f32_table__, ISA),
     .f64 = &PASTE(fc_f64_table__, ISA),
 };

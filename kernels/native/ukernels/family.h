@@ -45,6 +45,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
             *(V *)(c + (m * vectors + v) * LANES) = acc[m][v];
 }
 
+/* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
 #define TILE_CASE(n)                                                     \
     case n:                                                              \
         if (n <= TILE_ROWS) {                                            \
@@ -326,8 +327,6 @@ static void FC(max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *be
 /* ----------------------------------------------------------------------------------------------------------- table */
 
 static const fc_ukernels FC(table) = {
-    .isa = ISA_NAME,
-    .item_size = sizeof(T),
     .lanes = VECTOR_BYTES / sizeof(T),
     .tile_rows = TILE_ROWS,
     .brgemm = FC(brgemm),

@@ -34,8 +34,6 @@ typedef struct {
 } fc_epilogue;
 
 typedef struct {
-    const char *isa;
-    int item_size;
     int lanes;     /* elements in a vector */
     int tile_rows; /* pixels of a tile; a tile is 1 or 2 vectors wide */
 
