@@ -69,7 +69,9 @@ def max_pool_forward(
     def work(first: int, last: int) -> None:
         count = max(pool.lanes, pool.output_size[2])
         best, winner = workspace("best", count, output.dtype), workspace("winner", count, np.dtype(np.int32))
-        _forward(first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner, to[:0, 0, 0, 0, 0])
+        _forward(
+            first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner, to[:0, 0, 0, 0, 0]
+        )
 
     parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
 
