@@ -14,12 +14,10 @@ from .dims import PoolDims, Triple
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
-#: Image axes of the caller's (N, *spatial, C) array in (N, C, *spatial) order, and the way back, by spatial dimensions.
+#: Image axes of the caller's (N, *spatial, C) array in (N, C, *spatial) order, by spatial dimensions.
 _IMAGE_FIRST = {1: (0, 2, 1), 2: (0, 3, 1, 2), 3: (0, 4, 1, 2, 3)}
-_IMAGE_LAST = {1: (0, 2, 1), 2: (0, 2, 3, 1), 3: (0, 2, 3, 4, 1)}
-#: Weight axes of the caller's (*kernel, C, K) array in (K, C, *kernel) order, and the way back.
+#: Weight axes of the caller's (*kernel, C, K) array in (K, C, *kernel) order.
 _WEIGHT_FIRST = {1: (2, 1, 0), 2: (3, 2, 0, 1), 3: (4, 3, 0, 1, 2)}
-_WEIGHT_LAST = {1: (2, 1, 0), 2: (2, 3, 1, 0), 3: (2, 3, 4, 1, 0)}
 #: Index that adds the leading ones.
 _EXPAND: dict[int, Any] = {
     1: (slice(None), slice(None), None, None),
@@ -113,11 +111,6 @@ def first_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, 
 def first_weight_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, ...]:
     """Return the shape of weights of the caller's layout as (K, C, *kernel)."""
     return tuple(shape[axis] for axis in _WEIGHT_FIRST[spatial]) if last else shape
-
-
-def last_weight_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, ...]:
-    """Return a (K, C, *kernel) shape in the caller's layout."""
-    return tuple(shape[axis] for axis in _WEIGHT_LAST[spatial]) if last else shape
 
 
 def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -69,11 +69,6 @@ class ConvDims(NamedTuple):
         return self.groups > 1 and self.group_in_channels == 1
 
     @property
-    def pointwise(self) -> bool:
-        """Whether this is a 1x1 convolution without padding: a matrix product."""
-        return self.taps == 1 and not any(self.pad_before) and not any(self.pad_after)
-
-    @property
     def reduction(self) -> int:
         """Products summed for one output element."""
         return self.group_in_channels * self.taps
