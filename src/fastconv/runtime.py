@@ -256,6 +256,12 @@ def why_missing(engine: str) -> str:
     return ""
 
 
+def isa() -> str:
+    """Return the instruction set that the native engine uses: scalar, avx2, avx512 or amx; "none" without it."""
+    native = native_module()
+    return "none" if native is None else str(native.isa())
+
+
 def show_config() -> None:
     """Print versions, engines (and why one is missing), CPU, instruction sets and threads.
 
