@@ -77,7 +77,9 @@ def weight_grad_plan(dims: Any, itemsize: int) -> Plan:
     block = min(dims.group_in_channels, ROW_MULTIPLE)
     panel = panel_for(dims.group_out_channels, False, itemsize)
     columns = BLOCK_BYTES // (panel.lanes * itemsize)
-    return _plan(dims, itemsize, block, most_pixels=math.prod(dims.output_size) * dims.batch, most_columns=columns)
+    filters = -(-dims.group_out_channels // panel.lanes) * panel.lanes
+    pixels = max(columns, BOX_BYTES // (filters * itemsize))  # the packed gradient of a box stays in the L2 cache, too
+    return _plan(dims, itemsize, block, most_pixels=pixels, most_columns=columns)
 
 
 @lru_cache(maxsize=512)

@@ -16,8 +16,8 @@ import numpy as np
 
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
-from .packing import Quad, Strided, filters_of, pack_pixels, strided
-from .threads import aligned, parallel, workspace
+from .packing import Quad, Strided, copy_block, filters_of, pack_pixels, strided
+from .threads import parallel, workspace
 from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
 
 
@@ -49,7 +49,7 @@ def weight_grad(
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
     tasks = grad_tasks(plan, threads)
     columns = tasks.splits * panels * lanes
-    sums = Sums(aligned(columns * plan.sum_rows, dtype), aligned(columns, dtype))
+    sums = Sums(workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype))
     for array in sums:
         array.fill(0)
     bias = np.empty(grad_weight.shape[0], dtype)
@@ -112,7 +112,7 @@ def add_products(
 ) -> None:  # fmt: skip
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
-    most_lines = max(1, BLOCK_BYTES // (width * lanes * pixels.itemsize))
+    most_lines = max(1, BLOCK_BYTES // (width * (lanes + step) * pixels.itemsize))  # of the pixels and of their cells
     for line in range(0, line_count, most_lines):
         some_lines = min(most_lines, line_count - line)
         for row in range(0, row_count, CHUNK):
@@ -152,10 +152,13 @@ def _add(totals: Any, values: Any, count: int) -> None:
 @jit
 def _store_panel(target: Any, grad_weight: Strided, panel: Any, plan: Plan, filter_stride: int, count: int) -> None:
     """Store a panel [(c, tap)][lane]."""
-    _, kh, kw = plan.kernel_size
+    (_, kh, kw), lanes = plan.kernel_size, plan.panel.lanes
+    one_run = grad_weight.w == 1 and grad_weight.h == kw and grad_weight.d == kh * kw and grad_weight.c == plan.taps
+    if one_run:  # OIHW: the gradient of a filter is a column of the panel
+        copy_block(target, filter_stride, 1, panel, 1, lanes, count, plan.reduction)
+        return
     for row in range(plan.reduction):
         c, tap = row // plan.taps, row % plan.taps
         d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
         start = c * grad_weight.c + d * grad_weight.d + h * grad_weight.h + w * grad_weight.w
-        for lane in range(count):
-            target[start + lane * filter_stride] = panel[row * plan.panel.lanes + lane]
+        copy_block(shift(target, start), filter_stride, 1, shift(panel, row * lanes), 1, 1, count, 1)
