@@ -202,6 +202,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
             group * packed_weight_size(c) + panel * c.panel * c.reduction + b * plan.width * c.taps * width
         ) * c.item
     reduction.taps = taps
+    reduction.b_taps = NULL
     reduction.a_step = 1
     if c.folded:  # neighbours along a row of taps are neighbours in memory, too
         reduction.n_taps = c.kernel[0] * c.kernel[1]
@@ -373,6 +374,7 @@ cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors,
     cdef fc_reduction reduction
     reduction.depth = block.columns
     reduction.a_step = c.stride[2] * plan.width
+    reduction.b_taps = NULL
     reduction.b_tap = block.columns * width
     reduction.b_step = width
     for line from 0 <= line < block.rows by together:

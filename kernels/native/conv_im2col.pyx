@@ -139,6 +139,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     reduction.n_taps = 1
     reduction.depth = depth
     reduction.a_step = c.chunk
+    reduction.b_taps = NULL
     reduction.b_tap = 0
     reduction.b_step = width
     for m from 0 <= m < pixels by tile_rows:
@@ -266,6 +267,7 @@ cdef void _weight_panel(const WeightPlan *plan, const Block *block, const Weight
     reduction.n_taps = 1
     reduction.depth = pixels
     reduction.a_step = 1
+    reduction.b_taps = NULL
     reduction.b_tap = 0
     reduction.b_step = width
     pack_pixels(

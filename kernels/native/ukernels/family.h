@@ -19,7 +19,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                                                            const int n_rows, const T *b, const int vectors, T *c,
                                                            int accumulate)
 {
-    V acc[TILE_ROWS][2];
+    V acc[TILE_ROWS][4];
     UNROLL for (int m = 0; m < n_rows; m++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[m][v] = accumulate ? *(const V *)(c + (m * vectors + v) * LANES) : (V){0};
@@ -28,10 +28,10 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
         const T *row[TILE_ROWS];
         UNROLL for (int m = 0; m < n_rows; m++)
             row[m] = a + rows[m] + r->taps[t];
-        const T *panel = b + t * r->b_tap;
+        const T *panel = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap);
         ptrdiff_t step = 0;
         for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
-            V weight[2];
+            V weight[4];
             UNROLL for (int v = 0; v < vectors; v++)
                 weight[v] = *(const V *)(panel + v * LANES);
             UNROLL for (int m = 0; m < n_rows; m++)
@@ -46,14 +46,17 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
-#define TILE_CASE(n)                                                     \
-    case n:                                                              \
-        if (n <= TILE_ROWS) {                                            \
-            if (vectors == 2)                                            \
-                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 2, c, accumulate); \
-            else                                                         \
-                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 1, c, accumulate); \
-        }                                                                \
+#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate)
+#define TILE_CASE(n)                             \
+    case n:                                      \
+        if (n <= TILE_ROWS) {                    \
+            if (n <= FC_FLAT_ROWS && vectors == 4) \
+                TILE(n, 4);                      \
+            else if (vectors == 2)               \
+                TILE(n, 2);                      \
+            else                                 \
+                TILE(n, 1);                      \
+        }                                        \
         break;
 
 static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
@@ -71,6 +74,7 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
     }
 }
 #undef TILE_CASE
+#undef TILE
 
 /* ---------------------------------------------------------------------------------------------- transpose, epilogue */
 
