@@ -44,11 +44,12 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     c.groups = dims.groups
     c.channels = c.w.size[1]
     c.filters = c.w.size[0] // c.groups
+    cdef tuple stride = dims.stride, pad = dims.pad_before, dilation = dims.dilation
     for axis in range(3):
         c.kernel[axis] = c.w.size[2 + axis]
-        c.stride[axis] = dims.stride[axis]
-        c.pad[axis] = dims.pad_before[axis]
-        c.dilation[axis] = dims.dilation[axis]
+        c.stride[axis] = stride[axis]
+        c.pad[axis] = pad[axis]
+        c.dilation[axis] = dilation[axis]
         c.out[axis] = c.y.size[2 + axis]
     c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
     c.reduction = c.channels * c.taps
@@ -56,7 +57,7 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     c.panels = (c.filters + c.panel - 1) // c.panel
     c.folded = False
     c.chunk = TILES_PER_CHUNK * c.kernels.tile_rows
-    flops = 2 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
+    cdef double flops = 2.0 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
     c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
 
 
