@@ -18,8 +18,6 @@ Only the patches of one chunk and one block exist at a time; the full column mat
 The gradient of the weights gathers the same patches: grad_weight[r][k] = sum over p of patches[r][p] * grad_output[p][k].
 """
 
-import numpy as np
-
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.string cimport memset
@@ -30,7 +28,7 @@ from fastconv.kernels.native.blocking cimport (
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, sum_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
 )
 
 cdef enum:
@@ -49,9 +47,7 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     """See ``fastconv.kernels``."""
-    _weight_grad(input, grad_output, grad_weight, dims, options)
-    if grad_bias is not None:
-        np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
+    _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 
 # What all tasks of one call share.
@@ -206,7 +202,7 @@ cdef void gather_run(const Conv *c, const Block *block, Py_ssize_t group, Py_ssi
 
 # -------------------------------------------------------------------------------------------- gradient of the weights
 
-cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t task, failures = 0
@@ -214,7 +210,7 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
     plan.channel_blocks = 1
     plan.blocks.count = (c.out[1] * c.out[2] + c.chunk - 1) // c.chunk
-    plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count)
+    plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count, grad_bias)
     with nogil:
         for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
             failures += _weight_task(&plan, task)
@@ -225,7 +221,8 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units, which are runs of output pixels, for one task's channels and filters."""
     cdef const Conv *c = &plan.c
     cdef WeightTask t
-    locate_task(plan, task, &t)
+    if start_task(plan, task, &t):
+        return 1
     cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel)
     cdef Py_ssize_t rows = c.taps * plan.width
     cdef Py_ssize_t offset_bytes = (rows + 8) // 8 * 64
@@ -240,7 +237,6 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     cdef char *grads = patches + patch_bytes
     for m in range(rows):  # accumulators are [tap][channel], patches [channel][tap]; missing channels repeat the last
         offsets[m] = (min(m % plan.width, channels - 1) * c.taps + m // plan.width) * c.chunk
-    memset(t.accumulators, 0, <size_t>plan.task_bytes)
     for unit in range(t.first_unit, t.end_unit):
         plane(c, unit // plan.blocks.count, &block)
         first_pixel = unit % plan.blocks.count * c.chunk
@@ -251,6 +247,7 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
                 plan, &block, &t, panel, first_pixel, pixels, offsets, patches, grads,
                 t.accumulators + panel * c.panel * rows * c.item,
             )
+    end_task(plan, &t)
     return 0
 
 
@@ -273,6 +270,7 @@ cdef void _weight_panel(const WeightPlan *plan, const Block *block, const Weight
     pack_pixels(
         c, block, t.group * c.filters + first, min(width, c.filters - first), width, first_pixel, pixels, grads
     )
+    add_bias(plan, t, panel, grads, pixels)
     for m from 0 <= m < rows by tile_rows:
         c.kernels.brgemm(
             &reduction, patches, offsets + m, <int>min(tile_rows, rows - m), grads, vectors,
