@@ -41,13 +41,14 @@ static inline __attribute__((always_inline)) void SQ(turn)(ROW x[SIDE])
 #endif
 }
 
-/* out[j * out_stride + i] = in[i * i_stride + j]; ni, nj >= SIDE. A cache line of a row at a time: rows are often a power of two
- * apart, and then few of their lines fit into L1. The last squares overlap those before them. */
+/* out[j * out_stride + i] = in[i * i_stride + j]; ni, nj >= SIDE. A few cache lines of a row at a time: enough to be fetched ahead,
+ * and few enough for L1, where rows that are a power of two apart share a set. The last squares overlap those before them. */
 static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
 {
-    for (ptrdiff_t line = 0; line < nj; line += LINE)
+    const ptrdiff_t run = 4 * LINE;
+    for (ptrdiff_t first = 0; first < nj; first += run)
         for (ptrdiff_t i = 0; i < ni; i += SIDE)
-            for (ptrdiff_t j = line; j < nj && j < line + LINE; j += SIDE) {
+            for (ptrdiff_t j = first; j < nj && j < first + run; j += SIDE) {
                 const ptrdiff_t i0 = i + SIDE <= ni ? i : ni - SIDE, j0 = j + SIDE <= nj ? j : nj - SIDE;
                 ROW x[SIDE];
                 UNROLL for (int n = 0; n < SIDE; n++)
