@@ -143,6 +143,20 @@ cdef char *pack_bias(const Conv *c, bias, char *out):
     return out
 
 
+cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil:
+    """Let sums, [filter][width], start at the bias."""
+    cdef Py_ssize_t row, i
+    if bias == NULL:
+        memset(sums, 0, <size_t>(filters * width * c.item))
+        return
+    for row in range(filters):
+        for i in range(width):
+            if c.item == 4:
+                (<float *>sums)[row * width + i] = (<const float *>bias)[row]
+            else:
+                (<double *>sums)[row * width + i] = (<const double *>bias)[row]
+
+
 # ----------------------------------------------------------------------------------------------------------- blocks
 
 cdef Py_ssize_t extent(const Conv *c, int axis, Py_ssize_t pixels) noexcept nogil:

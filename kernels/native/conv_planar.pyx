@@ -27,7 +27,7 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, part_cells, tap_offsets,
+    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, part_cells, start_sums, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_FLAT_ROWS, arena, fc_epilogue, fc_reduction,
@@ -163,7 +163,7 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     reduction.b_tap = 0
     reduction.b_step = plane_bytes // c.item
     for pixel from 0 <= pixel < pixels by width:
-        _start(c, bias_at(plan.bias, first * c.item), filters, width, sums)
+        start_sums(c, bias_at(plan.bias, first * c.item), filters, width, sums)
         for channel from 0 <= channel < c.channels by plan.together:
             reduction.depth = min(plan.together, c.channels - channel)
             c.kernels.brgemm(
@@ -171,20 +171,6 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
                 planes + channel * plane_bytes + pixel * c.item, vectors, sums, 1,
             )
         _store_tile(plan, block, first, filters, pixel, min(pixel + width, pixels), width, sums)
-
-
-cdef void _start(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil:
-    """Let the sums of a tile start at the bias."""
-    cdef Py_ssize_t row, i
-    if bias == NULL:
-        memset(sums, 0, <size_t>(filters * width * c.item))
-        return
-    for row in range(filters):
-        for i in range(width):
-            if c.item == 4:
-                (<float *>sums)[row * width + i] = (<const float *>bias)[row]
-            else:
-                (<double *>sums)[row * width + i] = (<const double *>bias)[row]
 
 
 cdef void _store_tile(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t pixel,

@@ -71,15 +71,18 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
 {
     const T *bias = e->bias;
     const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
-    for (ptrdiff_t channel = 0; channel < channels; channel += SIDE) {
-        const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
-        const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
-        for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++) {
+    for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++)
+        for (ptrdiff_t channel = 0; channel < channels; channel += SIDE) {
+            const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
+            const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
             ROW x = *(const ROW *)(c + pixel * c_stride + i);
             SQ(finish)(&x, &shift, e->relu);
             *(ROW *)(out + pixel * ps + i) = x;
         }
-        for (ptrdiff_t pixel = 0; pixel < pixels && cs != 1; pixel += SIDE) {
+    for (ptrdiff_t channel = 0; channel < channels && cs != 1; channel += SIDE) {
+        const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
+        const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
+        for (ptrdiff_t pixel = 0; pixel < pixels; pixel += SIDE) {
             const ptrdiff_t p = pixel + SIDE <= pixels ? pixel : pixels - SIDE;
             ROW x[SIDE];
             UNROLL for (int n = 0; n < SIDE; n++) {
