@@ -33,7 +33,7 @@ from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, pack_pixels, panel_vectors, start_sums,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
 )
@@ -49,7 +49,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
-        rows = np.ascontiguousarray(rows)
+        rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
     _forward(input, weight, rows, bias, output, dims, options)
 
 
@@ -61,6 +61,18 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     """See ``fastconv.kernels``."""
     _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
+
+
+cdef cnp.ndarray _turned(cnp.ndarray weight):
+    """Return 1x1 weights whose filters are neighbours, as HWIO has them, with the channels as neighbours."""
+    cdef cnp.ndarray rows = np.empty_like(weight, order="C")
+    cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(weight)
+    cdef Py_ssize_t filters = cnp.PyArray_DIM(weight, 0), channels = cnp.PyArray_DIM(weight, 1)
+    ukernels(item).transpose(
+        cnp.PyArray_BYTES(weight), cnp.PyArray_STRIDE(weight, 1) // item, 1, channels, filters, cnp.PyArray_BYTES(rows),
+        channels,
+    )
+    return rows
 
 
 # What all tasks of one call share.

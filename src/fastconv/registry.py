@@ -56,19 +56,23 @@ def _always(op: str, dims: Dims) -> str:
 
 
 def _direct(op: str, dims: ConvDims) -> str:
+    if op == "conv_forward" and dims.taps == 1 and not dims.depthwise:
+        return "slower than im2col, which leaves 1x1 weights where they are"
+    if op == "conv_weight_grad" and dims.group_in_channels == 1 and not dims.depthwise and dims.output_size[2] <= 8:
+        return f"slower than im2col: sums of {dims.output_size[2]} products, one row of pixels, are short"
+    return ""
+
+
+def _direct_numba(op: str, dims: ConvDims) -> str:
     row = dims.group_in_channels * dims.kernel_size[2]  # products in one row of taps: an inner loop
     if op == "conv_forward" and not dims.depthwise and row < 16 and dims.group_out_channels >= 32:
         return (
             f"slower than im2col: {row} products in a row of taps, {dims.group_out_channels} filters to share patches"
         )
-    return ""
-
-
-def _direct_numba(op: str, dims: ConvDims) -> str:
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     if op == "conv_forward" and dims.taps > 1 and pixels < 64 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
-    return _direct(op, dims)
+    return ""
 
 
 def _im2col(op: str, dims: ConvDims) -> str:
