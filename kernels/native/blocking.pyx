@@ -17,10 +17,15 @@ cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue, ukernels, usable_threads
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads,
+)
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
+    CHUNK_PIXELS = 256          # at most, lest the accumulators of all panels outgrow L2
+    SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it would be padding
+    SPLIT_RATE = 10             # pieces that it multiplies while the other multiplies a number, about
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
 
@@ -36,7 +41,6 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     """Unpack what the contract passes; ``w`` are the weights or their gradient."""
     cdef int axis
     c.item = cnp.PyArray_ITEMSIZE(x)
-    c.kernels = ukernels(c.item)
     make_view(&c.x, x)
     make_view(&c.w, w)
     make_view(&c.y, y)
@@ -51,13 +55,32 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
         c.dilation[axis] = dims.dilation[axis]
         c.out[axis] = c.y.size[2 + axis]
     c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
-    c.reduction = c.channels * c.taps
-    c.panel = 2 * c.kernels.lanes
-    c.panels = (c.filters + c.panel - 1) // c.panel
     c.folded = False
-    c.chunk = TILES_PER_CHUNK * c.kernels.tile_rows
+    use_tile(c, ukernels(c.item))
     flops = 2 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
     c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
+
+
+cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
+    """Size channels, panels and chunks for a tile."""
+    c.kernels = kernels
+    c.packed = 2 * kernels.pieces if kernels.pieces else c.item
+    c.depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
+    c.reduction = c.depth * c.taps
+    c.panel = 2 * kernels.lanes
+    c.panels = (c.filters + c.panel - 1) // c.panel
+    c.chunk = min(TILES_PER_CHUNK * kernels.tile_rows, <Py_ssize_t>CHUNK_PIXELS)
+
+
+cdef void split_numbers(Conv *c, str precision):
+    """Change to the tile that multiplies pieces of numbers, where the machine has one and it is the faster one."""
+    cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
+    cdef const fc_ukernels *kernels = split_ukernels(c.item, pieces)
+    if kernels == NULL or c.channels < SPLIT_CHANNELS or c.out[1] * c.out[2] < kernels.tile_rows:
+        return
+    products = pieces * (pieces + 1) // 2
+    if SPLIT_RATE * c.channels >= products * ceil_div(c.channels, kernels.depth_step) * kernels.depth_step:
+        use_tile(c, kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

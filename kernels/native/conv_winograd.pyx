@@ -29,7 +29,7 @@ from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors, store,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, arena, fc_reduction
 
 from fastconv.kernels.native import conv_direct
 
@@ -42,8 +42,6 @@ cdef enum:
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
     LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
-
-cdef double LIMIT = 2.0 ** 48   # products of numbers below it can be summed without overflow
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -72,7 +70,7 @@ ctypedef struct Plan:
     char *weights               # [group][panel of the pass][point][channel][filter]
     const char *bias
     int relu
-    unsigned char *refused      # images with numbers that are not below LIMIT
+    unsigned char *refused      # images with numbers that are not below FC_SUM_LIMIT
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
@@ -104,7 +102,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
 
 
 cdef bint _run_pass(const Plan *plan) except -1:
-    """Compute the panels of one pass; return whether the weights are below LIMIT."""
+    """Compute the panels of one pass; return whether the weights are below FC_SUM_LIMIT."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t panels = c.groups * (plan.end_panel - plan.first_panel)
     cdef Py_ssize_t blocks = c.batch * c.groups * plan.blocks.count
@@ -146,7 +144,7 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
 
 
 cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
-    """Pack and transform the weights of one panel; return 1 if they are not below LIMIT (or there is no memory)."""
+    """Pack and transform the weights of one panel; return 1 if they are not below FC_SUM_LIMIT (or no memory)."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
     cdef Py_ssize_t panel = plan.first_panel + number % pass_panels
@@ -158,7 +156,7 @@ cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
     c.kernels.winograd_weight(
         packed, c.channels, width, plan.weights + number * plan.panel_bytes, plan.panel_bytes // (POINTS * c.item)
     )
-    return not c.kernels.all_below(packed, c.reduction * width, LIMIT)
+    return not c.kernels.all_below(packed, c.reduction * width, FC_SUM_LIMIT)
 
 
 cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_ssize_t shares) noexcept nogil:
@@ -197,7 +195,7 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_s
         pack_image(
             c, &even, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, part
         )
-        if not c.kernels.all_below(part, plan.width * cells, LIMIT):
+        if not c.kernels.all_below(part, plan.width * cells, FC_SUM_LIMIT):
             plan.refused[block.image] = 1
             return 0
         c.kernels.winograd_input(

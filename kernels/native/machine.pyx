@@ -27,6 +27,11 @@ cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil:
     return _isa.f32 if item_size == 4 else _isa.f64
 
 
+cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil:
+    """Return the tile that multiplies so many pieces of a number; NULL if there is none."""
+    return _isa.split[pieces - 1] if item_size == 4 else NULL
+
+
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
     return <char *>fc_arena(slot, <size_t>bytes)
 
