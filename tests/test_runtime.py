@@ -11,7 +11,7 @@ from cases import output_of, run_python
 
 import fastconv as fc
 from fastconv.registry import ROWS
-from fastconv.runtime import ENGINES, native_module, why_missing
+from fastconv.runtime import ENGINES, ISAS, native_module, why_missing
 
 HERE = [engine for engine in ENGINES if not why_missing(engine)]
 X, W = np.ones((1, 16, 8, 8), np.float32), np.ones((16, 16, 3, 3), np.float32)
@@ -135,6 +135,7 @@ def test_the_instruction_set_can_be_capped() -> None:
     """
     native = native_module()
     assert native is not None
+    assert set(native.available_isas()) <= set(native.built_isas()) <= set(ISAS)
     for cap in native.available_isas():
         assert output_of(code, FASTCONV_ISA=cap).strip() == cap
 

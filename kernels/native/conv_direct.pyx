@@ -21,7 +21,7 @@ their channels are one contiguous run of the part, and are reduced as one. The g
 loop on other views (``interleave``). A depthwise convolution has no panels: its own microkernel multiplies channel by channel.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
-Numbers that can't be, inf, NaN and the huge, are found on the way; images that hold one are computed without splitting.
+An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 
 The gradient of the weights reduces over pixels: rows of the tile are (tap, channel), the reduction runs along image rows.
 
@@ -39,7 +39,7 @@ from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
     packed_weight_size, panel_vectors, part_cells, pixel_offsets, split_numbers, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, store_weight, sum_chunks,
 )
@@ -171,21 +171,24 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
         pack_panel(c, group, panel, b * plan.width, channels, out)
         return True
     pack_panel(c, group, panel, b * plan.width, channels, floats)
-    c.kernels.split_weights(floats, channels, c.taps, vectors, pieces, out)
-    return c.kernels.all_below(floats, channels * c.taps * vectors * c.kernels.lanes, FC_SUM_LIMIT)
+    return c.kernels.split_weights(floats, channels, c.taps, vectors, pieces, out) != FC_HUGE
 
 
-cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t b, Py_ssize_t cells,
-                     char *floats, char *out) noexcept nogil:
-    """Pack a channel block of a part of the image, by way of ``floats`` where it is to be split; return whether it can be."""
+cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t cells, char *floats,
+                     char *part) noexcept nogil:
+    """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = b * plan.width, channels = min(plan.width, c.channels - first)
-    if c.kernels.pieces == 0:
-        pack_image(c, block, group * c.channels + first, channels, plan.width, out)
-        return True
-    pack_image(c, block, group * c.channels + first, channels, plan.width, floats)
-    c.kernels.split_image(floats, plan.width * cells, c.kernels.pieces, out)
-    return c.kernels.all_below(floats, plan.width * cells, FC_SUM_LIMIT)
+    cdef Py_ssize_t b, channels, n = plan.width * cells
+    cdef int sizes = 0
+    for b in range(plan.channel_blocks):
+        channels = min(plan.width, c.channels - b * plan.width)
+        pack_image(
+            c, block, group * c.channels + b * plan.width, channels, plan.width, floats if c.kernels.pieces else part
+        )
+        if c.kernels.pieces:
+            sizes |= c.kernels.split_image(floats, n, c.kernels.pieces, part)
+        part += n * c.packed
+    return not sizes & FC_HUGE and sizes != FC_TINY
 
 
 cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
@@ -222,10 +225,9 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     if c.folded:
         for b in range(c.kernel[0] * c.kernel[1]):
             taps[b] = taps[b * c.kernel[2]]
-    for b in range(plan.channel_blocks):
-        if not _pack_part(plan, &block, group, b, cells, floats, part + b * part_bytes):
-            plan.refused[block.image] = 1
-            return 0
+    if not _pack_part(plan, &block, group, cells, floats, part):
+        plan.refused[block.image] = 1
+        return 0
     if c.kernels.pieces:
         c.kernels.enter()
     chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts

@@ -24,12 +24,13 @@ cdef extern from "ukernels.h" nogil:
         void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
-        void (*split_image)(const void *, Py_ssize_t, int, void *) noexcept nogil
-        void (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
+        int (*split_image)(const void *, Py_ssize_t, int, void *) noexcept nogil
+        int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 
     const double FC_SUM_LIMIT
+    enum: FC_TINY, FC_HUGE
 
     ctypedef struct fc_isa:
         const char *name

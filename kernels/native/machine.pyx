@@ -3,6 +3,7 @@
 import os
 
 cdef extern from "ukernels.h" nogil:
+    size_t fc_built_isas(const char **names, size_t capacity)
     size_t fc_available_isas(const fc_isa **isas, size_t capacity)
     const fc_isa *fc_select_isa(const char *cap)
     void *fc_arena(int slot, size_t bytes)
@@ -43,6 +44,13 @@ cdef int usable_threads(int wanted) noexcept nogil:
 def isa() -> str:
     """Return the name of the instruction set in use."""
     return _isa.name.decode()
+
+
+def built_isas() -> list[str]:
+    """Return the instruction sets that this build has, whatever the CPU."""
+    cdef const char *names[8]
+    cdef size_t n = fc_built_isas(names, 8)
+    return [names[i].decode() for i in range(n)]
 
 
 def available_isas() -> list[str]:

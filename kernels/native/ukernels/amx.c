@@ -16,8 +16,8 @@
  *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
  *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
  *
- * Every tile row is one cache line, if the packed arrays are 64-byte aligned.
- * The tile treats subnormal numbers, pieces among them, as zero: a number of 2^-102 (2e-31) or more is split exactly.
+ * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
+ * pieces and products among them.
  */
 #include <string.h>
 
@@ -190,44 +190,73 @@ typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 /* The pieces of 16 numbers, each the upper half of a float32 word: rounded to nearest even, so that what is left for the
- * next piece is one bit shorter. What rounding would turn into infinity is excluded by FC_SUM_LIMIT. */
-INLINE void split(floats x, int pieces, words out[MAX_PIECES])
+ * next piece is one bit shorter. Words of magnitudes are ordered as the magnitudes are, inf and NaN above all numbers. */
+INLINE void split(floats x, const int pieces, words out[MAX_PIECES], words *largest)
 {
-    for (int p = 0; p < pieces; p++) {
+    const words magnitude = (words)x & 0x7fffffff, greater = (words)(magnitude > *largest);
+    *largest = (magnitude & greater) | (*largest & ~greater);
+    UNROLL for (int p = 0; p < pieces; p++) {
         words bits = (words)x;
         out[p] = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
         x -= (floats)out[p];
     }
 }
 
-static void fc_f32_split_image__amx(const void *image, ptrdiff_t n, int pieces, void *out)
+static int size(words largest)
 {
-    const float *in = image;
+    enum { FLOOR = (127 - 90) << 23, LIMIT = (127 + 48) << 23 }; /* 2^-90; FC_SUM_LIMIT */
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; i++)
+        most = largest[i] > most ? largest[i] : most;
+    return most >= LIMIT ? FC_HUGE : most >= FLOOR ? FC_ORDINARY : most > 0 ? FC_TINY : 0;
+}
+
+INLINE int split_image(const float *in, ptrdiff_t n, const int pieces, void *out)
+{
+    words largest = {0};
     for (ptrdiff_t i = 0; i < n; i += LANES) {
         words parts[MAX_PIECES];
         char *row = (char *)out + i / CHANNELS * pieces * ROW_BYTES + i % CHANNELS * 2;
-        split(*(const floats *)(in + i), pieces, parts);
-        for (int p = 0; p < pieces; p++)
+        split(*(const floats *)(in + i), pieces, parts, &largest);
+        UNROLL for (int p = 0; p < pieces; p++)
             *(halves *)(row + p * ROW_BYTES) = __builtin_convertvector(parts[p] >> 16, halves);
     }
+    return size(largest);
 }
 
-static void fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
-                                      void *out)
+INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, const int pieces,
+                         void *out)
 {
     const ptrdiff_t width = vectors * LANES, step = taps * width; /* [channel][tap][filter] */
     char *panel = out;
+    words largest = {0};
     for (ptrdiff_t t = 0; t < taps; t++)
         for (ptrdiff_t first = 0; first < channels; first += CHANNELS)
             for (int v = 0; v < vectors; v++, panel += pieces * TILE_BYTES)
                 for (ptrdiff_t k = first; k < first + CHANNELS; k += 2) {
-                    const float *in = (const float *)weights + k * step + t * width + v * LANES;
+                    const float *in = weights + k * step + t * width + v * LANES;
                     words even[MAX_PIECES], odd[MAX_PIECES];
-                    split(k < channels ? *(const floats *)in : (floats){0}, pieces, even);
-                    split(k + 1 < channels ? *(const floats *)(in + step) : (floats){0}, pieces, odd);
-                    for (int p = 0; p < pieces; p++)
+                    split(k < channels ? *(const floats *)in : (floats){0}, pieces, even, &largest);
+                    split(k + 1 < channels ? *(const floats *)(in + step) : (floats){0}, pieces, odd, &largest);
+                    UNROLL for (int p = 0; p < pieces; p++)
                         *(words *)(panel + p * TILE_BYTES + (k - first) / 2 * ROW_BYTES) = even[p] >> 16 | odd[p];
                 }
+    return size(largest);
+}
+
+static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, int pieces, void *out)
+{
+    return pieces == 3   ? split_image(image, n, 3, out)
+           : pieces == 2 ? split_image(image, n, 2, out)
+                         : split_image(image, n, 1, out);
+}
+
+static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
+                                     void *out)
+{
+    return pieces == 3   ? split_weights(weights, channels, taps, vectors, 3, out)
+           : pieces == 2 ? split_weights(weights, channels, taps, vectors, 2, out)
+                         : split_weights(weights, channels, taps, vectors, 1, out);
 }
 
 /* ------------------------------------------------------------------------------------------------------ tile registers */

@@ -48,6 +48,14 @@ static const struct {
 };
 enum { N_ROWS = sizeof rows / sizeof *rows };
 
+size_t fc_built_isas(const char *names[], size_t capacity)
+{
+    size_t n = 0;
+    for (; n < N_ROWS && n < capacity; n++)
+        names[n] = rows[n].name;
+    return n;
+}
+
 size_t fc_available_isas(const fc_isa *isas[], size_t capacity)
 {
     size_t found = 0;

@@ -79,18 +79,22 @@ typedef struct {
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
      * what these write: an offset of e elements is 2 * pieces * e bytes, all arrays but c are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm is called between `enter` and `leave`, which are
-     * for one thread. Numbers must be below FC_SUM_LIMIT.
+     * for one thread. Both return the size of the largest number, 0 if all are zero.
      * image:   [n / depth_step][depth_step]
      * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step */
     int pieces;
-    void (*split_image)(const void *image, ptrdiff_t n, int pieces, void *out);
-    void (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
+    int (*split_image)(const void *image, ptrdiff_t n, int pieces, void *out);
+    int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
 
 /* Products of numbers below it can be summed without overflow. */
 #define FC_SUM_LIMIT 0x1p48
+
+/* Sizes of numbers. TINY: the lesser pieces may be subnormal, which a tile may take for zero. HUGE: FC_SUM_LIMIT and more, inf
+ * and NaN; their pieces can't be summed. */
+enum { FC_TINY = 1, FC_ORDINARY = 2, FC_HUGE = 4 };
 
 /* One instruction set: both tables, and those of a tile that multiplies 1, 2 or 3 pieces of float32 numbers, or NULL. */
 typedef struct {
@@ -103,7 +107,9 @@ extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
 /* amx.c: the instruction set on top of `below`, from which empty slots are inherited; NULL where it does not work. */
 const fc_isa *fc_start_amx(const fc_isa *below);
 
-/* dispatch.c: the instruction sets that this build and this CPU have, best last, and the one to use under a cap (empty: none). */
+/* dispatch.c: the instruction sets that this build has; that this build and this CPU have, best last; and the one to use under a
+ * cap (empty: none). */
+size_t fc_built_isas(const char *names[], size_t capacity);
 size_t fc_available_isas(const fc_isa *isas[], size_t capacity);
 const fc_isa *fc_select_isa(const char *cap);
 
