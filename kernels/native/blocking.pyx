@@ -23,9 +23,9 @@ from fastconv.kernels.native.machine cimport (
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
-    CHUNK_PIXELS = 256          # at most, lest the accumulators of all panels outgrow L2
-    SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it would be padding
-    SPLIT_RATE = 10             # pieces that it multiplies while the other multiplies a number, about
+    CHUNK_PIXELS = 128          # at most: the same for tiles of many rows
+    SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it is padding
+    SPLIT_RATE = 10             # products of pieces that it makes in the time of one product of numbers, about
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
 
@@ -73,13 +73,14 @@ cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
 
 
 cdef void split_numbers(Conv *c, str precision):
-    """Change to the tile that multiplies pieces of numbers, where the machine has one and it is the faster one."""
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
     cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
     cdef const fc_ukernels *kernels = split_ukernels(c.item, pieces)
     if kernels == NULL or c.channels < SPLIT_CHANNELS or c.out[1] * c.out[2] < kernels.tile_rows:
         return
     products = pieces * (pieces + 1) // 2
-    if SPLIT_RATE * c.channels >= products * ceil_div(c.channels, kernels.depth_step) * kernels.depth_step:
+    depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
+    if products * depth <= SPLIT_RATE * c.channels:
         use_tile(c, kernels)
 
 

@@ -51,6 +51,7 @@ cdef enum:
 # The transforms double the error of fewer pieces, which leaves "high" no room.
 PRECISION = {"highest": "highest", "high": "highest", "medium": "medium"}
 
+
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
     cdef Py_ssize_t image
@@ -90,8 +91,9 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     split_numbers(c, PRECISION[options.precision])
     _plan_blocks(&plan)
     plan.panel_bytes = POINTS * (c.depth * c.panel * c.packed + LINE_BYTES)
-    # Transformed weights are 16/9 of the weights. Where that is much, they come half by half.
-    passes = 2 if c.panels > 1 and c.groups * c.panels * plan.panel_bytes > SPARE_BYTES * 16 // 7 else 1
+    # Transformed weights are 16/9 of the weights, split ones 24/9. Where that is much, they come half by half.
+    spare = c.groups * (c.panels * plan.panel_bytes - c.filters * c.channels * c.taps * c.item)
+    passes = 2 if c.panels > 1 and spare > SPARE_BYTES else 1
     bias_bytes = c.groups * c.filters * c.item
     most = c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
@@ -139,7 +141,7 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     plan.width = min(<Py_ssize_t>CHANNELS, ceil_div(c.channels, step) * step)
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     tiles = INPUT_BYTES // (POINTS * plan.channel_blocks * plan.width * c.packed)
-    tiles = max(<Py_ssize_t>c.kernels.tile_rows, min(<Py_ssize_t>TILES, tiles))
+    tiles = max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles))
     across = ceil_div(c.out[2], 2)
     across = ceil_div(across, ceil_div(across, tiles))
     down = ceil_div(c.out[1], 2)

@@ -1,10 +1,10 @@
 /* AMX: float32 products out of bf16 ones. Each number is split into pieces of 8 bits, x = x0 + x1 + x2; the tile multiplies
  * the pieces and adds up the products in float32.
  *
- *    pieces   products                           error of a product     PyTorch's word
- *    3        20 10 11 01 02 00  (x6)            2^-26: below float32   "highest"
- *    2        10 00 01           (x3)            2^-17                  "high"
- *    1        00                 (x1)            2^-8                   "medium"
+ *    pieces   products                  a product's error, at most     PyTorch's word
+ *    3        20 10 11 01 02 00  (x6)   2^-26: float32 has 2^-24       "highest"
+ *    2        10 00 01           (x3)   2^-16                          "high"
+ *    1        00                 (x1)   2^-8                           "medium"
  *
  * G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
  * Computations", arXiv 1904.06376.
@@ -79,25 +79,25 @@ static __attribute__((noinline)) void gather(const char *first, const ptrdiff_t 
 }
 
 /* A register's number is part of the instruction: these must be macros. */
-#define LOAD_IMAGE(reg, n, p)                                                       \
-    do {                                                                            \
-        if (evenly[n]) {                                                            \
-            _tile_loadd(reg, image[n] + (p) * ROW_BYTES, spacing[n]);               \
-        } else {                                                                    \
-            gather(image[n] + (p) * ROW_BYTES, rows[n].offset, copies[n][p]);       \
-            _tile_loadd(reg, copies[n][p], ROW_BYTES);                              \
-        }                                                                           \
+#define LOAD_IMAGE(reg, n, p)                                                 \
+    do {                                                                      \
+        if (evenly[n]) {                                                      \
+            _tile_loadd(reg, image[n] + (p) * ROW_BYTES, spacing[n]);         \
+        } else {                                                              \
+            gather(image[n] + (p) * ROW_BYTES, rows[n].offset, copies[n][p]); \
+            _tile_loadd(reg, copies[n][p], ROW_BYTES);                        \
+        }                                                                     \
     } while (0)
 
-#define FOR_SUMS(high, wide, START, stride) \
+#define FOR_SUMS(DO)                        \
     do {                                    \
-        START(0, c, stride);                \
+        DO(0, c, c_bytes);                  \
         if (wide)                           \
-            START(1, c + LANES, stride);    \
+            DO(1, c + LANES, c_bytes);      \
         if (high)                           \
-            START(2, c + ROWS * (stride) / 4, stride); \
+            DO(2, lower, c_bytes);          \
         if (high && wide)                   \
-            START(3, c + ROWS * (stride) / 4 + LANES, stride); \
+            DO(3, lower + LANES, c_bytes);  \
     } while (0)
 #define ZERO(reg, at, stride) _tile_zero(reg)
 
@@ -108,11 +108,12 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
     char copies[2][MAX_PIECES][TILE_BYTES] __attribute__((aligned(64)));
     const int evenly[2] = {rows[0].evenly, high && rows[1].evenly};
     const ptrdiff_t spacing[2] = {rows[0].offset[1], high ? rows[1].offset[1] : 0};
-    const ptrdiff_t scale = 2 * pieces, stride = wide ? 2 * ROW_BYTES : ROW_BYTES, blocks = r->depth / CHANNELS;
+    const ptrdiff_t scale = 2 * pieces, blocks = r->depth / CHANNELS, c_bytes = (wide + 1) * ROW_BYTES;
+    float *const lower = c + ROWS * (wide + 1) * LANES;
     if (accumulate)
-        FOR_SUMS(high, wide, _tile_loadd, stride);
+        FOR_SUMS(_tile_loadd);
     else
-        FOR_SUMS(high, wide, ZERO, stride);
+        FOR_SUMS(ZERO);
 
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
         const char *weights = b + t * r->b_tap * scale, *image[2] = {a + r->taps[t] * scale + rows[0].first};
@@ -143,7 +144,7 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
             weights += (wide + 1) * pieces * TILE_BYTES;
         }
     }
-    FOR_SUMS(high, wide, _tile_stored, stride);
+    FOR_SUMS(_tile_stored);
 }
 
 INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b, int vectors,
@@ -303,6 +304,7 @@ static int works(const fc_ukernels *kernels)
     static char a[sizeof image / 2 * MAX_PIECES] __attribute__((aligned(64)));
     static char b[sizeof weights / 2 * MAX_PIECES] __attribute__((aligned(64)));
     ptrdiff_t rows[M], tap = 0;
+    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = CHANNELS, .a_step = 1, .b_step = N};
     for (int m = 0; m < M; m++) {
         rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * CHANNELS;
         for (int k = 0; k < CHANNELS; k++) {
@@ -313,7 +315,7 @@ static int works(const fc_ukernels *kernels)
     kernels->split_image(image, M * CHANNELS, kernels->pieces, a);
     kernels->split_weights(weights, CHANNELS, 1, 2, kernels->pieces, b);
     kernels->enter();
-    kernels->brgemm(&(fc_reduction){&tap, 1, CHANNELS, 1, 0, N}, a, rows, M, b, 2, sums, 0);
+    kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
     kernels->leave();
     int equal = 1;
     for (int m = 0; m < M; m++)

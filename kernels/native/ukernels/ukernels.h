@@ -77,7 +77,7 @@ typedef struct {
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
 
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
-     * what these write: an offset of e elements is 2 * pieces * e bytes, all arrays but c are 64-byte aligned, a_step is 1,
+     * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm is called between `enter` and `leave`, which are
      * for one thread. Both return the size of the largest number, 0 if all are zero.
      * image:   [n / depth_step][depth_step]
