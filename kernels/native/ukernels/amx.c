@@ -26,10 +26,7 @@
 #ifdef FC_AMX_MODEL
 #include "amx_model.h"
 #else
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #if defined(__clang__)
@@ -280,21 +277,7 @@ static void fc_enter__amx(void)
 
 static void fc_leave__amx(void) { _tile_release(); }
 
-/* ---------------------------------------------------------------------------------------------------------- presence */
-
-/* Linux lends the tile registers to a process that asks. */
-static int permitted(const fc_isa *below)
-{
-#ifdef FC_AMX_MODEL
-    (void)below;
-    return 1;
-#else
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
-    unsigned a, b, c, d;
-    return strcmp(below->name, "avx512") == 0 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) &&
-           (d & AMX_TILE) && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#endif
-}
+/* ------------------------------------------------------------------------------------------------------------- table */
 
 /* Whether a small product comes out as plain C has it: integers of more bits than one piece holds, whose sums are exact. */
 static int works(const fc_ukernels *kernels)
@@ -332,7 +315,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
 {
     static fc_ukernels tables[MAX_PIECES];
     static fc_isa isa = {.name = "amx", .split = {&tables[0], &tables[1], &tables[2]}};
-    static enum { UNKNOWN, ABSENT, PRESENT } state; /* asked by one thread at a time: it holds the GIL */
+    static enum { UNKNOWN, BROKEN, WORKING } state; /* asked by one thread at a time: it holds the GIL */
     if (state == UNKNOWN) {
         for (int p = 0; p < MAX_PIECES; p++) { /* what isn't said here is as it is below */
             tables[p] = *below->f32;
@@ -350,7 +333,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
         tables[2].brgemm = fc_f32_brgemm_x6__amx;
         isa.f32 = below->f32;
         isa.f64 = below->f64;
-        state = permitted(below) && works(&tables[2]) ? PRESENT : ABSENT;
+        state = works(&tables[2]) ? WORKING : BROKEN;
     }
-    return state == PRESENT ? &isa : NULL;
+    return state == WORKING ? &isa : NULL;
 }

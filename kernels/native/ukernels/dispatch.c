@@ -5,6 +5,12 @@
 
 #include "ukernels.h"
 
+#if defined(FC_HAVE_AMX) && !defined(FC_AMX_MODEL)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 /* Each returns its instruction set, or NULL where the CPU lacks it; `below` is the best of those before it. */
 static const fc_isa *scalar(const fc_isa *below)
 {
@@ -31,6 +37,20 @@ static const fc_isa *avx512(const fc_isa *below)
 }
 #endif
 
+#ifdef FC_HAVE_AMX
+static const fc_isa *amx(const fc_isa *below)
+{
+#ifndef FC_AMX_MODEL /* Linux lends the tile registers to a process that asks */
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    if (strcmp(below->name, "avx512") != 0 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) ||
+        !(d & AMX_TILE) || syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0)
+        return NULL;
+#endif
+    return fc_start_amx(below);
+}
+#endif
+
 static const struct {
     const char *name;
     const fc_isa *(*start)(const fc_isa *below);
@@ -43,7 +63,7 @@ static const struct {
     {"avx512", avx512},
 #endif
 #ifdef FC_HAVE_AMX
-    {"amx", fc_start_amx},
+    {"amx", amx},
 #endif
 };
 enum { N_ROWS = sizeof rows / sizeof *rows };

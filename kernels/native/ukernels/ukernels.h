@@ -104,7 +104,8 @@ typedef struct {
 
 extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
 
-/* amx.c: the instruction set on top of `below`, from which empty slots are inherited; NULL where it does not work. */
+/* amx.c: the instruction set on top of `below`, from which empty slots are inherited, or NULL if a small product comes out
+ * wrong. Only for a CPU that has it: all of amx.c is compiled for that. */
 const fc_isa *fc_start_amx(const fc_isa *below);
 
 /* dispatch.c: the instruction sets that this build has; that this build and this CPU have, best last; and the one to use under a
