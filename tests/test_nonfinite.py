@@ -74,7 +74,10 @@ def test_nonfinite_images_spread_to_their_windows_and_no_further(
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@for_every_row([ConvCase(f"{c} channels", (2, c, 8, 9), (18, c, 3, 3)) for c in (17, 32)], "conv_forward")
+@for_every_row(
+    [ConvCase(f"{n} images of {c} channels", (n, c, 8, 9), (18, c, 3, 3)) for n, c in ((2, 17), (2, 32), (5, 32))],
+    "conv_forward",
+)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_nonfinite_filter_spoils_its_own_channel_only(row: Row, case: ConvCase, value: float, dtype: Any) -> None:
     x, w, b, _ = case.arrays(dtype)

@@ -11,6 +11,7 @@ from cases import Array, ConvArrays, ConvCase, conv_results, for_every_row, how
 
 import fastconv as fc
 from fastconv.registry import ROWS, Row
+from fastconv.runtime import isa
 
 CASES = [
     ConvCase(f"{c} to {k} channels, {g} groups", (2, c, 20, 20), (k, c // g, 3, 3), 1, 1, 1, g)
@@ -72,3 +73,16 @@ def test_the_promises_hold_for_small_and_large_numbers(
     exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **case.geometry, **how(EXACT))
     result = fc.conv2d(x, w, **case.geometry, **how(row), precision=precision)
     assert relative_error(result, exact) <= PROMISES[precision]
+
+
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
+@pytest.mark.parametrize(("algorithm", "k"), [("direct", 1), ("direct", 3), ("winograd", 3)])
+def test_amx_takes_the_precision_at_its_word(algorithm: str, k: int) -> None:
+    """What is allowed to be less exact is: else the tile was not used, and nothing here tests it."""
+    case = ConvCase("many channels", (1, 40, 12, 11), (20, 40, k, k), 1, k // 2)
+    x, w, _, _ = case.arrays(np.float32)
+    exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **case.geometry, **how(EXACT))
+    asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
+    errors = [relative_error(fc.conv2d(x, w, precision=word, **asked), exact) for word in PROMISES]
+    assert errors[0] < 3e-7
+    assert errors[2] > 1e-3

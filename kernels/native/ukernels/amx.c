@@ -200,7 +200,7 @@ INLINE void split(floats x, const int pieces, words out[MAX_PIECES], words *larg
     }
 }
 
-static int size(words largest)
+INLINE int size(words largest)
 {
     enum { FLOOR = (127 - 90) << 23, LIMIT = (127 + 48) << 23 }; /* 2^-90; FC_SUM_LIMIT */
     uint32_t most = 0;

@@ -8,6 +8,7 @@
 #define FASTCONV_AMX_MODEL_H
 
 #include <float.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
