@@ -14,12 +14,9 @@ reduction; then it is [panel][tap][channel].) Every copy is one call of the micr
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.machine cimport (
-    FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads,
-)
+from fastconv.kernels.native.machine cimport fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
@@ -48,16 +45,17 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     c.groups = dims.groups
     c.channels = c.w.size[1]
     c.filters = c.w.size[0] // c.groups
+    cdef tuple stride = dims.stride, pad = dims.pad_before, dilation = dims.dilation
     for axis in range(3):
         c.kernel[axis] = c.w.size[2 + axis]
-        c.stride[axis] = dims.stride[axis]
-        c.pad[axis] = dims.pad_before[axis]
-        c.dilation[axis] = dims.dilation[axis]
+        c.stride[axis] = stride[axis]
+        c.pad[axis] = pad[axis]
+        c.dilation[axis] = dilation[axis]
         c.out[axis] = c.y.size[2 + axis]
     c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
     c.folded = False
     use_tile(c, ukernels(c.item))
-    flops = 2 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
+    cdef double flops = 2.0 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
     c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
 
 
@@ -139,21 +137,6 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
                 out += run * width * c.item
 
 
-cdef char *pack_weights(const Conv *c) except NULL:
-    """Return all packed weights, [group][panel][channel][tap][filter], in this thread's arena."""
-    cdef Py_ssize_t group_size = packed_weight_size(c) * c.item
-    cdef Py_ssize_t panel_size = c.panel * c.reduction * c.item
-    cdef char *packed = arena(FC_ARENA_WEIGHTS, c.groups * (group_size + c.panels * c.panel * c.item) + 64)
-    cdef Py_ssize_t i
-    if packed == NULL:
-        raise MemoryError("no memory for packed weights")
-    with nogil:
-        for i in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
-            pack_panel(c, i // c.panels, i % c.panels, 0, c.channels,
-                       packed + i // c.panels * group_size + i % c.panels * panel_size)
-    return packed
-
-
 cdef char *pack_bias(const Conv *c, bias, char *out):
     """Return the bias as contiguous elements at ``out``, NULL if there is none."""
     cdef cnp.ndarray array
@@ -164,6 +147,20 @@ cdef char *pack_bias(const Conv *c, bias, char *out):
         cnp.PyArray_BYTES(array), cnp.PyArray_STRIDE(array, 0) // c.item, 1, cnp.PyArray_DIM(array, 0), 1, out, 0
     )
     return out
+
+
+cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil:
+    """Let sums, [filter][width], start at the bias."""
+    cdef Py_ssize_t row, i
+    if bias == NULL:
+        memset(sums, 0, <size_t>(filters * width * c.item))
+        return
+    for row in range(filters):
+        for i in range(width):
+            if c.item == 4:
+                (<float *>sums)[row * width + i] = (<const float *>bias)[row]
+            else:
+                (<double *>sums)[row * width + i] = (<const double *>bias)[row]
 
 
 # ----------------------------------------------------------------------------------------------------------- blocks

@@ -28,8 +28,6 @@ The gradient of the weights reduces over pixels: rows of the tile are (tap, chan
     grad_weight[t, i][k] = sum over pixels p of  part[p * stride + t * dilation][i] * grad_output[p][k]
 """
 
-import numpy as np
-
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.string cimport memset
@@ -41,7 +39,7 @@ from fastconv.kernels.native.blocking cimport (
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, store_weight, sum_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_weight, sum_chunks, sum_pixels,
 )
 
 cdef enum:
@@ -77,11 +75,10 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     if dims.groups > 1 and grad_weight.shape[1] == 1:
         multiplier = grad_weight.shape[0] // dims.groups
         for j in range(multiplier):
-            _depthwise_weight(input, grad_output[:, j::multiplier], grad_weight[j::multiplier], dims, options)
+            part = None if grad_bias is None else grad_bias[j::multiplier]
+            _depthwise_weight(input, grad_output[:, j::multiplier], grad_weight[j::multiplier], part, dims, options)
     else:
-        _weight_grad(input, grad_output, grad_weight, dims, options)
-    if grad_bias is not None:
-        np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
+        _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -280,6 +277,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
     reduction.taps = taps
+    reduction.b_taps = NULL
     reduction.a_step = 1
     if c.folded:  # neighbours along a row of taps are neighbours in memory, too
         reduction.n_taps = c.kernel[0] * c.kernel[1]
@@ -375,7 +373,7 @@ cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
 
 # -------------------------------------------------------------------------------------------- gradient of the weights
 
-cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t task, failures = 0
@@ -383,7 +381,7 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     plan.width = min(<Py_ssize_t>CHANNELS, c.channels)
     plan.channel_blocks = max(1, WEIGHT_ROWS // (c.taps * plan.width))
     cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, PIXELS, &plan.blocks)
-    plan_chunks(&plan, c.batch * plan.blocks.count)
+    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
     with nogil:
         for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
             failures += _weight_task(&plan, task)
@@ -394,7 +392,8 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units for one task's channels and filters."""
     cdef const Conv *c = &plan.c
     cdef WeightTask t
-    locate_task(plan, task, &t)
+    if start_task(plan, task, &t):
+        return 1
     cdef Py_ssize_t cells = part_cells(c, plan.blocks.rows, plan.blocks.columns)
     cdef Py_ssize_t pixels = plan.blocks.rows * plan.blocks.columns
     cdef Py_ssize_t rows = c.taps * plan.width
@@ -411,7 +410,6 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     cdef char *grads = part + t.channel_blocks * plan.width * cells * c.item
     cdef Block block
     cdef Py_ssize_t unit, b, panel, line
-    memset(t.accumulators, 0, <size_t>plan.task_bytes)
     for unit in range(t.first_unit, t.end_unit):
         locate(c, &plan.blocks, unit, &block)
         tap_offsets(c, &block, plan.width, taps)
@@ -431,6 +429,7 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
                 panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0,
                 block.rows * block.columns, grads + panel * c.panel * pixels * c.item,
             )
+            add_bias(plan, &t, panel, grads + panel * c.panel * pixels * c.item, block.rows * block.columns)
         for panel in range(t.panels):
             for b in range(t.channel_blocks):
                 _weight_block(
@@ -438,6 +437,7 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
                     part + b * plan.width * cells * c.item, grads + panel * c.panel * pixels * c.item,
                     t.accumulators + (panel * plan.channel_blocks + b) * c.panel * rows * c.item,
                 )
+    end_task(plan, &t)
     return 0
 
 
@@ -451,6 +451,7 @@ cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors,
     cdef fc_reduction reduction
     reduction.depth = block.columns
     reduction.a_step = c.stride[2] * plan.width
+    reduction.b_taps = NULL
     reduction.b_tap = block.columns * width
     reduction.b_step = width
     for line from 0 <= line < block.rows by together:
@@ -463,29 +464,34 @@ cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors,
             )
 
 
-cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, cnp.ndarray grad_bias,
+                            dims, options):
     """One filter for each channel: a task has a block of channels and all images."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, failures = 0
+    cdef Py_ssize_t task, failures = 0, bias_stride = 0
+    cdef char *bias = NULL
     make_conv(c, input, grad_weight, grad_output, dims, options)
     plan.width = CHANNELS
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
+    if grad_bias is not None:
+        bias = cnp.PyArray_BYTES(grad_bias)
+        bias_stride = cnp.PyArray_STRIDE(grad_bias, 0) // c.item
     with nogil:
         for task in prange(plan.channel_blocks, num_threads=c.threads, schedule="dynamic"):
-            failures += _depthwise_weight_task(&plan, task)
+            failures += _depthwise_weight_task(&plan, task, bias, bias_stride)
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
 
 
-cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task, char *bias, Py_ssize_t bias_stride) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t first = task * CHANNELS
     cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
     cdef Py_ssize_t part_bytes = CHANNELS * part_cells(c, plan.blocks.rows, plan.blocks.columns) * c.item
     cdef Py_ssize_t tap_bytes = (c.taps + 8) // 8 * 64
-    cdef Py_ssize_t sum_bytes = c.taps * CHANNELS * c.item
+    cdef Py_ssize_t sum_bytes = (c.taps + 1) * CHANNELS * c.item
     cdef char *memory = arena(
         FC_ARENA_BLOCK,
         tap_bytes + sum_bytes + part_bytes + CHANNELS * plan.blocks.rows * plan.blocks.columns * c.item,
@@ -494,6 +500,7 @@ cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task) noexcept nogi
         return 1
     cdef Py_ssize_t *taps = <Py_ssize_t *>memory
     cdef char *accumulators = memory + tap_bytes
+    cdef char *bias_sums = accumulators + c.taps * CHANNELS * c.item
     cdef char *part = accumulators + sum_bytes
     cdef char *grads = part + part_bytes
     cdef Block block
@@ -504,10 +511,14 @@ cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task) noexcept nogi
         tap_offsets(c, &block, CHANNELS, taps)
         pack_image(c, &block, first, channels, CHANNELS, part)
         pack_pixels(c, &block, first, channels, CHANNELS, 0, block.rows * block.columns, grads)
+        if bias != NULL:
+            sum_pixels(c, grads, block.rows * block.columns, CHANNELS, bias_sums)
         for r in range(block.rows):
             c.kernels.depthwise_weight(
                 taps, c.taps, part + r * c.stride[1] * block.wide * CHANNELS * c.item, c.stride[2] * CHANNELS,
                 grads + r * block.columns * CHANNELS * c.item, block.columns, CHANNELS, accumulators,
             )
     store_weight(c, first, 0, channels, 1, 1, CHANNELS, accumulators)
+    if bias != NULL:
+        c.kernels.transpose(bias_sums, 1, 1, 1, channels, bias + first * bias_stride * c.item, bias_stride)
     return 0

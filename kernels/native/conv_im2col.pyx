@@ -1,19 +1,24 @@
-"""Convolution by way of patches, for few channels: there a channel block is too short a reduction.
+"""Convolution by way of patches: a matrix product of the weights, where they are, and what each pixel sees.
 
-    output[p][k] = sum over r of  patches[r][p] * weight[r][k],    r = (channel, tap)
+    output[k][p] = bias[k] + sum over r of  weight[k][r] * patches[r][p],    r = (channel, tap)
 
-    for image, group, chunk of output pixels:               in parallel
+    for image, group, box of output pixels, share of the filters:       in parallel
         for block of the reduction:
-            gather the patches, padding included            [reduction][pixels]: runs along image rows
-            for panel of filters: for tile of pixels: brgemm
-        store all panels of the chunk: bias, activation, the caller's layout
+            gather the patches, padding included                        [reduction][pixels]: L2
+            for chunk of filters: for panel of pixels:                  the panel's share of the patches in L1
+                for tile of filters: brgemm                             weights from L2
+        store the sums: activation, the caller's layout
 
-             pixels of a chunk                panel
-            +-----------------+            +--------+
-    block   |     patches     |  block  r  | weights|
-    of r    +-----------------+            +--------+
+                  r                 panel
+             +---------+         +---+---+---+             +---+---+---+
+    filters  | weights |      r  |   |   |   |    filters  |   |   |   |
+             |         |    x    |   |   |   |      =      |   |   |   |
+             +---------+         +---+---+---+             +---+---+---+
+                                     pixels                    pixels
 
-Only the patches of one chunk and one block exist at a time; the full column matrix never does.
+Pixels are the lanes, so that neither the weights nor the output of a channels-first network are transposed: good where that
+would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
+and one block exist at a time; the full column matrix never does.
 
 The gradient of the weights gathers the same patches: grad_weight[r][k] = sum over p of patches[r][p] * grad_output[p][k].
 """
@@ -26,20 +31,26 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, make_conv, pack_bias, pack_pixels, pack_weights, packed_weight_size, panel_vectors, store,
+    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, pack_pixels, panel_vectors, start_sums,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, locate_task, plan_chunks, sum_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
 )
 
 cdef enum:
-    REDUCTION = 256     # rows of patches gathered at a time: with a panel's share of the weights they fit into L1 and L2
+    REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
+    CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
+    BOX_PANELS = 8      # panels of pixels in a box
+    SHARE = 512         # filters whose sums a task keeps: 256 KB in float32
 
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    _forward(input, weight, bias, output, dims, options)
+    rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
+    if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
+        rows = np.ascontiguousarray(rows)
+    _forward(input, weight, rows, bias, output, dims, options)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -49,16 +60,18 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     """See ``fastconv.kernels``."""
-    _weight_grad(input, grad_output, grad_weight, dims, options)
-    if grad_bias is not None:
-        np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
+    _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 
 # What all tasks of one call share.
 ctypedef struct Plan:
     Conv c
-    Py_ssize_t plane_chunks     # chunks of the pixels of one depth
-    const char *weights
+    const char *weights         # where the caller has them, (filter, channel, tap)
+    Py_ssize_t filter_step, channel_step, tap_step
+    Py_ssize_t pixels           # in a box: whole panels
+    Py_ssize_t boxes            # of one plane
+    Py_ssize_t together         # channels gathered at a time
+    Py_ssize_t shares           # tasks that share the filters of one box
     const char *bias
     int relu
 
@@ -72,20 +85,40 @@ cdef void plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
     block.columns = c.out[2]
 
 
+cdef void join_rows(Conv *c) noexcept nogil:
+    """Make one row of all rows where a pixel sees just the cell that has its place, and rows continue one another."""
+    cdef int axis
+    for axis in range(1, 3):
+        if c.kernel[axis] != 1 or c.stride[axis] != 1 or c.x.size[2 + axis] != c.out[axis]:
+            return
+    if c.x.stride[3] == c.out[2] * c.x.stride[4] and c.y.stride[3] == c.out[2] * c.y.stride[4]:
+        c.x.size[4] = c.y.size[4] = c.out[2] = c.out[1] * c.out[2]
+        c.x.size[3] = c.y.size[3] = c.out[1] = 1
+
+
 # --------------------------------------------------------------------------------------------------------- forward
 
-cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+cdef void _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options):
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, task, failures = 0
+    cdef Py_ssize_t tasks, task, pixels, failures = 0
     make_conv(c, input, weight, output, dims, options)
-    plan.plane_chunks = (c.out[1] * c.out[2] + c.chunk - 1) // c.chunk
-    plan.weights = pack_weights(c)
-    plan.bias = pack_bias(c, bias, <char *>plan.weights + c.groups * packed_weight_size(c) * c.item)
+    plan.weights = cnp.PyArray_BYTES(rows)
+    plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
+    plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
+    plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
+    join_rows(c)
+    pixels = c.out[1] * c.out[2]
+    plan.boxes = ceil_div(pixels, BOX_PANELS * c.panel)
+    plan.pixels = ceil_div(ceil_div(pixels, plan.boxes), c.panel) * c.panel  # even parts
+    plan.boxes = ceil_div(pixels, plan.pixels)
+    plan.together = min(c.channels, max(1, REDUCTION // c.taps))
+    plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
     plan.relu = options.activation == "relu"
-    tasks = c.batch * c.out[0] * c.groups * plan.plane_chunks
+    tasks = c.batch * c.out[0] * c.groups * plan.boxes
+    plan.shares = max(ceil_div(c.filters, SHARE), min(ceil_div(c.filters, CHUNK), 2 * c.threads // max(tasks, 1)))
     with nogil:
-        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
+        for task in prange(tasks * plan.shares, num_threads=c.threads, schedule="dynamic"):
             failures += _forward_task(&plan, task)
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
@@ -93,119 +126,152 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
 
 cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first_pixel = task % plan.plane_chunks * c.chunk
-    cdef Py_ssize_t group = task // plan.plane_chunks % c.groups
-    cdef Py_ssize_t pixels = min(c.chunk, c.out[1] * c.out[2] - first_pixel)
-    cdef Py_ssize_t depth = min(<Py_ssize_t>REDUCTION, c.reduction)
-    cdef Py_ssize_t offset_bytes = (c.chunk + 8) // 8 * 64
-    cdef Py_ssize_t panel_bytes = c.chunk * c.panel * c.item
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + c.panels * panel_bytes + depth * c.chunk * c.item)
-    cdef Block block
-    cdef Py_ssize_t p, first, panel, filter, width
+    cdef Py_ssize_t share = task % plan.shares, group = task // plan.shares % c.groups
+    cdef Py_ssize_t number = task // (plan.shares * c.groups)
+    cdef Py_ssize_t first_pixel = number % plan.boxes * plan.pixels
+    cdef Py_ssize_t pixels = min(plan.pixels, c.out[1] * c.out[2] - first_pixel)
+    cdef Py_ssize_t filters = c.filters * (share + 1) // plan.shares - c.filters * share // plan.shares
+    cdef Py_ssize_t first = group * c.filters + c.filters * share // plan.shares
+    cdef Py_ssize_t pitch = plan.pixels | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all rows
+    cdef Py_ssize_t offset_bytes = (filters + plan.together + 8) // 8 * 64
+    cdef Py_ssize_t sum_bytes = filters * plan.pixels * c.item
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + sum_bytes + (plan.together * c.taps * pitch + c.panel) * c.item
+    )
     if memory == NULL:
         return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef char *accumulators = memory + offset_bytes
-    cdef char *patches = accumulators + c.panels * panel_bytes
-    plane(c, task // (plan.plane_chunks * c.groups), &block)
-    for p in range(pixels):
-        offsets[p] = p
-    for first from 0 <= first < c.reduction by depth:
-        gather(c, &block, group, first, min(depth, c.reduction - first), first_pixel, pixels, patches)
-        for panel in range(c.panels):
-            _multiply(plan, group, panel, first, min(depth, c.reduction - first), pixels, offsets, patches,
-                      accumulators + panel * panel_bytes)
-    for panel in range(c.panels):
-        filter = group * c.filters + panel * c.panel
-        width = panel_vectors(c, panel) * c.kernels.lanes
-        store(
-            c, &block, first_pixel, pixels, accumulators + panel * panel_bytes, width, filter,
-            min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+    cdef Py_ssize_t *rows = <Py_ssize_t *>memory
+    cdef Py_ssize_t *channel_offsets = rows + filters
+    cdef char *sums = memory + offset_bytes
+    cdef char *patches = sums + sum_bytes
+    cdef Block block
+    cdef Py_ssize_t i, channel
+    plane(c, number // plan.boxes, &block)
+    for i in range(filters):
+        rows[i] = (first + i) * plan.filter_step
+    for i in range(plan.together):
+        channel_offsets[i] = i * plan.channel_step
+    for i from 0 <= i < pixels by c.panel:
+        start_sums(
+            c, bias_at(plan.bias, first * c.item), filters, _vectors(c, pixels - i) * c.kernels.lanes,
+            sums + i * filters * c.item,
         )
+    for channel from 0 <= channel < c.channels by plan.together:
+        i = min(plan.together, c.channels - channel)
+        gather(c, &block, group * c.channels + channel, i, first_pixel, pixels, pitch, patches)
+        _multiply(plan, channel, i, pixels, pitch, rows, filters, channel_offsets, patches, sums)
+    _store(plan, &block, first, filters, first_pixel, pixels, sums)
     return 0
 
 
-cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t first, Py_ssize_t depth,
-                    Py_ssize_t pixels, const Py_ssize_t *offsets, const char *patches, char *accumulators) noexcept nogil:
-    """Add patches x weights for one panel and one block of the reduction."""
+cdef int _vectors(const Conv *c, Py_ssize_t pixels) noexcept nogil:
+    """Vectors in a panel of pixels: two, or one where no more are left than that."""
+    return 1 if pixels <= c.kernels.lanes else 2
+
+
+cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t pixels, Py_ssize_t pitch,
+                    const Py_ssize_t *rows, Py_ssize_t filters, const Py_ssize_t *channel_offsets, const char *patches,
+                    char *sums) noexcept nogil:
+    """Add weights x patches of some channels to the sums, [panel][filter][pixel of the panel]."""
     cdef const Conv *c = &plan.c
-    cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, m, zero = 0
-    cdef const char *weights = plan.weights + (
-        group * packed_weight_size(c) + panel * c.panel * c.reduction + first * width
-    ) * c.item
+    cdef const char *weights = plan.weights + channel * plan.channel_step * c.item
+    cdef Py_ssize_t tile_rows = c.kernels.tile_rows, chunk, end, pixel, m
+    cdef int vectors
     cdef fc_reduction reduction
-    reduction.taps = &zero
-    reduction.n_taps = 1
-    reduction.depth = depth
-    reduction.a_step = c.chunk
-    reduction.b_tap = 0
-    reduction.b_step = width
-    for m from 0 <= m < pixels by tile_rows:
-        c.kernels.brgemm(
-            &reduction, patches, offsets + m, <int>min(tile_rows, pixels - m), weights, vectors,
-            accumulators + m * width * c.item, first > 0,
-        )
+    reduction.taps = channel_offsets
+    reduction.b_taps = NULL
+    reduction.n_taps = channels
+    reduction.depth = c.taps
+    reduction.a_step = plan.tap_step
+    reduction.b_tap = c.taps * pitch
+    reduction.b_step = pitch
+    if c.taps == 1 or plan.channel_step == c.taps * plan.tap_step:  # channels continue one another: one run
+        reduction.n_taps = 1
+        reduction.depth = channels * c.taps
+        reduction.a_step = plan.channel_step if c.taps == 1 else plan.tap_step
+    for chunk from 0 <= chunk < filters by CHUNK:
+        end = min(chunk + CHUNK, filters)
+        for pixel from 0 <= pixel < pixels by c.panel:
+            vectors = _vectors(c, pixels - pixel)
+            for m from chunk <= m < end by tile_rows:
+                c.kernels.brgemm(
+                    &reduction, weights, rows + m, <int>min(tile_rows, end - m), patches + pixel * c.item, vectors,
+                    sums + (pixel * filters + m * vectors * c.kernels.lanes) * c.item, 1,
+                )
 
 
-cdef void gather(const Conv *c, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t count,
-                 Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil:
-    """Gather rows ``first`` to ``first + count`` of the patches of some pixels of a plane: [count][chunk]."""
-    cdef Py_ssize_t run, row, column, end = first_pixel + pixels
-    while first_pixel < end:  # run by run along the output rows
-        row = first_pixel // block.columns
-        column = first_pixel % block.columns
-        run = min(end - first_pixel, block.columns - column)
-        gather_run(c, block, group, first, count, row, column, run, out)
-        out += run * c.item
-        first_pixel += run
-
-
-cdef void gather_run(const Conv *c, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t count,
-                     Py_ssize_t row, Py_ssize_t column, Py_ssize_t run, char *out) noexcept nogil:
-    """Gather what (channel, tap) number ``first`` and the following show to a run of pixels, zeros in the padding."""
-    cdef const View *x = &c.x
-    cdef Py_ssize_t step = c.stride[2], r, z, y, left, start, stop
-    cdef Py_ssize_t channel = group * c.channels + first // c.taps
-    cdef Py_ssize_t d = first % c.taps // (c.kernel[1] * c.kernel[2])
-    cdef Py_ssize_t h = first // c.kernel[2] % c.kernel[1]
-    cdef Py_ssize_t w = first % c.kernel[2]
-    cdef const char *image = x.data + block.image * x.stride[0] * c.item
-    for r in range(count):
-        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-        y = row * c.stride[1] - c.pad[1] + h * c.dilation[1]
-        left = column * step - c.pad[2] + w * c.dilation[2]
-        start = stop = 0  # the pixels of the run that see a cell inside the image
-        if 0 <= z < x.size[2] and 0 <= y < x.size[3] and left < x.size[4]:
-            start = 0 if left >= 0 else min((step - 1 - left) // step, run)
-            stop = max(start, run if left + (run - 1) * step < x.size[4] else (x.size[4] - 1 - left) // step + 1)
-        if start > 0:
-            memset(out, 0, <size_t>(start * c.item))
-        if stop > start:
-            c.kernels.transpose(
-                image + (
-                    channel * x.stride[1] + z * x.stride[2] + y * x.stride[3] + (left + start * step) * x.stride[4]
-                ) * c.item,
-                step * x.stride[4], 0, stop - start, 1, out + start * c.item, 0,
+cdef void _store(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
+                 Py_ssize_t pixels, const char *sums) noexcept nogil:
+    """Store a box's sums through the activation, panel by panel and row by row of the image."""
+    cdef const Conv *c = &plan.c
+    cdef const View *y = &c.y
+    cdef fc_epilogue epilogue
+    cdef Py_ssize_t pixel, end, row, column, run, width, done
+    cdef bint one_run = y.stride[3] == block.columns * y.stride[4]
+    cdef char *base = y.data + (block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]) * c.item
+    epilogue.bias = NULL
+    epilogue.relu = plan.relu
+    epilogue.pixel_stride = y.stride[1]  # the roles are exchanged: rows of the tile are filters
+    epilogue.channel_stride = y.stride[4]
+    for pixel from 0 <= pixel < pixels by c.panel:
+        end = min(pixel + c.panel, pixels)
+        width = _vectors(c, pixels - pixel) * c.kernels.lanes
+        done = pixel
+        while done < end:
+            row = (first_pixel + done) // block.columns
+            column = (first_pixel + done) % block.columns
+            run = end - done if one_run else min(end - done, block.columns - column)
+            c.kernels.epilogue(
+                &epilogue, sums + (pixel * filters + done - pixel) * c.item, width, filters, run,
+                base + (row * y.stride[3] + column * y.stride[4]) * c.item,
             )
-        if stop < run:
-            memset(out + stop * c.item, 0, <size_t>((run - stop) * c.item))
-        out += c.chunk * c.item
-        w += 1
-        if w == c.kernel[2]:
-            w = 0
-            h += 1
-            if h == c.kernel[1]:
-                h = 0
-                d += 1
-                if d == c.kernel[0]:
-                    d = 0
-                    channel += 1
+            done += run
+
+
+cdef void gather(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t first_pixel,
+                 Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:
+    """Gather what some channels' taps show to some pixels of a plane, [channel][tap][pixel], run by run along image rows."""
+    cdef Py_ssize_t run, row, column, d, h, w, done = 0
+    cdef char *target
+    while done < pixels:
+        row = (first_pixel + done) // block.columns
+        column = (first_pixel + done) % block.columns
+        run = min(pixels - done, block.columns - column)
+        target = out + done * c.item
+        for d in range(c.kernel[0]):
+            for h in range(c.kernel[1]):
+                for w in range(c.kernel[2]):
+                    _gather_run(c, block, channel, channels, d, row * c.stride[1] - c.pad[1] + h * c.dilation[1],
+                                column * c.stride[2] - c.pad[2] + w * c.dilation[2], run, c.taps * pitch, target)
+                    target += pitch * c.item
+        done += run
+
+
+cdef void _gather_run(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t d, Py_ssize_t y,
+                      Py_ssize_t left, Py_ssize_t run, Py_ssize_t pitch, char *out) noexcept nogil:
+    """Gather one tap's cells for a run of pixels, zeros in the padding, to rows that are ``pitch`` apart."""
+    cdef const View *x = &c.x
+    cdef Py_ssize_t step = c.stride[2], z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0], i
+    cdef Py_ssize_t start = 0, stop = 0  # the pixels of the run that see a cell inside the image
+    if 0 <= z < x.size[2] and 0 <= y < x.size[3] and left < x.size[4]:
+        start = 0 if left >= 0 else min((step - 1 - left) // step, run)
+        stop = max(start, run if left + (run - 1) * step < x.size[4] else (x.size[4] - 1 - left) // step + 1)
+    if stop - start < run:
+        for i in range(channels):
+            memset(out + i * pitch * c.item, 0, <size_t>(run * c.item))
+    if stop > start:
+        c.kernels.transpose(
+            x.data + (
+                block.image * x.stride[0] + channel * x.stride[1] + z * x.stride[2] + y * x.stride[3]
+                + (left + start * step) * x.stride[4]
+            ) * c.item,
+            step * x.stride[4], x.stride[1], stop - start, channels, out + start * c.item, pitch,
+        )
 
 
 # -------------------------------------------------------------------------------------------- gradient of the weights
 
-cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t task, failures = 0
@@ -213,7 +279,7 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
     plan.channel_blocks = 1
     plan.blocks.count = (c.out[1] * c.out[2] + c.chunk - 1) // c.chunk
-    plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count)
+    plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count, grad_bias)
     with nogil:
         for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
             failures += _weight_task(&plan, task)
@@ -224,7 +290,8 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units, which are runs of output pixels, for one task's channels and filters."""
     cdef const Conv *c = &plan.c
     cdef WeightTask t
-    locate_task(plan, task, &t)
+    if start_task(plan, task, &t):
+        return 1
     cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel)
     cdef Py_ssize_t rows = c.taps * plan.width
     cdef Py_ssize_t offset_bytes = (rows + 8) // 8 * 64
@@ -239,17 +306,17 @@ cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
     cdef char *grads = patches + patch_bytes
     for m in range(rows):  # accumulators are [tap][channel], patches [channel][tap]; missing channels repeat the last
         offsets[m] = (min(m % plan.width, channels - 1) * c.taps + m // plan.width) * c.chunk
-    memset(t.accumulators, 0, <size_t>plan.task_bytes)
     for unit in range(t.first_unit, t.end_unit):
         plane(c, unit // plan.blocks.count, &block)
         first_pixel = unit % plan.blocks.count * c.chunk
         pixels = min(c.chunk, block.rows * block.columns - first_pixel)
-        gather(c, &block, t.group, t.channel * c.taps, channels * c.taps, first_pixel, pixels, patches)
+        gather(c, &block, t.group * c.channels + t.channel, channels, first_pixel, pixels, c.chunk, patches)
         for panel in range(t.panels):
             _weight_panel(
                 plan, &block, &t, panel, first_pixel, pixels, offsets, patches, grads,
                 t.accumulators + panel * c.panel * rows * c.item,
             )
+    end_task(plan, &t)
     return 0
 
 
@@ -266,11 +333,13 @@ cdef void _weight_panel(const WeightPlan *plan, const Block *block, const Weight
     reduction.n_taps = 1
     reduction.depth = pixels
     reduction.a_step = 1
+    reduction.b_taps = NULL
     reduction.b_tap = 0
     reduction.b_step = width
     pack_pixels(
         c, block, t.group * c.filters + first, min(width, c.filters - first), width, first_pixel, pixels, grads
     )
+    add_bias(plan, t, panel, grads, pixels)
     for m from 0 <= m < rows by tile_rows:
         c.kernels.brgemm(
             &reduction, patches, offsets + m, <int>min(tile_rows, rows - m), grads, vectors,

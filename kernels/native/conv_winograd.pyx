@@ -295,6 +295,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     )
     cdef fc_reduction reduction
     reduction.a_step = 1
+    reduction.b_taps = NULL
     reduction.b_tap = plan.width * width
     reduction.b_step = width
     whole = c.depth // plan.width  # full channel blocks; a last, narrower one is a reduction of its own

@@ -1,6 +1,7 @@
 cdef extern from "ukernels.h" nogil:
     ctypedef struct fc_reduction:
         const Py_ssize_t *taps
+        const Py_ssize_t *b_taps
         Py_ssize_t n_taps, depth, a_step, b_tap, b_step
 
     ctypedef struct fc_epilogue:
@@ -38,7 +39,7 @@ cdef extern from "ukernels.h" nogil:
         const fc_ukernels *f64
         const fc_ukernels *split[3]
 
-    enum: FC_ARENA_BLOCK, FC_ARENA_WEIGHTS
+    enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS
 
 
 # One copy of the C library in the process: the other modules reach it through these.

@@ -1,3 +1,5 @@
+cimport numpy as cnp
+
 from fastconv.kernels.native.blocking cimport Blocks, Conv
 
 cdef enum:
@@ -13,16 +15,23 @@ ctypedef struct WeightPlan:
     Py_ssize_t width, channel_blocks    # channels in a block; blocks that a task has
     Py_ssize_t channel_tasks, panel_tasks, tasks
     Py_ssize_t units, chunks
-    Py_ssize_t task_bytes               # accumulators of one task: [panel][channel block][tap][channel][filter]
-    char *accumulators                  # [chunk][task]
+    Py_ssize_t task_bytes               # accumulators of one task: [panel][channel block][tap][channel][filter], ...
+    Py_ssize_t bias_bytes               # ... and from here on [panel][filter], the gradient of the bias
+    char *accumulators                  # [chunk][task]; NULL where one chunk is all, and each task stores its own
+    char *bias                          # gradient of the bias; NULL: not wanted
+    Py_ssize_t bias_stride
 
 # One task: where its channels, filters and units are.
 ctypedef struct WeightTask:
     Py_ssize_t group, channel, channel_blocks, panel, panels, first_unit, end_unit
     char *accumulators
 
-cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units) except *
-cdef void locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil
+cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *
+cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil
+cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads,
+                   Py_ssize_t pixels) noexcept nogil
+cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil
 cdef void sum_chunks(const WeightPlan *plan, Py_ssize_t failures) except *
+cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil
 cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
                        Py_ssize_t block_channels, Py_ssize_t width, const char *accumulators) noexcept nogil

@@ -8,13 +8,23 @@
              +------+------+
 """
 
+cimport numpy as cnp
 from cython.parallel cimport prange
+from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors
 from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue
 
+cdef enum:
+    MOST_LANES = 64
 
-cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units) except *:
+cdef float[MOST_LANES] ONES_32
+cdef double[MOST_LANES] ONES_64
+for i in range(MOST_LANES):
+    ONES_32[i] = ONES_64[i] = 1
+
+
+cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *:
     """Complete a plan that has ``width`` and ``channel_blocks``."""
     cdef const Conv *c = &plan.c
     plan.channel_tasks = ceil_div(c.channels, (plan.channel_blocks * plan.width))
@@ -22,17 +32,24 @@ cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units) except *:
     plan.tasks = c.groups * plan.channel_tasks * plan.panel_tasks
     plan.units = units
     plan.chunks = max(1, min(units, WEIGHT_TASKS // plan.tasks))
-    plan.task_bytes = WEIGHT_PANELS * c.panel * plan.channel_blocks * plan.width * c.taps * c.item
-    plan.accumulators = arena(FC_ARENA_WEIGHTS, plan.chunks * plan.tasks * plan.task_bytes)
-    if plan.accumulators == NULL:
-        raise MemoryError("no memory for the gradient of the weights")
+    plan.bias_bytes = WEIGHT_PANELS * c.panel * plan.channel_blocks * plan.width * c.taps * c.item
+    plan.task_bytes = plan.bias_bytes + WEIGHT_PANELS * c.panel * c.item
+    plan.accumulators = plan.bias = NULL
+    if grad_bias is not None:
+        plan.bias = cnp.PyArray_BYTES(grad_bias)
+        plan.bias_stride = cnp.PyArray_STRIDE(grad_bias, 0) // c.item
+    if plan.chunks > 1:
+        plan.accumulators = arena(FC_ARENA_WEIGHTS, plan.chunks * plan.tasks * plan.task_bytes)
+        if plan.accumulators == NULL:
+            raise MemoryError("no memory for the gradient of the weights")
 
 
-cdef void locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
+cdef void _locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
     """Find task number ``task``; those of one chunk follow one another."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t chunk = task // plan.tasks
-    t.accumulators = plan.accumulators + task * plan.task_bytes
+    if plan.accumulators != NULL:
+        t.accumulators = plan.accumulators + task * plan.task_bytes
     t.first_unit = plan.units * chunk // plan.chunks
     t.end_unit = plan.units * (chunk + 1) // plan.chunks
     task = task % plan.tasks
@@ -44,31 +61,82 @@ cdef void locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) no
     t.group = task // plan.channel_tasks
 
 
+cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
+    """Find task number ``task`` and clear its accumulators; return 1 if there is no memory for them."""
+    _locate_task(plan, task, t)
+    if plan.accumulators == NULL:
+        t.accumulators = arena(FC_ARENA_WEIGHTS, plan.task_bytes)
+        if t.accumulators == NULL:
+            return 1
+    memset(t.accumulators, 0, <size_t>plan.task_bytes)
+    return 0
+
+
+cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads,
+                   Py_ssize_t pixels) noexcept nogil:
+    """Add a panel's packed gradients, [pixel][filter], to that of the bias; of the tasks of a panel one does."""
+    cdef const Conv *c = &plan.c
+    if plan.bias != NULL and t.channel == 0:
+        sum_pixels(
+            c, grads, pixels, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
+            t.accumulators + plan.bias_bytes + panel * c.panel * c.item,
+        )
+
+
+cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil:
+    """sums[i] += sum over pixels of grads[pixel][i], first added up by themselves."""
+    cdef double[MOST_LANES] block
+    cdef Py_ssize_t tap = 0
+    memset(block, 0, sizeof(block))
+    c.kernels.depthwise_weight(
+        &tap, 1, <const char *>ONES_32 if c.item == 4 else <const char *>ONES_64, 0, grads, pixels, width, block
+    )
+    _add(c.item, sums, <const char *>block, width * c.item)
+
+
+cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
+    """Store what a task has, if it has all of it."""
+    if plan.accumulators == NULL:
+        _store_task(plan, t)
+
+
 cdef void sum_chunks(const WeightPlan *plan, Py_ssize_t failures) except *:
-    """Add up the chunks in their order and store the sums."""
+    """Add up the chunks in their order and store the sums, if no task has stored its own."""
     cdef Py_ssize_t task
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
-    with nogil:
-        for task in prange(plan.tasks, num_threads=plan.c.threads, schedule="static"):
-            _sum_task(plan, task)
+    if plan.accumulators != NULL:
+        with nogil:
+            for task in prange(plan.tasks, num_threads=plan.c.threads, schedule="static"):
+                _sum_task(plan, task)
 
 
 cdef void _sum_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
-    cdef const Conv *c = &plan.c
     cdef WeightTask t
-    cdef Py_ssize_t chunk, panel, b, filters, channels
-    locate_task(plan, task, &t)
+    cdef Py_ssize_t chunk
+    _locate_task(plan, task, &t)
     for chunk in range(1, plan.chunks):
-        _add(c.item, t.accumulators, t.accumulators + chunk * plan.tasks * plan.task_bytes, plan.task_bytes)
+        _add(plan.c.item, t.accumulators, t.accumulators + chunk * plan.tasks * plan.task_bytes, plan.task_bytes)
+    _store_task(plan, &t)
+
+
+cdef void _store_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t panel, b, first, filters, channels
     for panel in range(t.panels):
         filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
+        first = t.group * c.filters + (t.panel + panel) * c.panel
         for b in range(t.channel_blocks):
             channels = min(plan.width, c.channels - t.channel - b * plan.width)
             store_weight(
-                c, t.group * c.filters + (t.panel + panel) * c.panel, t.channel + b * plan.width, filters, channels,
+                c, first, t.channel + b * plan.width, filters, channels,
                 plan.width, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
                 t.accumulators + (panel * plan.channel_blocks + b) * c.panel * c.taps * plan.width * c.item,
+            )
+        if plan.bias != NULL and t.channel == 0:
+            c.kernels.transpose(
+                t.accumulators + plan.bias_bytes + panel * c.panel * c.item, 1, 1, 1, filters,
+                plan.bias + first * plan.bias_stride * c.item, plan.bias_stride,
             )
 
 

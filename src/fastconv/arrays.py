@@ -29,6 +29,8 @@ _FLIP = (slice(None), slice(None)) + (slice(None, None, -1),) * 3
 
 def check_array(array: object, name: str) -> np.ndarray:
     """Return a float32 or float64 array that kernels can read; TypeError says what else came."""
+    if type(array) is np.ndarray and array.dtype in DTYPES and array.flags.carray:
+        return array  # an ordinary array, without further questions: small calls are made of such moments
     if type(array) is not np.ndarray:
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a numpy.ndarray, got {type(array).__name__}")
@@ -50,7 +52,7 @@ def whole_elements(array: np.ndarray) -> bool:
 
 def check_same_dtype(array: np.ndarray, name: str, other: np.ndarray, other_name: str) -> None:
     """Raise TypeError if two arrays differ in type: nothing is promoted silently."""
-    if array.dtype != other.dtype:
+    if array.dtype is not other.dtype and array.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {array.dtype}")
 
 
@@ -68,8 +70,8 @@ def as_image(array: object, name: str, spatial: int, last: bool) -> np.ndarray:
 
 def first_image(image: np.ndarray, spatial: int, last: bool) -> np.ndarray:
     """Return a batched image of the caller's layout as (N, C, D, H, W)."""
-    view: np.ndarray = (image.transpose(_IMAGE_FIRST[spatial]) if last else image)[_EXPAND[spatial]]
-    return view
+    view: np.ndarray = image.transpose(_IMAGE_FIRST[spatial]) if last else image
+    return view if spatial == 3 else view[_EXPAND[spatial]]
 
 
 def as_weight(array: object, name: str, spatial: int, last: bool, flip: bool) -> np.ndarray:

@@ -20,7 +20,7 @@ from . import arrays
 from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
-from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, get_num_threads
+from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, threads_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Ints: TypeAlias = int | Sequence[int]
@@ -34,7 +34,8 @@ Indices: TypeAlias = bool | Literal["compact"]
 
 def options(activation: str | None = None, precision: str | None = None) -> Options:
     """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
-    return _options(activation, get_config().precision if precision is None else precision, get_num_threads())
+    config = get_config()
+    return _options(activation, config.precision if precision is None else precision, threads_of(config))
 
 
 @lru_cache
@@ -46,6 +47,8 @@ def _options(activation: str | None, precision: str, threads: int) -> Options:
 
 def freeze(value: Any) -> Any:
     """Return a hashable copy of an argument that may be an int, a word or (nested) lists."""
+    if type(value) is int:
+        return value
     return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -115,14 +118,17 @@ def _conv(
     x = as_image(input, "input", spatial, last)
     w = as_weight(weight, "weight", spatial, last, flip_kernel)
     check_same_dtype(w, "weight", x, "input")
-    geometry = (freeze(stride), freeze(padding), freeze(dilation), groups)
-    plan = _conv_plan(spatial, last, x.shape, w.shape, *geometry, engine or get_config().engine, algorithm)
-    b = as_bias(bias, x, plan.dims.out_channels)
-    how = options(activation, precision)
+    config = get_config()
+    plan = _conv_plan(
+        spatial, last, x.shape, w.shape, freeze(stride), freeze(padding), freeze(dilation), groups,
+        engine or config.engine, algorithm, activation, config.precision if precision is None else precision,
+        threads_of(config),
+    )  # fmt: skip
+    b = None if bias is None else as_bias(bias, x, plan.dims.out_channels)
     batched = is_batched(input, spatial)
     result = allocate(out, plan.shape, batched, x, w, b)
-    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, how)
-    return deliver(result, out, batched)
+    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, plan.options)
+    return result if out is None and batched else deliver(result, out, batched)
 
 
 class ConvPlan(NamedTuple):
@@ -131,6 +137,7 @@ class ConvPlan(NamedTuple):
     dims: ConvDims
     shape: tuple[int, ...]  #: of the output, in the caller's layout
     kernel: Kernel
+    options: Options
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -145,11 +152,15 @@ def _conv_plan(
     groups: int,
     engine: str | None,
     algorithm: str | None,
+    activation: str | None,
+    precision: str,
+    threads: int,
 ) -> ConvPlan:
     skip = 5 - spatial
     dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
     shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
-    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm))
+    how = _options(activation, precision, threads)
+    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm), how)
 
 
 def conv1d(

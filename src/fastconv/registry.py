@@ -75,6 +75,17 @@ def _im2col(op: str, dims: ConvDims) -> str:
     return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
 
+def _planar(op: str, dims: ConvDims) -> str:
+    if op == "conv_weight_grad":
+        return "has no gradient of the weights"
+    if op == "conv_forward" and dims.stride[1:] != (1, 1):
+        return "only for stride 1 along height and width"
+    if dims.depthwise:
+        return "slower than direct for depthwise convolution"
+    filters = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
+    return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
+
+
 def _winograd(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad":
         return "has no gradient of the weights"
@@ -92,6 +103,7 @@ def _winograd(op: str, dims: ConvDims) -> str:
 
 CONVOLUTIONS = (
     Row("winograd", "cython", _winograd),
+    Row("planar", "cython", _planar),
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd),

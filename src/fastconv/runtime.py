@@ -190,11 +190,13 @@ def get_num_threads() -> int:
     ...     fc.get_num_threads()
     1
     """
-    threads = get_config().num_threads
-    return _available_threads() if threads is None else threads
+    return threads_of(get_config())
 
 
-def _available_threads() -> int:
+def threads_of(config: Config) -> int:
+    """Return the largest number of threads that a call uses under these settings."""
+    if config.num_threads is not None:
+        return config.num_threads
     native = native_module()
     if native is not None:
         return int(native.max_threads())

@@ -113,8 +113,10 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
         FOR_SUMS(ZERO);
 
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
-        const char *weights = b + t * r->b_tap * scale, *image[2] = {a + r->taps[t] * scale + rows[0].first};
-        image[1] = image[0] + (high ? rows[1].first - rows[0].first : 0);
+        const char *weights = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap) * scale;
+        const char *image[2] = {a + r->taps[t] * scale + rows[0].first, a + r->taps[t] * scale};
+        if (high)
+            image[1] += rows[1].first;
         for (ptrdiff_t block = 0; block < blocks; block++) {
             UNROLL for (int i = 0; i < PRODUCTS[pieces].n; i++) {
                 const int p = PRODUCTS[pieces].image[i], q = PRODUCTS[pieces].weight[i];

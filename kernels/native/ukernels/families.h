@@ -22,19 +22,24 @@
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
+#define SQUARES(name, side) PASTE(PASTE(FC(name), _x), side)
 #define TEXT_(a) #a
 #define TEXT(a) TEXT_(a)
 
 #define T float
+#define ITEM 4
 #define FC(name) PASTE(fc_f32_##name##__, ISA)
 #include "family.h"
 #undef T
+#undef ITEM
 #undef FC
 
 #define T double
+#define ITEM 8
 #define FC(name) PASTE(fc_f64_##name##__, ISA)
 #include "family.h"
 #undef T
+#undef ITEM
 #undef FC
 
 const fc_isa PASTE(fc_isa_, ISA) = {

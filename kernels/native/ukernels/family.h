@@ -1,16 +1,13 @@
 /* All microkernels of one instruction set and element type, written once with vector extensions.
  *
- * The including file defines T (the element type), FC(name) (its name in this family), VECTOR_BYTES and TILE_ROWS. Everything
+ * The including file defines T (the element type), ITEM (its bytes), FC(name) (its name in this family), VECTOR_BYTES and TILE_ROWS. Everything
  * stays static, so that no code of one instruction set can be linked into another.
  */
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(T)))
 #define LINE ((ptrdiff_t)(64 / sizeof(T)))
 
 typedef T FC(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-typedef T FC(quad) __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-typedef __typeof__((FC(quad)){0} < (FC(quad)){0}) FC(mask); /* integers as wide as T */
 #define V FC(vector)
-#define Q FC(quad)
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
@@ -19,7 +16,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                                                            const int n_rows, const T *b, const int vectors, T *c,
                                                            int accumulate)
 {
-    V acc[TILE_ROWS][2];
+    V acc[TILE_ROWS][4];
     UNROLL for (int m = 0; m < n_rows; m++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[m][v] = accumulate ? *(const V *)(c + (m * vectors + v) * LANES) : (V){0};
@@ -28,10 +25,10 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
         const T *row[TILE_ROWS];
         UNROLL for (int m = 0; m < n_rows; m++)
             row[m] = a + rows[m] + r->taps[t];
-        const T *panel = b + t * r->b_tap;
+        const T *panel = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap);
         ptrdiff_t step = 0;
         for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
-            V weight[2];
+            V weight[4];
             UNROLL for (int v = 0; v < vectors; v++)
                 weight[v] = *(const V *)(panel + v * LANES);
             UNROLL for (int m = 0; m < n_rows; m++)
@@ -46,14 +43,17 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
-#define TILE_CASE(n)                                                     \
-    case n:                                                              \
-        if (n <= TILE_ROWS) {                                            \
-            if (vectors == 2)                                            \
-                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 2, c, accumulate); \
-            else                                                         \
-                FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, 1, c, accumulate); \
-        }                                                                \
+#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate)
+#define TILE_CASE(n)                             \
+    case n:                                      \
+        if (n <= TILE_ROWS) {                    \
+            if (n <= FC_FLAT_ROWS && vectors == 4) \
+                TILE(n, 4);                      \
+            else if (vectors == 2)               \
+                TILE(n, 2);                      \
+            else                                 \
+                TILE(n, 1);                      \
+        }                                        \
         break;
 
 static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
@@ -71,18 +71,23 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
     }
 }
 #undef TILE_CASE
+#undef TILE
 
 /* ---------------------------------------------------------------------------------------------- transpose, epilogue */
 
-static inline void FC(transpose_quads)(Q x[4])
-{
-    Q a = SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE(x[2], x[3], 0, 4, 1, 5); /* 00 10 01 11, 20 30 21 31 */
-    Q c = SHUFFLE(x[0], x[1], 2, 6, 3, 7), d = SHUFFLE(x[2], x[3], 2, 6, 3, 7); /* 02 12 03 13, 22 32 23 33 */
-    x[0] = SHUFFLE(a, b, 0, 1, 4, 5);
-    x[1] = SHUFFLE(a, b, 2, 3, 6, 7);
-    x[2] = SHUFFLE(c, d, 0, 1, 4, 5);
-    x[3] = SHUFFLE(c, d, 2, 3, 6, 7);
-}
+#define SIDE 4
+#include "square.h"
+#undef SIDE
+#if VECTOR_BYTES / ITEM == 8
+#define WIDE 8
+#elif VECTOR_BYTES / ITEM == 16
+#define WIDE 16
+#endif
+#ifdef WIDE
+#define SIDE WIDE
+#include "square.h"
+#undef SIDE
+#endif
 
 static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj,
                           void *output, ptrdiff_t out_stride)
@@ -100,25 +105,19 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         j_stride = 1;
         out_stride = -out_stride;
     }
-    if (j_stride != 1 || ni < 4 || nj < 4) {
-        for (ptrdiff_t j = 0; j < nj; j++)
-            for (ptrdiff_t i = 0; i < ni; i++)
-                out[j * out_stride + i] = in[i * i_stride + j * j_stride];
+#ifdef WIDE
+    if (j_stride == 1 && ni >= WIDE && nj >= WIDE) {
+        SQUARES(transpose, WIDE)(in, i_stride, ni, nj, out, out_stride);
         return;
     }
-    /* A cache line of a row at a time: rows are often a power of two apart, and then few of their lines fit into L1.
-     * The last quads overlap those before them where sizes are no multiples of 4. */
-    for (ptrdiff_t line = 0; line < nj; line += LINE)
-        for (ptrdiff_t i = 0; i < ni; i += 4)
-            for (ptrdiff_t j = line; j < nj && j < line + LINE; j += 4) {
-                const ptrdiff_t i0 = i + 4 <= ni ? i : ni - 4, j0 = j + 4 <= nj ? j : nj - 4;
-                Q x[4];
-                UNROLL for (int n = 0; n < 4; n++)
-                    x[n] = *(const Q *)(in + (i0 + n) * i_stride + j0);
-                FC(transpose_quads)(x);
-                UNROLL for (int n = 0; n < 4; n++)
-                    *(Q *)(out + (j0 + n) * out_stride + i0) = x[n];
-            }
+#endif
+    if (j_stride == 1 && ni >= 4 && nj >= 4) {
+        SQUARES(transpose, 4)(in, i_stride, ni, nj, out, out_stride);
+        return;
+    }
+    for (ptrdiff_t j = 0; j < nj; j++)
+        for (ptrdiff_t i = 0; i < ni; i++)
+            out[j * out_stride + i] = in[i * i_stride + j * j_stride];
 }
 
 static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
@@ -128,45 +127,26 @@ static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
     return relu && value < 0 ? 0 : value; /* a NaN stays one */
 }
 
-static inline void FC(finish_quad)(Q *value, const Q *bias, int relu)
-{
-    *value += *bias;
-    if (relu)
-        *value = (Q)((FC(mask))*value & ~(*value < 0)); /* a NaN stays one */
-}
-
 static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_stride, ptrdiff_t pixels,
                          ptrdiff_t channels, void *output)
 {
-    const T *c = tile, *bias = e->bias;
+    const T *c = tile;
     T *out = output;
     const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
-    if (channels < 4 || (cs != 1 && (ps != 1 || pixels < 4))) {
-        for (ptrdiff_t p = 0; p < pixels; p++)
-            for (ptrdiff_t i = 0; i < channels; i++)
-                out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], bias, i, e->relu);
+    const ptrdiff_t most = cs == 1 ? channels : ps != 1 ? 0 : channels < pixels ? channels : pixels; /* side of a square */
+#ifdef WIDE
+    if (most >= WIDE) {
+        SQUARES(epilogue, WIDE)(e, c, c_stride, pixels, channels, out);
         return;
     }
-    for (ptrdiff_t channel = 0; channel < channels; channel += 4) { /* the last quads overlap, as in transpose */
-        const ptrdiff_t i = channel + 4 <= channels ? channel : channels - 4;
-        Q shift = bias ? *(const Q *)(bias + i) : (Q){0};
-        for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++) {
-            Q x = *(const Q *)(c + pixel * c_stride + i);
-            FC(finish_quad)(&x, &shift, e->relu);
-            *(Q *)(out + pixel * ps + i) = x;
-        }
-        for (ptrdiff_t pixel = 0; pixel < pixels && cs != 1; pixel += 4) {
-            const ptrdiff_t p = pixel + 4 <= pixels ? pixel : pixels - 4;
-            Q x[4];
-            UNROLL for (int n = 0; n < 4; n++) {
-                x[n] = *(const Q *)(c + (p + n) * c_stride + i);
-                FC(finish_quad)(&x[n], &shift, e->relu);
-            }
-            FC(transpose_quads)(x);
-            UNROLL for (int n = 0; n < 4; n++)
-                *(Q *)(out + (i + n) * cs + p) = x[n];
-        }
+#endif
+    if (most >= 4) {
+        SQUARES(epilogue, 4)(e, c, c_stride, pixels, channels, out);
+        return;
     }
+    for (ptrdiff_t p = 0; p < pixels; p++)
+        for (ptrdiff_t i = 0; i < channels; i++)
+            out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], e->bias, i, e->relu);
 }
 
 /* ------------------------------------------------------------------------------------------------------- depthwise */
@@ -343,6 +323,6 @@ static const fc_ukernels FC(table) = {
 };
 
 #undef V
-#undef Q
 #undef LANES
 #undef LINE
+#undef WIDE

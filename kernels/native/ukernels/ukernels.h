@@ -11,10 +11,10 @@
 #include <stdint.h>
 
 /* The reduction of one tile: C[m][n] (+)= sum over taps t, k < depth of
- *     a[rows[m] + taps[t] + k * a_step] * b[t * b_tap + k * b_step + n]
+ *     a[rows[m] + taps[t] + k * a_step] * b[b_taps[t] + k * b_step + n],   b_taps[t] = t * b_tap where b_taps is NULL
  *
  *            n ->                      a: packed image (or patches), reached through offsets: a tile may span image rows
- *        +---------+  b panel          b: packed panel, `width` = 1 or 2 vectors of contiguous elements for each (t, k)
+ *        +---------+  b panel          b: packed panel, `width` = 1, 2 or 4 vectors of contiguous elements for each (t, k)
  *        |         |  (taps * depth    c: tile_rows x width scratch, contiguous rows
  *   k|   +---------+   rows)
  *    v   +---------+
@@ -22,9 +22,11 @@
  *        +---------+
  */
 typedef struct {
-    const ptrdiff_t *taps;
+    const ptrdiff_t *taps, *b_taps;
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
 } fc_reduction;
+
+enum { FC_FLAT_ROWS = 3 };
 
 /* Where the elements of a finished tile go, and what happens to them on the way. */
 typedef struct {
@@ -35,7 +37,7 @@ typedef struct {
 
 typedef struct {
     int lanes;      /* elements in a vector */
-    int tile_rows;  /* pixels of a tile; a tile is 1 or 2 vectors wide */
+    int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
     int depth_step; /* the depth of a reduction is a multiple of it */
 
     /* Rows `n_rows` <= tile_rows of a tile; starts from c if `accumulate`, else from zero. The rows of c beyond n_rows may be

@@ -1,0 +1,107 @@
+/* Transposition and epilogue in squares of SIDE x SIDE elements, one vector a row; family.h includes this for each side it has.
+ *
+ * A square is turned in log2(SIDE) steps. Step `bit` exchanges that bit of the row number with the same bit of the column
+ * number: of every 2 x 2 blocks of side `bit`, the upper right and the lower left change places.
+ *
+ *      a a b b       a a c c
+ *      a a b b  ->   a a c c       bit = 2
+ *      c c d d       b b d d
+ *      c c d d       b b d d
+ */
+#define SQ(name) SQUARES(name, SIDE)
+
+typedef T SQ(row) __attribute__((vector_size(SIDE * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef __typeof__((SQ(row)){0} < (SQ(row)){0}) SQ(mask); /* integers as wide as T */
+#define ROW SQ(row)
+
+/* Lane j of the new upper and of the new lower row of a pair; lanes of the old lower row count from SIDE on. */
+#define UPPER(bit, j) ((j) & (bit) ? (j) - (bit) + SIDE : (j))
+#define LOWER(bit, j) ((j) & (bit) ? (j) + SIDE : (j) + (bit))
+#define LANES_4(pick, bit, j) pick(bit, j), pick(bit, j + 1), pick(bit, j + 2), pick(bit, j + 3)
+#define LANES_8(pick, bit, j) LANES_4(pick, bit, j), LANES_4(pick, bit, j + 4)
+#define LANES_16(pick, bit, j) LANES_8(pick, bit, j), LANES_8(pick, bit, j + 8)
+#define ALL_LANES(pick, bit) PASTE(LANES_, SIDE)(pick, bit, 0)
+#define STEP(bit)                                                            \
+    UNROLL for (int i = 0; i < SIDE; i++) if (!(i & (bit)))                   \
+    {                                                                        \
+        ROW upper = x[i], lower = x[i + (bit)];                              \
+        x[i] = SHUFFLE(upper, lower, ALL_LANES(UPPER, bit));                 \
+        x[i + (bit)] = SHUFFLE(upper, lower, ALL_LANES(LOWER, bit));         \
+    }
+
+static inline __attribute__((always_inline)) void SQ(turn)(ROW x[SIDE])
+{
+    STEP(1)
+    STEP(2)
+#if SIDE > 4
+    STEP(4)
+#endif
+#if SIDE > 8
+    STEP(8)
+#endif
+}
+
+/* out[j * out_stride + i] = in[i * i_stride + j]; ni, nj >= SIDE. A few cache lines of a row at a time: enough to be fetched ahead,
+ * and few enough for L1, where rows that are a power of two apart share a set. The last squares overlap those before them. */
+static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
+{
+    const ptrdiff_t run = 4 * LINE;
+    for (ptrdiff_t first = 0; first < nj; first += run)
+        for (ptrdiff_t i = 0; i < ni; i += SIDE)
+            for (ptrdiff_t j = first; j < nj && j < first + run; j += SIDE) {
+                const ptrdiff_t i0 = i + SIDE <= ni ? i : ni - SIDE, j0 = j + SIDE <= nj ? j : nj - SIDE;
+                ROW x[SIDE];
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    x[n] = *(const ROW *)(in + (i0 + n) * i_stride + j0);
+                SQ(turn)(x);
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    *(ROW *)(out + (j0 + n) * out_stride + i0) = x[n];
+            }
+}
+
+static inline void SQ(finish)(ROW *value, const ROW *bias, int relu)
+{
+    *value += *bias;
+    if (relu)
+        *value = (ROW)((SQ(mask))*value & ~(*value < 0)); /* a NaN stays one */
+}
+
+/* The epilogue for at least SIDE channels whose elements, or (SIDE of them) whose pixels, are neighbours in the output. */
+static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, ptrdiff_t pixels, ptrdiff_t channels, T *out)
+{
+    const T *bias = e->bias;
+    const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
+    for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++)
+        for (ptrdiff_t channel = 0; channel < channels; channel += SIDE) {
+            const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
+            const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
+            ROW x = *(const ROW *)(c + pixel * c_stride + i);
+            SQ(finish)(&x, &shift, e->relu);
+            *(ROW *)(out + pixel * ps + i) = x;
+        }
+    for (ptrdiff_t channel = 0; channel < channels && cs != 1; channel += SIDE) {
+        const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
+        const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
+        for (ptrdiff_t pixel = 0; pixel < pixels; pixel += SIDE) {
+            const ptrdiff_t p = pixel + SIDE <= pixels ? pixel : pixels - SIDE;
+            ROW x[SIDE];
+            UNROLL for (int n = 0; n < SIDE; n++) {
+                x[n] = *(const ROW *)(c + (p + n) * c_stride + i);
+                SQ(finish)(&x[n], &shift, e->relu);
+            }
+            SQ(turn)(x);
+            UNROLL for (int n = 0; n < SIDE; n++)
+                *(ROW *)(out + (i + n) * cs + p) = x[n];
+        }
+    }
+}
+
+#undef SQ
+#undef ROW
+#undef UPPER
+#undef LOWER
+#undef LANES_4
+#undef LANES_8
+#undef LANES_16
+#undef ALL_LANES
+#undef STEP
