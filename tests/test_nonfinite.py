@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CONV_CASES, NAIVE, Array, ConvArrays, ConvCase, ConvResults, conv_results, for_every_row, how
+from cases import (
+    CONV_CASES,
+    NAIVE,
+    Array,
+    ConvArrays,
+    ConvCase,
+    ConvResults,
+    conv_function,
+    conv_results,
+    for_every_row,
+    how,
+)
 
 import fastconv as fc
 from fastconv.registry import Row
@@ -21,6 +32,7 @@ NAMES = (
     "groups of two",
     "volume",
     "3x3 of one more than a tile",
+    "3x3 of whole channel blocks",
 )
 CASES = [case for case in CONV_CASES if case.name in NAMES]
 
@@ -62,7 +74,10 @@ def test_nonfinite_images_spread_to_their_windows_and_no_further(
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@for_every_row([ConvCase("without padding", (2, 17, 8, 9), (18, 17, 3, 3))], "conv_forward")
+@for_every_row(
+    [ConvCase(f"{n} images of {c} channels", (n, c, 8, 9), (18, c, 3, 3)) for n, c in ((2, 17), (2, 32), (5, 32))],
+    "conv_forward",
+)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_nonfinite_filter_spoils_its_own_channel_only(row: Row, case: ConvCase, value: float, dtype: Any) -> None:
     x, w, b, _ = case.arrays(dtype)
@@ -73,7 +88,21 @@ def test_a_nonfinite_filter_spoils_its_own_channel_only(row: Row, case: ConvCase
     assert not np.isfinite(y[:, 4]).any()
 
 
-WIDE = [ConvCase("3x3", (1, 17, 6, 6), (18, 17, 3, 3), 1, 1)]
+@pytest.mark.parametrize("value", [np.inf, 1e30])
+@for_every_row([ConvCase(f"{k}x{k}", (3, 32, 8, 9), (18, 32, k, k), 1, k // 2) for k in (1, 3)], "conv_forward")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_an_image_beyond_all_bounds_leaves_its_neighbours_their_bits(
+    row: Row, case: ConvCase, value: float, dtype: Any
+) -> None:
+    x, w, b, _ = case.arrays(dtype)
+    wanted = conv_function(2)(x, w, b, **case.geometry, **how(row))
+    x[1, 5, 3, 3] = value
+    result = conv_function(2)(x, w, b, **case.geometry, **how(row))
+    assert result[::2].tobytes() == wanted[::2].tobytes()
+    assert not np.array_equal(result[1], wanted[1])
+
+
+WIDE = [ConvCase(f"3x3, {c} channels", (1, c, 6, 6), (18, c, 3, 3), 1, 1) for c in (17, 32)]
 
 
 @for_every_row(WIDE, "conv_forward")

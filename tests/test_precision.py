@@ -1,16 +1,23 @@
-"""The promise of precision="highest": no worse than plain float32 accumulation, as RMS of error over RMS of result."""
+"""The promises of ``precision``, as RMS of error over RMS of result.
+
+"highest" is no worse than plain float32 accumulation, "high" is 1e-5, "medium" 1e-2.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from cases import Array, ConvArrays, ConvCase, conv_results, for_every_row
+import pytest
+from cases import Array, ConvArrays, ConvCase, conv_results, for_every_row, how
 
+import fastconv as fc
 from fastconv.registry import ROWS, Row
+from fastconv.runtime import isa
 
 CASES = [
     ConvCase(f"{c} to {k} channels, {g} groups", (2, c, 20, 20), (k, c // g, 3, 3), 1, 1, 1, g)
-    for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8))
+    for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (24, 24, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8))
 ]
+PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}
 EXACT = next(row for row in ROWS["conv_forward"] if row[:2] == ("im2col", "numpy"))  #: in float64
 NOISE = 1.05  #: two such figures of the same algorithm on other numbers differ by less
 
@@ -42,3 +49,40 @@ def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase) -> Non
         if result is not None:
             error, allowed = relative_error(result, answer), NOISE * relative_error(plain, answer)
             assert error <= allowed, f"{name}: {error:.3g}, plain float32 has {allowed:.3g}"
+
+
+@pytest.mark.parametrize("precision", PROMISES)
+@for_every_row(CASES)
+def test_the_promise_of_each_word(row: Row, case: ConvCase, precision: str) -> None:
+    arrays = case.arrays(np.float32)
+    exact = conv_results(case, arrays.astype(np.float64), EXACT)
+    results = conv_results(case, arrays, row, precision=precision)
+    for name, result, answer in zip(exact._fields, results, exact, strict=True):
+        if result is not None:
+            assert relative_error(result, answer) <= PROMISES[precision], name
+
+
+@pytest.mark.parametrize(("scale", "weight_scale"), [(1e-36, 1), (1e-26, 1), (1, 1e-30), (1e12, 1e12), (1e30, 1)])
+@pytest.mark.parametrize("precision", PROMISES)
+@for_every_row([ConvCase(f"{k}x{k}", (1, 32, 9, 8), (16, 32, k, k), 1, k // 2) for k in (1, 3)], "conv_forward")
+def test_the_promises_hold_for_small_and_large_numbers(
+    row: Row, case: ConvCase, precision: str, scale: float, weight_scale: float
+) -> None:
+    x, w, _, _ = case.arrays(np.float32)
+    x, w = x * np.float32(scale), w * np.float32(weight_scale)
+    exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **case.geometry, **how(EXACT))
+    result = fc.conv2d(x, w, **case.geometry, **how(row), precision=precision)
+    assert relative_error(result, exact) <= PROMISES[precision]
+
+
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
+@pytest.mark.parametrize(("algorithm", "k"), [("direct", 1), ("direct", 3), ("winograd", 3)])
+def test_amx_takes_the_precision_at_its_word(algorithm: str, k: int) -> None:
+    """What is allowed to be less exact is: else the tile was not used, and nothing here tests it."""
+    case = ConvCase("many channels", (1, 40, 12, 11), (20, 40, k, k), 1, k // 2)
+    x, w, _, _ = case.arrays(np.float32)
+    exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **case.geometry, **how(EXACT))
+    asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
+    errors = [relative_error(fc.conv2d(x, w, precision=word, **asked), exact) for word in PROMISES]
+    assert errors[0] < 3e-7
+    assert errors[2] > 1e-3

@@ -12,12 +12,14 @@ ctypedef struct View:
 ctypedef struct Conv:
     const fc_ukernels *kernels
     Py_ssize_t item           # bytes in an element
+    Py_ssize_t packed         # bytes of an element as the tile reads it: all its pieces, where it is split
     View x, w, y
     Py_ssize_t batch, groups
     Py_ssize_t channels       # input channels of one group
+    Py_ssize_t depth          # the same as the tile reads them: rounded up to its step
     Py_ssize_t filters        # output channels of one group
     Py_ssize_t taps
-    Py_ssize_t reduction      # channels * taps
+    Py_ssize_t reduction      # depth * taps
     Py_ssize_t kernel[3]
     Py_ssize_t stride[3]
     Py_ssize_t pad[3]
@@ -25,7 +27,7 @@ ctypedef struct Conv:
     Py_ssize_t out[3]
     Py_ssize_t panel          # filters in a full panel: two vectors
     Py_ssize_t panels         # panels of one group
-    bint folded               # weights are packed [tap][channel], not [channel][tap]
+    bint folded               # weights are packed [tap][channel], not [channel][tap]; a row of taps joins the channels
     Py_ssize_t chunk          # pixels whose accumulators stay in L1: a multiple of the tile's rows
     Py_ssize_t threads
 
@@ -54,11 +56,11 @@ cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept no
 
 cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options)
+cdef void split_numbers(Conv *c, str precision)
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil
-cdef char *pack_weights(const Conv *c) except NULL
 cdef char *pack_bias(const Conv *c, bias, char *out)
 cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil
 cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,

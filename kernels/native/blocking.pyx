@@ -14,13 +14,15 @@ reduction; then it is [panel][tap][channel].) Every copy is one call of the micr
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue, ukernels, usable_threads
+from fastconv.kernels.native.machine cimport fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
+    CHUNK_PIXELS = 128          # at most: the same for tiles of many rows
+    SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it is padding
+    SPLIT_RATE = 10             # products of pieces that it makes in the time of one product of numbers, about
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
 
@@ -36,7 +38,6 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     """Unpack what the contract passes; ``w`` are the weights or their gradient."""
     cdef int axis
     c.item = cnp.PyArray_ITEMSIZE(x)
-    c.kernels = ukernels(c.item)
     make_view(&c.x, x)
     make_view(&c.w, w)
     make_view(&c.y, y)
@@ -52,13 +53,33 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
         c.dilation[axis] = dilation[axis]
         c.out[axis] = c.y.size[2 + axis]
     c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
-    c.reduction = c.channels * c.taps
-    c.panel = 2 * c.kernels.lanes
-    c.panels = (c.filters + c.panel - 1) // c.panel
     c.folded = False
-    c.chunk = TILES_PER_CHUNK * c.kernels.tile_rows
+    use_tile(c, ukernels(c.item))
     cdef double flops = 2.0 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
     c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
+
+
+cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
+    """Size channels, panels and chunks for a tile."""
+    c.kernels = kernels
+    c.packed = 2 * kernels.pieces if kernels.pieces else c.item
+    c.depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
+    c.reduction = c.depth * c.taps
+    c.panel = 2 * kernels.lanes
+    c.panels = (c.filters + c.panel - 1) // c.panel
+    c.chunk = min(TILES_PER_CHUNK * kernels.tile_rows, <Py_ssize_t>CHUNK_PIXELS)
+
+
+cdef void split_numbers(Conv *c, str precision):
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+    cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
+    cdef const fc_ukernels *kernels = split_ukernels(c.item, pieces)
+    if kernels == NULL or c.channels < SPLIT_CHANNELS or c.out[1] * c.out[2] < kernels.tile_rows:
+        return
+    products = pieces * (pieces + 1) // 2
+    depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
+    if products * depth <= SPLIT_RATE * c.channels:
+        use_tile(c, kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -114,21 +135,6 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
                     w.stride[0], step, filters, run, out, width,
                 )
                 out += run * width * c.item
-
-
-cdef char *pack_weights(const Conv *c) except NULL:
-    """Return all packed weights, [group][panel][channel][tap][filter], in this thread's arena."""
-    cdef Py_ssize_t group_size = packed_weight_size(c) * c.item
-    cdef Py_ssize_t panel_size = c.panel * c.reduction * c.item
-    cdef char *packed = arena(FC_ARENA_WEIGHTS, c.groups * (group_size + c.panels * c.panel * c.item) + 64)
-    cdef Py_ssize_t i
-    if packed == NULL:
-        raise MemoryError("no memory for packed weights")
-    with nogil:
-        for i in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
-            pack_panel(c, i // c.panels, i % c.panels, 0, c.channels,
-                       packed + i // c.panels * group_size + i % c.panels * panel_size)
-    return packed
 
 
 cdef char *pack_bias(const Conv *c, bias, char *out):

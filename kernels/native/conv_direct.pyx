@@ -20,6 +20,9 @@ A pixel's offset plus a tap's offset is all that padding, stride and dilation co
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
 loop on other views (``interleave``). A depthwise convolution has no panels: its own microkernel multiplies channel by channel.
 
+Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
+An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
+
 The gradient of the weights reduces over pixels: rows of the tile are (tap, channel), the reduction runs along image rows.
 
     grad_weight[t, i][k] = sum over pixels p of  part[p * stride + t * dilation][i] * grad_output[p][k]
@@ -32,9 +35,9 @@ from libc.string cimport memset
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
-    pack_weights, packed_weight_size, panel_vectors, part_cells, pixel_offsets, store, tap_offsets,
+    packed_weight_size, panel_vectors, part_cells, pixel_offsets, split_numbers, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_weight, sum_chunks, sum_pixels,
 )
@@ -57,7 +60,9 @@ def conv_forward(input, weight, bias, output, dims, options):
             part = None if bias is None else bias[j::multiplier]
             _depthwise(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
     else:
-        _forward(input, weight, bias, output, dims, options)
+        for image in _forward(input, weight, bias, output, dims, options, True):
+            one = slice(image, image + 1)
+            _forward(input[one], weight, bias, output[one], dims, options, False)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -85,27 +90,41 @@ ctypedef struct Plan:
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
     Py_ssize_t shares           # tasks that share the panels of one block
-    const char *weights         # packed; NULL: each task packs what it uses
+    char *weights               # packed; NULL: each task packs what it uses
     const char *bias
     int relu
+    unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
 
 
-cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, bint split):
+    """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, task, failures = 0
+    cdef Py_ssize_t tasks, task, step, packed, failures = 0
+    cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
-    plan.width = min(c.channels, max(CHANNELS, (REDUCTION // c.taps + CHANNELS - 1) // CHANNELS * CHANNELS))
-    plan.channel_blocks = (c.channels + plan.width - 1) // plan.width
+    if split:
+        split_numbers(c, options.precision)
+    step = max(<Py_ssize_t>CHANNELS, c.kernels.depth_step)
+    plan.width = min(c.depth, max(step, ceil_div(REDUCTION // c.taps, step) * step))
+    plan.channel_blocks = ceil_div(c.depth, plan.width)
     c.folded = c.channels <= FOLDED_CHANNELS and c.dilation[2] == 1
-    cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, c.out[2], &plan.blocks)
+    cut(c, plan.channel_blocks * plan.width * c.packed, DIRECT_BYTES, c.out[2], &plan.blocks)
     plan.relu = options.activation == "relu"
-    if c.batch * c.out[0] * c.out[1] * c.out[2] > c.chunk:
-        plan.weights = pack_weights(c)
-        plan.bias = pack_bias(c, bias, <char *>plan.weights + c.groups * packed_weight_size(c) * c.item)
+    refused = bytearray(c.batch + 1)
+    plan.refused = &refused[0]
+    once = c.batch * c.out[0] * c.out[1] * c.out[2] <= c.chunk  # weights are used once: packed where they are used
+    packed = 0 if once else c.groups * packed_weight_size(c) * c.packed
+    plan.weights = arena(FC_ARENA_WEIGHTS, packed + c.groups * c.filters * c.item + 64)
+    if plan.weights == NULL:
+        raise MemoryError("no memory for packed weights")
+    plan.bias = pack_bias(c, bias, plan.weights + packed)
+    if once:
+        plan.weights = NULL
     else:
-        plan.weights = NULL  # used once: packed where they are used
-        plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.panels * c.panel * c.item + 64))
+        with nogil:
+            for task in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
+                failures += _pack_panel(&plan, task)
     tasks = c.batch * c.groups * plan.blocks.count
     plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
     tasks *= plan.shares
@@ -114,6 +133,59 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
             failures += _forward_task(&plan, task)
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
+    return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef int _pack_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
+    """Pack all channel blocks of a panel."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t group = number // c.panels, panel = number % c.panels, b
+    cdef char *floats = arena(FC_ARENA_BLOCK, plan.width * c.taps * c.panel * c.item)
+    if floats == NULL:
+        return 1
+    for b in range(plan.channel_blocks):
+        if not _pack_block(plan, group, panel, b, floats, _packed_block(plan, group, panel, b)):
+            plan.refused[c.batch] = 1
+    return 0
+
+
+cdef char *_packed_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b) noexcept nogil:
+    """Where a channel block of a panel is among the packed weights."""
+    cdef const Conv *c = &plan.c
+    return plan.weights + (
+        group * packed_weight_size(c) + panel * c.panel * c.reduction
+        + b * plan.width * c.taps * panel_vectors(c, panel) * c.kernels.lanes
+    ) * c.packed
+
+
+cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *floats,
+                      char *out) noexcept nogil:
+    """Pack a channel block of a panel, by way of ``floats`` where it is to be split; return whether it can be."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
+    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
+    if pieces == 0:
+        pack_panel(c, group, panel, b * plan.width, channels, out)
+        return True
+    pack_panel(c, group, panel, b * plan.width, channels, floats)
+    return c.kernels.split_weights(floats, channels, c.taps, vectors, pieces, out) != FC_HUGE
+
+
+cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t cells, char *floats,
+                     char *part) noexcept nogil:
+    """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t b, channels, n = plan.width * cells
+    cdef int sizes = 0
+    for b in range(plan.channel_blocks):
+        channels = min(plan.width, c.channels - b * plan.width)
+        pack_image(
+            c, block, group * c.channels + b * plan.width, channels, plan.width, floats if c.kernels.pieces else part
+        )
+        if c.kernels.pieces:
+            sizes |= c.kernels.split_image(floats, n, c.kernels.pieces, part)
+        part += n * c.packed
+    return not sizes & FC_HUGE and sizes != FC_TINY
 
 
 cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
@@ -128,49 +200,62 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
     cdef Py_ssize_t panels = min(c.panels, <Py_ssize_t>PANELS)
     cdef Py_ssize_t sum_bytes = panels * c.chunk * c.panel * c.item
-    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.item
+    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
+    cdef Py_ssize_t part_bytes = plan.width * cells * c.packed
+    cdef Py_ssize_t float_bytes = plan.width * max(cells, c.taps * c.panel) * c.item if c.kernels.pieces else 0
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + weight_bytes + sum_bytes + plan.channel_blocks * plan.width * cells * c.item
+        FC_ARENA_BLOCK, offset_bytes + weight_bytes + sum_bytes + plan.channel_blocks * part_bytes + float_bytes
     )
     if memory == NULL:
         return 1
+    if plan.refused[block.image] or plan.refused[c.batch]:
+        return 0
     cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
     cdef Py_ssize_t *taps = offsets + pixels
     cdef char *weights = memory + offset_bytes
     cdef char *accumulators = weights + weight_bytes
     cdef char *part = accumulators + sum_bytes
+    cdef char *floats = part + plan.channel_blocks * part_bytes
     cdef Py_ssize_t b, p, panel, chunk, end = c.panels * (share + 1) // plan.shares
     pixel_offsets(c, &block, plan.width, offsets)
     tap_offsets(c, &block, plan.width, taps)
     if c.folded:
         for b in range(c.kernel[0] * c.kernel[1]):
             taps[b] = taps[b * c.kernel[2]]
-    for b in range(plan.channel_blocks):
-        pack_image(
-            c, &block, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
-            part + b * plan.width * cells * c.item,
-        )
+    if not _pack_part(plan, &block, group, cells, floats, part):
+        plan.refused[block.image] = 1
+        return 0
+    if c.kernels.pieces:
+        c.kernels.enter()
     chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts
     for p from 0 <= p < pixels by chunk:
         panel = c.panels * share // plan.shares
         while panel < end:
             _chunk(
                 plan, &block, group, panel, min(panel + panels, end), p, min(p + chunk, pixels), offsets, taps, part,
-                plan.width * cells * c.item, weights, accumulators,
+                part_bytes, floats, weights, accumulators,
             )
             panel += panels
+    if c.kernels.pieces:
+        c.kernels.leave()
     return 0
 
 
 cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
                  Py_ssize_t first_pixel, Py_ssize_t end_pixel, const Py_ssize_t *offsets, const Py_ssize_t *taps,
-                 const char *part, Py_ssize_t part_bytes, char *weights, char *accumulators) noexcept nogil:
+                 const char *part, Py_ssize_t part_bytes, char *floats, char *own_weights,
+                 char *accumulators) noexcept nogil:
     """Compute and store the filters of some panels for a chunk of pixels."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t panel_bytes = c.chunk * c.panel * c.item, b, panel, filter, width
+    cdef const char *weights = own_weights
     for b in range(plan.channel_blocks):
         for panel in range(first, end):
-            _multiply(plan, group, panel, b, first_pixel, end_pixel, offsets, taps, part + b * part_bytes, weights,
+            if plan.weights != NULL:
+                weights = _packed_block(plan, group, panel, b)
+            elif not _pack_block(plan, group, panel, b, floats, own_weights):
+                plan.refused[c.batch] = 1
+            _multiply(plan, panel, b, first_pixel, end_pixel, offsets, taps, part + b * part_bytes, weights,
                       accumulators + (panel - first) * panel_bytes)
             if b < plan.channel_blocks - 1:
                 continue
@@ -182,22 +267,15 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssiz
             )
 
 
-cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t first_pixel,
-                    Py_ssize_t end_pixel, const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *part,
-                    char *own_weights, char *accumulators) noexcept nogil:
+cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t first_pixel, Py_ssize_t end_pixel,
+                    const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *part, const char *weights,
+                    char *accumulators) noexcept nogil:
     """Add one channel block's products with one panel for a chunk of pixels, tile by tile."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, m
-    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
-    cdef const char *weights = own_weights
+    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
-    if plan.weights == NULL:
-        pack_panel(c, group, panel, b * plan.width, channels, own_weights)
-    else:
-        weights = plan.weights + (
-            group * packed_weight_size(c) + panel * c.panel * c.reduction + b * plan.width * c.taps * width
-        ) * c.item
     reduction.taps = taps
     reduction.b_taps = NULL
     reduction.a_step = 1
@@ -209,8 +287,8 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     else:
         reduction.n_taps = c.taps
         reduction.depth = channels
-        reduction.b_tap = width
-        reduction.b_step = c.taps * width
+        reduction.b_tap = channels * width if c.kernels.pieces else width
+        reduction.b_step = width if c.kernels.pieces else c.taps * width
     for m from first_pixel <= m < end_pixel by tile_rows:
         c.kernels.brgemm(
             &reduction, part, offsets + m, <int>min(tile_rows, end_pixel - m), weights, vectors,

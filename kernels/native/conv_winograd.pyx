@@ -18,6 +18,8 @@
 
 The error is below that of summing all 9 * C products one after another (docs/performance.md). But sums of inputs can overflow,
 or make a NaN of two infinities, where single products would not: an image that holds such numbers is left to conv_direct.
+Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), transformed inputs and weights are split;
+parts of nothing but tiny numbers are left to conv_direct, too.
 
 A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
 """
@@ -27,9 +29,12 @@ from cython.parallel cimport prange
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors, store,
+    Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors,
+    split_numbers, store,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, FC_TINY, arena, fc_reduction,
+)
 
 from fastconv.kernels.native import conv_direct
 
@@ -43,7 +48,8 @@ cdef enum:
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
     LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
 
-cdef double LIMIT = 2.0 ** 48   # products of numbers below it can be summed without overflow
+# The transforms double the error of fewer pieces, which leaves "high" no room.
+PRECISION = {"highest": "highest", "high": "highest", "medium": "medium"}
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -72,7 +78,7 @@ ctypedef struct Plan:
     char *weights               # [group][panel of the pass][point][channel][filter]
     const char *bias
     int relu
-    unsigned char *refused      # images with numbers that are not below LIMIT
+    unsigned char *refused      # images with numbers that are not below FC_SUM_LIMIT
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
@@ -82,10 +88,12 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Py_ssize_t most, bias_bytes
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
+    split_numbers(c, PRECISION[options.precision])
     _plan_blocks(&plan)
-    plan.panel_bytes = POINTS * (c.channels * c.panel * c.item + LINE_BYTES)
-    # Transformed weights are 16/9 of the weights. Where that is much, they come half by half.
-    passes = 2 if c.panels > 1 and c.groups * c.panels * plan.panel_bytes > SPARE_BYTES * 16 // 7 else 1
+    plan.panel_bytes = POINTS * (c.depth * c.panel * c.packed + LINE_BYTES)
+    # Transformed weights are 16/9 of the weights, split ones 24/9. Where that is much, they come half by half.
+    spare = c.groups * (c.panels * plan.panel_bytes - c.filters * c.channels * c.taps * c.item)
+    passes = 2 if c.panels > 1 and spare > SPARE_BYTES else 1
     bias_bytes = c.groups * c.filters * c.item
     most = c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
@@ -104,7 +112,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
 
 
 cdef bint _run_pass(const Plan *plan) except -1:
-    """Compute the panels of one pass; return whether the weights are below LIMIT."""
+    """Compute the panels of one pass; return whether the weights are below FC_SUM_LIMIT."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t panels = c.groups * (plan.end_panel - plan.first_panel)
     cdef Py_ssize_t blocks = c.batch * c.groups * plan.blocks.count
@@ -129,11 +137,11 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
     cdef Blocks *blocks = &plan.blocks
-    cdef Py_ssize_t lanes = c.kernels.lanes, tiles, across, down
-    plan.width = min(<Py_ssize_t>CHANNELS, ceil_div(c.channels, lanes) * lanes)
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, across, down
+    plan.width = min(<Py_ssize_t>CHANNELS, ceil_div(c.channels, step) * step)
     plan.channel_blocks = ceil_div(c.channels, plan.width)
-    tiles = INPUT_BYTES // (POINTS * plan.channel_blocks * plan.width * c.item)
-    tiles = max(<Py_ssize_t>c.kernels.tile_rows, min(<Py_ssize_t>TILES, tiles))
+    tiles = INPUT_BYTES // (POINTS * plan.channel_blocks * plan.width * c.packed)
+    tiles = max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles))
     across = ceil_div(c.out[2], 2)
     across = ceil_div(across, ceil_div(across, tiles))
     down = ceil_div(c.out[1], 2)
@@ -146,19 +154,29 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
 
 
 cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
-    """Pack and transform the weights of one panel; return 1 if they are not below LIMIT (or there is no memory)."""
+    """Pack and transform the weights of one panel; return 1 if they are not below FC_SUM_LIMIT (or no memory)."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
     cdef Py_ssize_t panel = plan.first_panel + number % pass_panels
-    cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes
-    cdef char *packed = arena(FC_ARENA_BLOCK, c.reduction * width * c.item)
+    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, point
+    cdef Py_ssize_t weight_bytes = c.channels * c.taps * width * c.item
+    cdef Py_ssize_t point_bytes = plan.panel_bytes // POINTS
+    cdef Py_ssize_t float_bytes = c.channels * width * c.item + LINE_BYTES if pieces else 0
+    cdef char *packed = arena(FC_ARENA_BLOCK, weight_bytes + POINTS * float_bytes)
+    cdef char *out = plan.weights + number * plan.panel_bytes
     if packed == NULL:
         return 1
     pack_panel(c, number // pass_panels, panel, 0, c.channels, packed)
-    c.kernels.winograd_weight(
-        packed, c.channels, width, plan.weights + number * plan.panel_bytes, plan.panel_bytes // (POINTS * c.item)
-    )
-    return not c.kernels.all_below(packed, c.reduction * width, LIMIT)
+    if pieces == 0:
+        c.kernels.winograd_weight(packed, c.channels, width, out, point_bytes // c.item)
+    else:
+        c.kernels.winograd_weight(packed, c.channels, width, packed + weight_bytes, float_bytes // c.item)
+        for point in range(POINTS):
+            c.kernels.split_weights(
+                packed + weight_bytes + point * float_bytes, c.channels, 1, vectors, pieces, out + point * point_bytes
+            )
+    return not c.kernels.all_below(packed, c.channels * c.taps * width, FC_SUM_LIMIT)
 
 
 cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_ssize_t shares) noexcept nogil:
@@ -175,13 +193,14 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_s
     cdef Py_ssize_t across = even.columns // 2, tiles = across * even.rows // 2
     cdef Py_ssize_t cells = even.high * even.wide
     cdef Py_ssize_t offset_bytes = (tiles + plan.channel_blocks + 8) // 8 * 64
-    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.item + LINE_BYTES
+    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.packed + LINE_BYTES
     cdef Py_ssize_t input_bytes = POINTS * point_bytes
-    cdef Py_ssize_t product_bytes = PANELS * POINTS * (tiles * c.panel * c.item + LINE_BYTES)
+    cdef Py_ssize_t product_bytes = PANELS * POINTS * point_product_bytes(c, tiles)
     cdef Py_ssize_t part_bytes = plan.width * cells * c.item
+    cdef Py_ssize_t float_bytes = tiles * plan.width * c.item + LINE_BYTES if c.kernels.pieces else 0
     cdef Py_ssize_t row_bytes = 4 * across * c.panel * c.item
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + input_bytes + product_bytes + max(part_bytes, row_bytes)
+        FC_ARENA_BLOCK, offset_bytes + input_bytes + product_bytes + POINTS * float_bytes + max(part_bytes, row_bytes)
     )
     if memory == NULL:
         return 1
@@ -189,21 +208,24 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_s
     cdef Py_ssize_t *taps = offsets + tiles
     cdef char *inputs = memory + offset_bytes
     cdef char *products = inputs + input_bytes
-    cdef char *part = products + product_bytes
+    cdef char *floats = products + product_bytes
+    cdef char *part = floats + POINTS * float_bytes
     cdef Py_ssize_t b, p, panel
+    cdef int sizes = 0
     for p in range(tiles):
         offsets[p] = 2 * (p // across * even.wide + p % across) * plan.width
     for b in range(plan.channel_blocks):
         pack_image(
             c, &even, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, part
         )
-        if not c.kernels.all_below(part, plan.width * cells, LIMIT):
+        if not c.kernels.all_below(part, plan.width * cells, FC_SUM_LIMIT):
             plan.refused[block.image] = 1
             return 0
-        c.kernels.winograd_input(
-            offsets, tiles, part, even.wide * plan.width, plan.width,
-            inputs + b * tiles * plan.width * c.item, point_bytes // c.item,
-        )
+        sizes |= _transform_inputs(plan, offsets, tiles, part, even.wide * plan.width, floats, float_bytes,
+                                   inputs + b * tiles * plan.width * c.packed, point_bytes)
+    if sizes == FC_TINY:
+        plan.refused[block.image] = 1
+        return 0
     for p in range(tiles):
         offsets[p] = p * plan.width
     for b in range(plan.channel_blocks):
@@ -211,10 +233,37 @@ cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_s
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
     cdef Py_ssize_t first = plan.first_panel + pass_panels * share // shares
     cdef Py_ssize_t end = plan.first_panel + pass_panels * (share + 1) // shares
+    if c.kernels.pieces:
+        c.kernels.enter()
     for panel from first <= panel < end by PANELS:
         _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, point_bytes,
                 products, part)
+    if c.kernels.pieces:
+        c.kernels.leave()
     return 0
+
+
+cdef Py_ssize_t point_product_bytes(const Conv *c, Py_ssize_t tiles) noexcept nogil:
+    """What the products of one point and panel take: whole tiles of rows."""
+    return ceil_div(tiles, c.kernels.tile_rows) * c.kernels.tile_rows * c.panel * c.item + LINE_BYTES
+
+
+cdef int _transform_inputs(const Plan *plan, const Py_ssize_t *offsets, Py_ssize_t tiles, const char *part,
+                           Py_ssize_t row_step, char *floats, Py_ssize_t float_bytes, char *out,
+                           Py_ssize_t point_bytes) noexcept nogil:
+    """Transform a channel block of the part; to be split, by way of ``floats``; then return its numbers' sizes."""
+    cdef const Conv *c = &plan.c
+    cdef int pieces = c.kernels.pieces, sizes = 0
+    cdef Py_ssize_t point
+    if pieces == 0:
+        c.kernels.winograd_input(offsets, tiles, part, row_step, plan.width, out, point_bytes // c.item)
+        return 0
+    c.kernels.winograd_input(offsets, tiles, part, row_step, plan.width, floats, float_bytes // c.item)
+    for point in range(POINTS):
+        sizes |= c.kernels.split_image(
+            floats + point * float_bytes, tiles * plan.width, pieces, out + point * point_bytes
+        )
+    return sizes
 
 
 cdef void _panels(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
@@ -222,7 +271,7 @@ cdef void _panels(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssi
                   const char *inputs, Py_ssize_t point_bytes, char *products, char *pixels) noexcept nogil:
     """Compute and store the filters of some panels for all tiles of a block."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t product_bytes = tiles * c.panel * c.item + LINE_BYTES, point, panel
+    cdef Py_ssize_t product_bytes = point_product_bytes(c, tiles), point, panel
     for point in range(POINTS):
         for panel in range(first, end):
             _multiply(
@@ -249,16 +298,16 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssi
     reduction.b_taps = NULL
     reduction.b_tap = plan.width * width
     reduction.b_step = width
-    whole = c.channels // plan.width  # full channel blocks; a last, narrower one is a reduction of its own
+    whole = c.depth // plan.width  # full channel blocks; a last, narrower one is a reduction of its own
     b = 0
     while b < plan.channel_blocks:
         reduction.taps = taps + b
         reduction.n_taps = min(together, whole - b) if b < whole else 1
-        reduction.depth = plan.width if b < whole else c.channels - whole * plan.width
+        reduction.depth = plan.width if b < whole else c.depth - whole * plan.width
         for m from 0 <= m < tiles by tile_rows:
             c.kernels.brgemm(
                 &reduction, inputs, offsets + m, <int>min(tile_rows, tiles - m),
-                weights + b * plan.width * width * c.item, vectors, products + m * width * c.item, b > 0,
+                weights + b * plan.width * width * c.packed, vectors, products + m * width * c.item, b > 0,
             )
         b += reduction.n_taps
 

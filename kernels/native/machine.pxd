@@ -10,7 +10,7 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t pixel_stride, channel_stride
 
     ctypedef struct fc_ukernels:
-        int lanes, tile_rows
+        int lanes, tile_rows, depth_step
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
         void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
@@ -24,16 +24,26 @@ cdef extern from "ukernels.h" nogil:
         void (*winograd_weight)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
+        int pieces
+        int (*split_image)(const void *, Py_ssize_t, int, void *) noexcept nogil
+        int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
+        void (*enter)() noexcept nogil
+        void (*leave)() noexcept nogil
+
+    const double FC_SUM_LIMIT
+    enum: FC_TINY, FC_HUGE
 
     ctypedef struct fc_isa:
         const char *name
         const fc_ukernels *f32
         const fc_ukernels *f64
+        const fc_ukernels *split[3]
 
     enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS
 
 
 # One copy of the C library in the process: the other modules reach it through these.
 cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil
+cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil
 cdef int usable_threads(int wanted) noexcept nogil

@@ -3,6 +3,7 @@
 import os
 
 cdef extern from "ukernels.h" nogil:
+    size_t fc_built_isas(const char **names, size_t capacity)
     size_t fc_available_isas(const fc_isa **isas, size_t capacity)
     const fc_isa *fc_select_isa(const char *cap)
     void *fc_arena(int slot, size_t bytes)
@@ -27,6 +28,11 @@ cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil:
     return _isa.f32 if item_size == 4 else _isa.f64
 
 
+cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil:
+    """Return the tile that multiplies so many pieces of a number; NULL if there is none."""
+    return _isa.split[pieces - 1] if item_size == 4 else NULL
+
+
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
     return <char *>fc_arena(slot, <size_t>bytes)
 
@@ -38,6 +44,13 @@ cdef int usable_threads(int wanted) noexcept nogil:
 def isa() -> str:
     """Return the name of the instruction set in use."""
     return _isa.name.decode()
+
+
+def built_isas() -> list[str]:
+    """Return the instruction sets that this build has, whatever the CPU."""
+    cdef const char *names[8]
+    cdef size_t n = fc_built_isas(names, 8)
+    return [names[i].decode() for i in range(n)]
 
 
 def available_isas() -> list[str]:

@@ -302,8 +302,8 @@ def _engine_detail(engine: str) -> str:
     if engine == "cython":
         native = native_module()
         assert native is not None
-        there = ", ".join(native.available_isas())
-        return f"yes; instruction set {native.isa()} (CPU and build have {there}); {native.compiler()}"
+        here, built = ", ".join(native.available_isas()), ", ".join(native.built_isas())
+        return f"yes; instruction set {native.isa()} (works here: {here}; built: {built}); {native.compiler()}"
     if engine == "numba":
         from importlib.metadata import version
 

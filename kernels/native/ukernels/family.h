@@ -309,6 +309,7 @@ static void FC(max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *be
 static const fc_ukernels FC(table) = {
     .lanes = VECTOR_BYTES / sizeof(T),
     .tile_rows = TILE_ROWS,
+    .depth_step = 1,
     .brgemm = FC(brgemm),
     .epilogue = FC(epilogue),
     .transpose = FC(transpose),

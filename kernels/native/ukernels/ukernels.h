@@ -2,7 +2,7 @@
  * element type; a driver knows nothing else of the machine.
  *
  * Every array is a pointer to elements of the table's type; every offset, step and stride counts elements. No pointer
- * needs an alignment beyond that of its element.
+ * needs an alignment beyond that of its element, unless it is said.
  */
 #ifndef FASTCONV_UKERNELS_H
 #define FASTCONV_UKERNELS_H
@@ -36,10 +36,12 @@ typedef struct {
 } fc_epilogue;
 
 typedef struct {
-    int lanes;     /* elements in a vector */
-    int tile_rows; /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
+    int lanes;      /* elements in a vector */
+    int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
+    int depth_step; /* the depth of a reduction is a multiple of it */
 
-    /* Rows `n_rows` <= tile_rows of a tile; starts from c if `accumulate`, else from zero. */
+    /* Rows `n_rows` <= tile_rows of a tile; starts from c if `accumulate`, else from zero. The rows of c beyond n_rows may be
+     * overwritten, up to tile_rows. */
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
@@ -75,17 +77,42 @@ typedef struct {
 
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
+
+    /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
+     * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
+     * b_step the width of the tile, b_tap the depth times that; brgemm is called between `enter` and `leave`, which are
+     * for one thread. Both return the size of the largest number, 0 if all are zero.
+     * image:   [n / depth_step][depth_step]
+     * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step */
+    int pieces;
+    int (*split_image)(const void *image, ptrdiff_t n, int pieces, void *out);
+    int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
+    void (*enter)(void);
+    void (*leave)(void);
 } fc_ukernels;
 
-/* One instruction set: both tables. */
+/* Products of numbers below it can be summed without overflow. */
+#define FC_SUM_LIMIT 0x1p48
+
+/* Sizes of numbers. TINY: the lesser pieces may be subnormal, which a tile may take for zero. HUGE: FC_SUM_LIMIT and more, inf
+ * and NaN; their pieces can't be summed. */
+enum { FC_TINY = 1, FC_ORDINARY = 2, FC_HUGE = 4 };
+
+/* One instruction set: both tables, and those of a tile that multiplies 1, 2 or 3 pieces of float32 numbers, or NULL. */
 typedef struct {
     const char *name;
-    const fc_ukernels *f32, *f64;
+    const fc_ukernels *f32, *f64, *split[3];
 } fc_isa;
 
 extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
 
-/* dispatch.c: the instruction sets that this build and this CPU have, best last, and the one to use under a cap (empty: none). */
+/* amx.c: the instruction set on top of `below`, from which empty slots are inherited, or NULL if a small product comes out
+ * wrong. Only for a CPU that has it: all of amx.c is compiled for that. */
+const fc_isa *fc_start_amx(const fc_isa *below);
+
+/* dispatch.c: the instruction sets that this build has; that this build and this CPU have, best last; and the one to use under a
+ * cap (empty: none). */
+size_t fc_built_isas(const char *names[], size_t capacity);
 size_t fc_available_isas(const fc_isa *isas[], size_t capacity);
 const fc_isa *fc_select_isa(const char *cap);
 

@@ -1,0 +1,341 @@
+/* AMX: float32 products out of bf16 ones. Each number is split into pieces of 8 bits, x = x0 + x1 + x2; the tile multiplies
+ * the pieces and adds up the products in float32.
+ *
+ *    pieces   products                  a product's error, at most     PyTorch's word
+ *    3        20 10 11 01 02 00  (x6)   2^-26: float32 has 2^-24       "highest"
+ *    2        10 00 01           (x3)   2^-16                          "high"
+ *    1        00                 (x1)   2^-8                           "medium"
+ *
+ * G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+ * Computations", arXiv 1904.06376.
+ *
+ *                       B: 6 | 7          A tile register is 16 rows of 64 bytes. 4 hold 32 x 32 sums, 2 hold 32 rows x 32
+ *                      +----+----+        channels of a piece of the image, 2 hold 32 channels x 32 filters of a piece of
+ *              A:  4   | 0  | 1  |        the weights, [pair of channels][filter][2].
+ *                      +----+----+
+ *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
+ *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
+ *
+ * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
+ * pieces and products among them.
+ */
+#include <string.h>
+
+#include "ukernels.h"
+
+#ifdef FC_AMX_MODEL
+#include "amx_model.h"
+#else
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define STORES_DONE __asm__ volatile("" ::: "memory") /* GCC doesn't know that a tile load reads memory */
+
+enum { ROWS = 16, ROW_BYTES = 64, TILE_BYTES = ROWS * ROW_BYTES, CHANNELS = 32, LANES = 16, MAX_PIECES = 3 };
+
+/* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
+
+/* Which pieces of image and weights are multiplied, in an order in which each product needs one new load at most. */
+static const struct {
+    int n;
+    signed char image[6], weight[6];
+} PRODUCTS[MAX_PIECES + 1] = {
+    [1] = {1, {0}, {0}},
+    [2] = {3, {1, 0, 0}, {0, 0, 1}},
+    [3] = {6, {2, 1, 1, 0, 0, 0}, {0, 0, 1, 1, 2, 0}},
+};
+
+/* The 16 rows of one tile of the image, in bytes: where the first is, and the others from there. */
+typedef struct {
+    ptrdiff_t first, offset[ROWS];
+    int evenly; /* spaced, by offset[1]: one tile load reads them */
+} tile_rows;
+
+/* Rows that the tile lacks are its last one again. */
+static void place(tile_rows *tile, const ptrdiff_t *rows, int n_rows, ptrdiff_t scale)
+{
+    tile->first = rows[0] * scale;
+    for (int m = 0; m < ROWS; m++)
+        tile->offset[m] = rows[m < n_rows ? m : n_rows - 1] * scale - tile->first;
+    tile->evenly = 1;
+    for (int m = 2; m < ROWS; m++)
+        tile->evenly &= tile->offset[m] == m * tile->offset[1];
+}
+
+static __attribute__((noinline)) void gather(const char *first, const ptrdiff_t *offset, char *copy)
+{
+    UNROLL for (int m = 0; m < ROWS; m++)
+        memcpy(copy + m * ROW_BYTES, first + offset[m], ROW_BYTES);
+    STORES_DONE;
+}
+
+/* A register's number is part of the instruction: these must be macros. */
+#define LOAD_IMAGE(reg, n, p)                                                 \
+    do {                                                                      \
+        if (evenly[n]) {                                                      \
+            _tile_loadd(reg, image[n] + (p) * ROW_BYTES, spacing[n]);         \
+        } else {                                                              \
+            gather(image[n] + (p) * ROW_BYTES, rows[n].offset, copies[n][p]); \
+            _tile_loadd(reg, copies[n][p], ROW_BYTES);                        \
+        }                                                                     \
+    } while (0)
+
+#define FOR_SUMS(DO)                        \
+    do {                                    \
+        DO(0, c, c_bytes);                  \
+        if (wide)                           \
+            DO(1, c + LANES, c_bytes);      \
+        if (high)                           \
+            DO(2, lower, c_bytes);          \
+        if (high && wide)                   \
+            DO(3, lower + LANES, c_bytes);  \
+    } while (0)
+#define ZERO(reg, at, stride) _tile_zero(reg)
+
+/* 16 or (high) 32 rows by 16 or (wide) 32 filters; high, wide and pieces are constants where this is inlined. */
+INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], const int high, const char *b,
+                 const int wide, const int pieces, float *c, int accumulate)
+{
+    char copies[2][MAX_PIECES][TILE_BYTES] __attribute__((aligned(64)));
+    const int evenly[2] = {rows[0].evenly, high && rows[1].evenly};
+    const ptrdiff_t spacing[2] = {rows[0].offset[1], high ? rows[1].offset[1] : 0};
+    const ptrdiff_t scale = 2 * pieces, blocks = r->depth / CHANNELS, c_bytes = (wide + 1) * ROW_BYTES;
+    float *const lower = c + ROWS * (wide + 1) * LANES;
+    if (accumulate)
+        FOR_SUMS(_tile_loadd);
+    else
+        FOR_SUMS(ZERO);
+
+    for (ptrdiff_t t = 0; t < r->n_taps; t++) {
+        const char *weights = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap) * scale;
+        const char *image[2] = {a + r->taps[t] * scale + rows[0].first, a + r->taps[t] * scale};
+        if (high)
+            image[1] += rows[1].first;
+        for (ptrdiff_t block = 0; block < blocks; block++) {
+            UNROLL for (int i = 0; i < PRODUCTS[pieces].n; i++) {
+                const int p = PRODUCTS[pieces].image[i], q = PRODUCTS[pieces].weight[i];
+                if (i == 0 || p != PRODUCTS[pieces].image[i - 1]) {
+                    LOAD_IMAGE(4, 0, p);
+                    if (high)
+                        LOAD_IMAGE(5, 1, p);
+                }
+                if (i == 0 || q != PRODUCTS[pieces].weight[i - 1]) {
+                    _tile_loadd(6, weights + q * TILE_BYTES, ROW_BYTES);
+                    if (wide)
+                        _tile_loadd(7, weights + (pieces + q) * TILE_BYTES, ROW_BYTES);
+                }
+                _tile_dpbf16ps(0, 4, 6);
+                if (wide)
+                    _tile_dpbf16ps(1, 4, 7);
+                if (high)
+                    _tile_dpbf16ps(2, 5, 6);
+                if (high && wide)
+                    _tile_dpbf16ps(3, 5, 7);
+            }
+            image[0] += pieces * ROW_BYTES;
+            image[1] += pieces * ROW_BYTES;
+            weights += (wide + 1) * pieces * TILE_BYTES;
+        }
+    }
+    FOR_SUMS(_tile_stored);
+}
+
+INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b, int vectors,
+                   const int pieces, void *c, int accumulate)
+{
+    tile_rows placed[2];
+    place(&placed[0], rows, n_rows, 2 * pieces);
+    STORES_DONE;
+    if (n_rows > ROWS) {
+        place(&placed[1], rows + ROWS, n_rows - ROWS, 2 * pieces);
+        if (vectors == 2)
+            tile(r, a, placed, 1, b, 1, pieces, c, accumulate);
+        else
+            tile(r, a, placed, 1, b, 0, pieces, c, accumulate);
+    } else if (vectors == 2) {
+        tile(r, a, placed, 0, b, 1, pieces, c, accumulate);
+    } else {
+        tile(r, a, placed, 0, b, 0, pieces, c, accumulate);
+    }
+}
+
+static void fc_f32_brgemm_x1__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+                                  const void *b, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, vectors, 1, c, accumulate);
+}
+
+static void fc_f32_brgemm_x3__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+                                  const void *b, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, vectors, 2, c, accumulate);
+}
+
+static void fc_f32_brgemm_x6__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+                                  const void *b, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, vectors, 3, c, accumulate);
+}
+
+/* -------------------------------------------------------------------------------------------------------- splitting */
+
+typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+/* The pieces of 16 numbers, each the upper half of a float32 word: rounded to nearest even, so that what is left for the
+ * next piece is one bit shorter. Words of magnitudes are ordered as the magnitudes are, inf and NaN above all numbers. */
+INLINE void split(floats x, const int pieces, words out[MAX_PIECES], words *largest)
+{
+    const words magnitude = (words)x & 0x7fffffff, greater = (words)(magnitude > *largest);
+    *largest = (magnitude & greater) | (*largest & ~greater);
+    UNROLL for (int p = 0; p < pieces; p++) {
+        words bits = (words)x;
+        out[p] = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        x -= (floats)out[p];
+    }
+}
+
+INLINE int size(words largest)
+{
+    enum { FLOOR = (127 - 90) << 23, LIMIT = (127 + 48) << 23 }; /* 2^-90; FC_SUM_LIMIT */
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; i++)
+        most = largest[i] > most ? largest[i] : most;
+    return most >= LIMIT ? FC_HUGE : most >= FLOOR ? FC_ORDINARY : most > 0 ? FC_TINY : 0;
+}
+
+INLINE int split_image(const float *in, ptrdiff_t n, const int pieces, void *out)
+{
+    words largest = {0};
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        words parts[MAX_PIECES];
+        char *row = (char *)out + i / CHANNELS * pieces * ROW_BYTES + i % CHANNELS * 2;
+        split(*(const floats *)(in + i), pieces, parts, &largest);
+        UNROLL for (int p = 0; p < pieces; p++)
+            *(halves *)(row + p * ROW_BYTES) = __builtin_convertvector(parts[p] >> 16, halves);
+    }
+    return size(largest);
+}
+
+INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, const int pieces,
+                         void *out)
+{
+    const ptrdiff_t width = vectors * LANES, step = taps * width; /* [channel][tap][filter] */
+    char *panel = out;
+    words largest = {0};
+    for (ptrdiff_t t = 0; t < taps; t++)
+        for (ptrdiff_t first = 0; first < channels; first += CHANNELS)
+            for (int v = 0; v < vectors; v++, panel += pieces * TILE_BYTES)
+                for (ptrdiff_t k = first; k < first + CHANNELS; k += 2) {
+                    const float *in = weights + k * step + t * width + v * LANES;
+                    words even[MAX_PIECES], odd[MAX_PIECES];
+                    split(k < channels ? *(const floats *)in : (floats){0}, pieces, even, &largest);
+                    split(k + 1 < channels ? *(const floats *)(in + step) : (floats){0}, pieces, odd, &largest);
+                    UNROLL for (int p = 0; p < pieces; p++)
+                        *(words *)(panel + p * TILE_BYTES + (k - first) / 2 * ROW_BYTES) = even[p] >> 16 | odd[p];
+                }
+    return size(largest);
+}
+
+static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, int pieces, void *out)
+{
+    return pieces == 3   ? split_image(image, n, 3, out)
+           : pieces == 2 ? split_image(image, n, 2, out)
+                         : split_image(image, n, 1, out);
+}
+
+static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
+                                     void *out)
+{
+    return pieces == 3   ? split_weights(weights, channels, taps, vectors, 3, out)
+           : pieces == 2 ? split_weights(weights, channels, taps, vectors, 2, out)
+                         : split_weights(weights, channels, taps, vectors, 1, out);
+}
+
+/* ------------------------------------------------------------------------------------------------------ tile registers */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} configuration;
+
+static void fc_enter__amx(void)
+{
+    static const configuration all = {
+        .palette = 1,
+        .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+        .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+    };
+    _tile_loadconfig(&all);
+}
+
+static void fc_leave__amx(void) { _tile_release(); }
+
+/* ------------------------------------------------------------------------------------------------------------- table */
+
+/* Whether a small product comes out as plain C has it: integers of more bits than one piece holds, whose sums are exact. */
+static int works(const fc_ukernels *kernels)
+{
+    enum { M = 2 * ROWS, N = 2 * LANES };
+    static float image[M][CHANNELS], weights[CHANNELS][N], sums[M][N];
+    static char a[sizeof image / 2 * MAX_PIECES] __attribute__((aligned(64)));
+    static char b[sizeof weights / 2 * MAX_PIECES] __attribute__((aligned(64)));
+    ptrdiff_t rows[M], tap = 0;
+    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = CHANNELS, .a_step = 1, .b_step = N};
+    for (int m = 0; m < M; m++) {
+        rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * CHANNELS;
+        for (int k = 0; k < CHANNELS; k++) {
+            image[m][k] = (float)((7 * m + 311 * k) % 1021 - 510);
+            weights[k][m] = (float)((293 * m + 5 * k) % 1019 - 509);
+        }
+    }
+    kernels->split_image(image, M * CHANNELS, kernels->pieces, a);
+    kernels->split_weights(weights, CHANNELS, 1, 2, kernels->pieces, b);
+    kernels->enter();
+    kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
+    kernels->leave();
+    int equal = 1;
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            float sum = 0;
+            for (int k = 0; k < CHANNELS; k++)
+                sum += image[rows[m] / CHANNELS][k] * weights[k][n];
+            equal &= sum == sums[m][n];
+        }
+    return equal;
+}
+
+const fc_isa *fc_start_amx(const fc_isa *below)
+{
+    static fc_ukernels tables[MAX_PIECES];
+    static fc_isa isa = {.name = "amx", .split = {&tables[0], &tables[1], &tables[2]}};
+    static enum { UNKNOWN, BROKEN, WORKING } state; /* asked by one thread at a time: it holds the GIL */
+    if (state == UNKNOWN) {
+        for (int p = 0; p < MAX_PIECES; p++) { /* what isn't said here is as it is below */
+            tables[p] = *below->f32;
+            tables[p].lanes = LANES;
+            tables[p].tile_rows = 2 * ROWS;
+            tables[p].depth_step = CHANNELS;
+            tables[p].pieces = p + 1;
+            tables[p].split_image = fc_f32_split_image__amx;
+            tables[p].split_weights = fc_f32_split_weights__amx;
+            tables[p].enter = fc_enter__amx;
+            tables[p].leave = fc_leave__amx;
+        }
+        tables[0].brgemm = fc_f32_brgemm_x1__amx;
+        tables[1].brgemm = fc_f32_brgemm_x3__amx;
+        tables[2].brgemm = fc_f32_brgemm_x6__amx;
+        isa.f32 = below->f32;
+        isa.f64 = below->f64;
+        state = works(&tables[2]) ? WORKING : BROKEN;
+    }
+    return state == WORKING ? &isa : NULL;
+}
