@@ -8,7 +8,7 @@ A driver cuts the output of each image into blocks of rows x columns pixels and 
         +-------+                         |   image   |      where width is the channels in a block
                                           +-----------+
 
-Weights are packed into panels, [panel][channel][tap][filters of the panel], in the order in which OIHW has them: packing is a
+Weights are packed into panels, [channel][tap][filters of the panel], in the order in which OIHW has them: packing is a
 transposition of the K x (C * taps) matrix. (With few channels conv_direct folds a row of taps and the channels into one
 reduction; then it is [panel][tap][channel].) Every copy is one call of the microkernel ``transpose``.
 """

@@ -150,11 +150,11 @@ cdef int _pack_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
 
 
 cdef char *_packed_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b) noexcept nogil:
-    """Where a channel block of a panel is among the packed weights."""
+    """Where a channel block of a panel is among the packed weights: in the order in which a chunk reads them."""
     cdef const Conv *c = &plan.c
     return plan.weights + (
-        group * packed_weight_size(c) + panel * c.panel * c.reduction
-        + b * plan.width * c.taps * panel_vectors(c, panel) * c.kernels.lanes
+        group * packed_weight_size(c) + b * plan.width * c.taps * c.panels * c.panel
+        + panel * c.panel * min(plan.width, c.depth - b * plan.width) * c.taps
     ) * c.packed
 
 
