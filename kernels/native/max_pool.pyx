@@ -1,46 +1,61 @@
 """Max pooling, forward and backward.
 
-    output[p] = max over cells t of the window of  input[p * stride + t * dilation - padding]
+    output[o]     = max over cells t of the window  of  input[o * stride + t * dilation - padding]
+    grad_input[i] = sum over windows o that have i as their cell t and winner  of  grad_output[o]
 
-    for image, and for group of channels or channel:        in parallel
-        for output row:
-            for cell of the window that has any output inside the image:
-                max_update: all outputs of the row at once, compared with that cell
-            store best values and winners
+    for row of outputs (forward) or of cells of the input (backward), some to a task:           in parallel
+        for run of columns that see the same cells (are seen by the same windows):
+            one call of a microkernel: all of them at once, each maximum (sum) in a register until it is stored
 
-The row runs along whichever dimension is contiguous: along W for channels-first images, along C (for each output column)
-for channels-last ones; the microkernel knows only a step. Backward scatters each gradient to its winner, in the order of the
-outputs; no two tasks share a plane.
+         channels first: vectors along W            channels last: vectors along C, for each column
+        |border|      interior      |border|        |border|      interior      |border|
+          1 by 1      one run         1 by 1         1 by 1      one call         1 by 1
+
+Backward gathers: cells that are `stride` apart along a row are seen by windows at the same distance from them. `stride` such
+classes make up a row; for strides of 1, 2 and 4 they are stored side by side, so that every cell is written once and
+never read. Where a window is large or rows are short, gradients are scattered to their winners instead. Either way a sum
+runs over the windows in their order.
 """
 
 cimport numpy as cnp
 from cython.parallel cimport prange
-from libc.math cimport INFINITY
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport View, ceil_div, make_view
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_ukernels, ukernels, usable_threads
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, arena, fc_cells, fc_runs, fc_ukernels, ukernels, usable_threads,
+)
 
 ctypedef unsigned char uchar
 ctypedef unsigned short ushort
 
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
-    CHANNELS = 64               # channels that a task has of a channels-last image
+    TASK_CELLS = 16_384         # comparisons that are worth a task
+    GATHER_TAPS = 36            # larger windows are scattered
+    CHANNELS = 64               # channels that a task has of a channels-last image where gradients are scattered
 
-# One pooling; `channels` is how many channels a task has, `along_channels` whether rows run along them.
+# One pooling. Planes have rows; channels-last images have one plane each.
 ctypedef struct Pool:
     const fc_ukernels *kernels
     Py_ssize_t item
     View x, y, winners
-    Py_ssize_t winner_item      # 0: no winners wanted
+    int winner_item             # 0: no winners wanted
     Py_ssize_t kernel[3]
     Py_ssize_t stride[3]
     Py_ssize_t pad[3]
     Py_ssize_t dilation[3]
-    Py_ssize_t channels, channel_tasks
-    bint along_channels
+    Py_ssize_t taps
+    bint along_channels         # whether vectors run along C
+    Py_ssize_t planes           # of an image
+    Py_ssize_t first, last      # interior columns; backward: of each class
+    int classes                 # that are stored side by side
+    Py_ssize_t task_rows, rows  # of a task, in all
     int threads
+
+# Where a row is.
+ctypedef struct Row:
+    Py_ssize_t image, channel, z, y
 
 
 cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options):
@@ -52,22 +67,50 @@ cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, optio
     p.winner_item = 0
     if winners is not None:
         make_view(&p.winners, winners)
-        p.winner_item = cnp.PyArray_ITEMSIZE(winners)
-    cells = p.y.size[0] * p.y.size[1]
+        p.winner_item = <int>cnp.PyArray_ITEMSIZE(winners)
+    p.taps = 1
+    outputs = p.y.size[0] * p.y.size[1]
     for axis in range(3):
         p.kernel[axis] = dims.kernel_size[axis]
         p.stride[axis] = dims.stride[axis]
         p.pad[axis] = dims.pad_before[axis]
         p.dilation[axis] = dims.dilation[axis]
-        cells *= p.y.size[2 + axis] * p.kernel[axis]
+        p.taps *= p.kernel[axis]
+        outputs *= p.y.size[2 + axis]
     p.along_channels = abs(p.x.stride[1]) < abs(p.x.stride[4])
-    p.channels = CHANNELS if p.along_channels else 1
-    p.channel_tasks = ceil_div(p.x.size[1], p.channels)
-    p.threads = usable_threads(options.threads) if cells > SERIAL_CELLS else 1
+    p.planes = 1 if p.along_channels else p.x.size[1]
+    p.threads = usable_threads(options.threads) if outputs * p.taps > SERIAL_CELLS else 1
 
 
-cdef Py_ssize_t clip(Py_ssize_t value, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    return low if value < low else high if value > high else value
+cdef Py_ssize_t _cut_rows(Pool *p, const View *v, Py_ssize_t cells_per_column) noexcept nogil:
+    """Share out the rows of an array; return the number of tasks."""
+    cdef Py_ssize_t row_cells = v.size[4] * (v.size[1] // p.planes) * cells_per_column
+    p.rows = v.size[0] * p.planes * v.size[2] * v.size[3]
+    p.task_rows = 1 + TASK_CELLS // row_cells
+    return ceil_div(p.rows, p.task_rows)
+
+
+cdef void _locate(const Pool *p, const View *v, Py_ssize_t index, Row *row) noexcept nogil:
+    row.y = index % v.size[3]
+    index //= v.size[3]
+    row.z = index % v.size[2]
+    index //= v.size[2]
+    row.channel = index % p.planes
+    row.image = index // p.planes
+
+
+cdef char *_at(const View *v, Py_ssize_t item, const Row *row, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x) noexcept nogil:
+    """Return the address of a cell of the row's plane."""
+    return v.data + (
+        row.image * v.stride[0] + row.channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
+    ) * item
+
+
+cdef void _set_runs(const Pool *p, fc_runs *runs, const View *v, int item, Py_ssize_t stride) noexcept nogil:
+    """Let runs go along an array whose columns are taken ``stride`` apart."""
+    runs.item = item
+    runs.run = stride * v.stride[4] if p.along_channels else 0
+    runs.step = v.stride[1] if p.along_channels else stride * v.stride[4]
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -75,95 +118,91 @@ cdef Py_ssize_t clip(Py_ssize_t value, Py_ssize_t low, Py_ssize_t high) noexcept
 def max_pool_forward(input, output, winners, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
-    cdef Py_ssize_t task, failures = 0
-    _make_pool(&pool, input, output, winners, dims, options)
+    cdef Pool *p = &pool
+    cdef Py_ssize_t task, failures = 0, tasks, reach
+    _make_pool(p, input, output, winners, dims, options)
+    reach = (p.kernel[2] - 1) * p.dilation[2] - p.pad[2]  # of the first window
+    p.first = min(ceil_div(p.pad[2], p.stride[2]), p.y.size[4])
+    p.last = max(p.first, min((p.x.size[4] - 1 - reach + p.stride[2]) // p.stride[2], p.y.size[4]))
+    tasks = _cut_rows(p, &p.y, p.taps)
     with nogil:
-        for task in prange(pool.x.size[0] * pool.channel_tasks, num_threads=pool.threads, schedule="dynamic"):
-            failures += _forward_task(&pool, task)
+        for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+            failures += _forward_task(p, task)
     if failures:
         raise MemoryError("no memory for the workspace of a pooling")
 
 
 cdef int _forward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
-    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel)
-    cdef Py_ssize_t length = channels if p.along_channels else p.y.size[4]
-    cdef char *best = arena(FC_ARENA_BLOCK, length * (p.item + 4) + 64)
-    cdef Py_ssize_t z, y, x
-    if best == NULL:
+    cdef char *memory = arena(FC_ARENA_BLOCK, 2 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)))
+    if memory == NULL:
         return 1
-    cdef int *winner = <int *>(best + length * p.item)
-    for z in range(p.y.size[2]):
-        for y in range(p.y.size[3]):
-            if p.along_channels:
-                for x in range(p.y.size[4]):
-                    _row(p, image, channel, z, y, x, 1, channels, best, winner)
-            else:
-                _row(p, image, channel, z, y, 0, p.y.size[4], 1, best, winner)
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
+    cdef int *numbers = <int *>(offsets + 2 * p.taps)
+    cdef fc_cells inner, border
+    cdef bint inside, known = False
+    cdef Py_ssize_t index, z, y, x, i
+    cdef Row row
+    for index in range(task * p.task_rows, min((task + 1) * p.task_rows, p.rows)):
+        _locate(p, &p.y, index, &row)
+        z = row.z * p.stride[0] - p.pad[0]
+        y = row.y * p.stride[1] - p.pad[1]
+        inside = (
+            0 <= z and z + (p.kernel[0] - 1) * p.dilation[0] < p.x.size[2]
+            and 0 <= y and y + (p.kernel[1] - 1) * p.dilation[1] < p.x.size[3]
+        )
+        if not (known and inside):  # all rows that are inside see the same cells
+            _seen(p, z, y, p.first * p.stride[2] - p.pad[2], &inner, offsets, numbers)
+        known = inside
+        if p.first < p.last:
+            _pool(p, &inner, &row, p.first, p.last - p.first)
+        for i in range(p.y.size[4] - (p.last - p.first)):
+            x = i if i < p.first else i + p.last - p.first
+            _seen(p, z, y, x * p.stride[2] - p.pad[2], &border, offsets + p.taps, numbers + p.taps)
+            _pool(p, &border, &row, x, 1)
     return 0
 
 
-cdef void _row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
-               Py_ssize_t columns, Py_ssize_t channels, char *best, int *winner) noexcept nogil:
-    """Pool ``columns`` outputs of one channel, or one output of ``channels`` channels."""
-    cdef Py_ssize_t length = max(columns, channels), i, d, h, w, cell = -1, start, stop
-    cdef Py_ssize_t iz, iy, left
+cdef void _seen(const Pool *p, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x, fc_cells *cells, Py_ssize_t *offsets,
+                int *numbers) noexcept nogil:
+    """List the cells inside the image of a window whose first cell is there."""
     cdef const View *v = &p.x
-    cdef const char *base = v.data + (image * v.stride[0] + channel * v.stride[1]) * p.item
-    cdef Py_ssize_t step = v.stride[1] if p.along_channels else p.stride[2] * v.stride[4]
-    for i in range(length):
-        winner[i] = -1
-        if p.item == 4:
-            (<float *>best)[i] = -INFINITY
-        else:
-            (<double *>best)[i] = -INFINITY
+    cdef Py_ssize_t d, h, w, from_z, from_y, from_x
+    cells.count = 0
+    cells.offsets = offsets
+    cells.numbers = numbers
+    numbers[0] = 0  # the winner of a window that sees no cell
     for d in range(p.kernel[0]):
-        iz = z * p.stride[0] - p.pad[0] + d * p.dilation[0]
+        from_z = d * p.dilation[0]
         for h in range(p.kernel[1]):
-            iy = y * p.stride[1] - p.pad[1] + h * p.dilation[1]
+            from_y = h * p.dilation[1]
             for w in range(p.kernel[2]):
-                cell += 1
-                left = x * p.stride[2] - p.pad[2] + w * p.dilation[2]
-                if iz < 0 or iz >= v.size[2] or iy < 0 or iy >= v.size[3] or left >= v.size[4]:
-                    continue
-                # The outputs start to stop of the row see this cell inside the image.
-                start = 0 if left >= 0 else min((-left + p.stride[2] - 1) // p.stride[2], columns)
-                stop = min((v.size[4] - 1 - left) // p.stride[2] + 1, columns)
-                if stop <= start:
-                    continue
-                left += start * p.stride[2]
-                p.kernels.max_update(
-                    base + (iz * v.stride[2] + iy * v.stride[3] + left * v.stride[4]) * p.item, step,
-                    channels if p.along_channels else stop - start, best + start * p.item, winner + start, <int>cell,
-                )
-    _store_row(p, image, channel, z, y, x, length, best, winner)
+                from_x = w * p.dilation[2]
+                if (
+                    0 <= z + from_z < v.size[2] and 0 <= y + from_y < v.size[3] and 0 <= x + from_x < v.size[4]
+                ):
+                    offsets[cells.count] = from_z * v.stride[2] + from_y * v.stride[3] + from_x * v.stride[4]
+                    numbers[cells.count] = <int>((d * p.kernel[1] + h) * p.kernel[2] + w)
+                    cells.count += 1
 
 
-cdef void _store_row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
-                     Py_ssize_t length, const char *best, const int *winner) noexcept nogil:
-    cdef const View *v = &p.y
-    cdef int axis = 1 if p.along_channels else 4
-    cdef char *out = v.data + (
-        image * v.stride[0] + channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
-    ) * p.item
-    cdef Py_ssize_t i, step = v.stride[axis]
-    for i in range(length):
-        if p.item == 4:
-            (<float *>out)[i * step] = (<const float *>best)[i]
-        else:
-            (<double *>out)[i * step] = (<const double *>best)[i]
-    if p.winner_item == 0:
-        return
-    v = &p.winners
-    step = v.stride[axis]
-    out = v.data + (
-        image * v.stride[0] + channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
-    ) * p.winner_item
-    for i in range(length):
-        if p.winner_item == 1:
-            (<unsigned char *>out)[i * step] = <unsigned char>max(winner[i], 0)
-        else:
-            (<unsigned short *>out)[i * step] = <unsigned short>max(winner[i], 0)
+cdef void _pool(const Pool *p, const fc_cells *cells, const Row *row, Py_ssize_t x, Py_ssize_t columns) noexcept nogil:
+    """Pool some columns of a row that see the same cells."""
+    cdef fc_runs from_x, to_y, to_winners
+    _set_runs(p, &from_x, &p.x, 0, p.stride[2])
+    _set_runs(p, &to_y, &p.y, 0, 1)
+    from_x.data = _at(
+        &p.x, p.item, row, row.z * p.stride[0] - p.pad[0], row.y * p.stride[1] - p.pad[1],
+        x * p.stride[2] - p.pad[2],
+    )
+    to_y.data = _at(&p.y, p.item, row, row.z, row.y, x)
+    to_winners.item = 0
+    if p.winner_item:
+        _set_runs(p, &to_winners, &p.winners, p.winner_item, 1)
+        to_winners.data = _at(&p.winners, p.winner_item, row, row.z, row.y, x)
+    if p.along_channels:
+        p.kernels.max_pool(cells, columns, p.x.size[1], &from_x, &to_y, &to_winners)
+    else:
+        p.kernels.max_pool(cells, 1, columns, &from_x, &to_y, &to_winners)
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -171,13 +210,138 @@ cdef void _store_row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssi
 def max_pool_backward(grad_output, winners, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
-    cdef Py_ssize_t task, failures = 0
-    _make_pool(&pool, grad_input, grad_output, winners, dims, options)
-    with nogil:
-        for task in prange(pool.x.size[0] * pool.channel_tasks, num_threads=pool.threads, schedule="dynamic"):
-            failures += _backward_task(&pool, task)
+    cdef Pool *p = &pool
+    cdef Py_ssize_t task, failures = 0, tasks
+    _make_pool(p, grad_input, grad_output, winners, dims, options)
+    if _can_gather(p):
+        _make_classes(p)
+        tasks = _cut_rows(p, &p.x, ceil_div(p.taps, p.stride[0] * p.stride[1] * p.stride[2]))
+        with nogil:
+            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+                failures += _gather_task(p, task)
+    else:
+        tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
+        with nogil:
+            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+                failures += _scatter_task(p, task)
     if failures:
         raise MemoryError("no memory for the workspace of a pooling")
+
+
+cdef bint _can_gather(const Pool *p) noexcept nogil:
+    """Whether gathering is worth it, and the outputs' gradients and winners are contiguous in the same way."""
+    cdef int axis, along = 1 if p.along_channels else 4
+    for axis in range(5):
+        if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
+            return False
+    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= p.kernels.lanes
+
+
+cdef void _make_classes(Pool *p) noexcept nogil:
+    """Find the columns whose cells are seen by all windows of their class, the same in every class."""
+    cdef Py_ssize_t w, distance, stride = p.stride[2]
+    cdef bint side_by_side = not p.along_channels and p.x.stride[4] == 1 and stride in (1, 2, 4)
+    p.classes = <int>stride if side_by_side else 1
+    p.first = 0
+    p.last = min(p.x.size[4] // stride, p.y.size[4])
+    for w in range(p.kernel[2]):
+        distance = p.pad[2] - w * p.dilation[2]
+        p.first = max(p.first, max(-distance, 0) // stride)
+        p.last = min(p.last, p.y.size[4] - ceil_div(distance, stride))
+    if p.last < p.first:
+        p.first = p.last = 0
+
+
+# The sources of cells of the input while they are listed: offsets and numbers have room for all of a window.
+ctypedef struct Lines:
+    Py_ssize_t count
+    Py_ssize_t *offsets         # of the windows' rows, each with ...
+    int *numbers                # ... the number of its first cell
+
+
+cdef int _gather_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+    cdef char *memory = arena(FC_ARENA_BLOCK, 3 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)))
+    if memory == NULL:
+        return 1
+    cdef Lines lines
+    cdef Py_ssize_t index, r, c, i, j, columns
+    cdef Row row
+    cdef fc_cells sources[4]
+    lines.offsets = <Py_ssize_t *>memory
+    lines.numbers = <int *>(lines.offsets + 3 * p.taps)
+    for index in range(task * p.task_rows, min((task + 1) * p.task_rows, p.rows)):
+        _locate(p, &p.x, index, &row)
+        _list_lines(p, &row, &lines)
+        for r from 0 <= r < p.stride[2] by p.classes:
+            if p.first < p.last:
+                _list_sources(p, &lines, r, p.classes, p.first, p.last, sources)
+                _gather(p, sources, p.classes, &row, r, p.first, p.last - p.first)
+        for r in range(p.stride[2]):
+            columns = (p.x.size[4] - r + p.stride[2] - 1) // p.stride[2]
+            for i in range(columns - (p.last - p.first)):
+                j = i if i < p.first else i + p.last - p.first
+                _list_sources(p, &lines, r, 1, j, j + 1, sources)
+                _gather(p, sources, 1, &row, r, j, 1)
+    return 0
+
+
+cdef void _list_lines(const Pool *p, const Row *row, Lines *lines) noexcept nogil:
+    """List the rows of windows that see a row of the input, from the first on."""
+    cdef Py_ssize_t d, h, z, y
+    lines.count = 0
+    for d in range(p.kernel[0] - 1, -1, -1):
+        z = row.z + p.pad[0] - d * p.dilation[0]
+        if z < 0 or z % p.stride[0] or z // p.stride[0] >= p.y.size[2]:
+            continue
+        for h in range(p.kernel[1] - 1, -1, -1):
+            y = row.y + p.pad[1] - h * p.dilation[1]
+            if y < 0 or y % p.stride[1] or y // p.stride[1] >= p.y.size[3]:
+                continue
+            lines.offsets[lines.count] = z // p.stride[0] * p.y.stride[2] + y // p.stride[1] * p.y.stride[3]
+            lines.numbers[lines.count] = <int>((d * p.kernel[1] + h) * p.kernel[2])
+            lines.count += 1
+
+
+cdef void _list_sources(const Pool *p, const Lines *lines, Py_ssize_t r, int classes, Py_ssize_t first, Py_ssize_t last,
+                        fc_cells *sources) noexcept nogil:
+    """List, for some classes from ``r`` on, the windows that see all of their cells ``first`` to ``last``."""
+    cdef Py_ssize_t *offsets = lines.offsets + p.taps
+    cdef int *numbers = lines.numbers + p.taps
+    cdef Py_ssize_t line, w, x, n
+    cdef int c
+    for c in range(classes):
+        n = 0
+        for line in range(lines.count):
+            for w in range(p.kernel[2] - 1, -1, -1):
+                x = r + c + p.pad[2] - w * p.dilation[2]
+                if x % p.stride[2]:
+                    continue
+                x //= p.stride[2]
+                if first + x >= 0 and last - 1 + x < p.y.size[4]:
+                    offsets[n] = lines.offsets[line] + x * p.y.stride[4]
+                    numbers[n] = lines.numbers[line] + <int>w
+                    n += 1
+        sources[c].count = n
+        sources[c].offsets = offsets
+        sources[c].numbers = numbers
+        offsets += n
+        numbers += n
+
+
+cdef void _gather(const Pool *p, const fc_cells *sources, int classes, const Row *row, Py_ssize_t r, Py_ssize_t first,
+                  Py_ssize_t columns) noexcept nogil:
+    """Store what cells ``first``, ... of some classes from ``r`` on get from their sources."""
+    cdef fc_runs from_y, from_winners, to_x
+    _set_runs(p, &from_y, &p.y, 0, 1)
+    _set_runs(p, &from_winners, &p.winners, 1, 1)
+    _set_runs(p, &to_x, &p.x, 0, p.stride[2])
+    from_y.data = _at(&p.y, p.item, row, 0, 0, first)
+    from_winners.data = _at(&p.winners, 1, row, 0, 0, first)
+    to_x.data = _at(&p.x, p.item, row, row.z, row.y, r + first * p.stride[2])
+    if p.along_channels:
+        p.kernels.max_pool_grad(sources, classes, columns, p.x.size[1], &from_y, &from_winners, &to_x)
+    else:
+        p.kernels.max_pool_grad(sources, classes, 1, columns, &from_y, &from_winners, &to_x)
 
 
 # Where a cell of a window is, from the window's first cell.
@@ -193,10 +357,10 @@ ctypedef fused index:
     ushort
 
 
-cdef int _backward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
-    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel), d, h, w
-    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.kernel[0] * p.kernel[1] * p.kernel[2] * <Py_ssize_t>sizeof(Cell))
+cdef int _scatter_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+    cdef Py_ssize_t most = CHANNELS if p.along_channels else 1, parts = ceil_div(p.x.size[1], most), d, h, w
+    cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
+    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.taps * <Py_ssize_t>sizeof(Cell))
     cdef Cell *cell = cells
     if cells == NULL:
         return 1
@@ -247,7 +411,7 @@ cdef void _scatter_row(const Pool *p, Py_ssize_t channels, const Cell *cells, Py
     cdef const View *vx = &p.x
     cdef const View *vy = &p.y
     cdef const View *vw = &p.winners
-    cdef const Cell *last = &cells[p.kernel[0] * p.kernel[1] * p.kernel[2] - 1]
+    cdef const Cell *last = &cells[p.taps - 1]
     cdef bint rows_inside = (
         0 <= z and z + last.z < vx.size[2] and 0 <= y0 and y0 + last.y < vx.size[3]
     )

@@ -303,25 +303,115 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 
 /* ----------------------------------------------------------------------------------------------------- max pooling */
 
-static inline __attribute__((always_inline)) void FC(max_step)(const T *in, ptrdiff_t step, ptrdiff_t n, T *best,
-                                                               int32_t *winner, int32_t cell)
+#undef V /* max_pool.h has its own, at two widths */
+
+#define POOL(name) FC(name##_vector)
+#define WIDTH (VECTOR_BYTES / T_BYTES)
+#include "max_pool.h"
+#undef POOL
+#undef WIDTH
+
+#if VECTOR_BYTES > 4 * T_BYTES
+#define POOL(name) FC(name##_quad)
+#define WIDTH 4
+#include "max_pool.h"
+#undef POOL
+#undef WIDTH
+#endif
+
+static inline void FC(max_window)(const fc_cells *cells, const T *in, const fc_runs *out, ptrdiff_t out_at,
+                                  const fc_runs *winners, ptrdiff_t winners_at)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        T value = in[i * step];
-        int take = (value > best[i]) | (value != value) | (winner[i] < 0);
-        best[i] = take ? value : best[i];
-        winner[i] = take ? cell : winner[i];
+    T best = -(T)INFINITY;
+    int32_t winner = cells->numbers[0];
+    for (ptrdiff_t t = 0; t < cells->count; t++) {
+        const T x = in[cells->offsets[t]];
+        const int take = (x > best) | (x != x);
+        best = take ? x : best;
+        winner = take ? cells->numbers[t] : winner;
+    }
+    ((T *)out->data)[out_at] = best;
+    if (winners->item == 1)
+        ((uint8_t *)winners->data)[winners_at] = (uint8_t)winner;
+    else if (winners->item == 2)
+        ((uint16_t *)winners->data)[winners_at] = (uint16_t)winner;
+}
+
+static inline __attribute__((always_inline)) void FC(max_runs)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n,
+                                                               const fc_runs *in, ptrdiff_t step, const int wanted,
+                                                               const fc_runs *out, const fc_runs *winners)
+{
+    for (ptrdiff_t r = 0; r < runs; r++) {
+        const T *from = (const T *)in->data + r * in->run;
+        const ptrdiff_t to = r * out->run, won = r * winners->run;
+        if (n >= LANES)
+            FC(max_run_vector)(cells, n, from, step, wanted, out, to, winners, won);
+#if VECTOR_BYTES > 4 * T_BYTES
+        else if (n >= 4)
+            FC(max_run_quad)(cells, n, from, step, wanted, out, to, winners, won);
+#endif
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                FC(max_window)(cells, from + i * step, out, to + i * out->step, winners, won + i * winners->step);
     }
 }
 
-static void FC(max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell)
+static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
+                         const fc_runs *winners)
 {
-    if (step == 1)
-        FC(max_step)(in, 1, n, best, winner, cell);
-    else if (step == 2)
-        FC(max_step)(in, 2, n, best, winner, cell);
+#define STEP_CASE(step)                                             \
+    if (winners->item)                                              \
+        FC(max_runs)(cells, runs, n, in, step, 1, out, winners);    \
+    else                                                            \
+        FC(max_runs)(cells, runs, n, in, step, 0, out, winners);
+    switch (in->step) {
+    case 1:
+        STEP_CASE(1) break;
+    case 2:
+        STEP_CASE(2) break;
+    case 4:
+        STEP_CASE(4) break;
+    default:
+        STEP_CASE(in->step)
+    }
+#undef STEP_CASE
+}
+
+static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const uint8_t *winners)
+{
+    T sum = 0;
+    for (ptrdiff_t t = 0; t < sources->count; t++)
+        if (winners[sources->offsets[t]] == sources->numbers[t])
+            sum += grad[sources->offsets[t]];
+    return sum;
+}
+
+static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells *sources, const int classes,
+                                                                  ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                                                                  const fc_runs *winners, const fc_runs *out)
+{
+    for (ptrdiff_t r = 0; r < runs; r++) {
+        const T *from = (const T *)grad->data + r * grad->run;
+        const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
+        T *to = (T *)out->data + r * out->run;
+        if (n >= LANES)
+            FC(gather_run_vector)(sources, classes, n, from, won, to, out->step);
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                UNROLL for (int c = 0; c < classes; c++)
+                    to[i * out->step + c] = FC(gather_cell)(&sources[c], from + i, won + i);
+    }
+}
+
+static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                              const fc_runs *winners, const fc_runs *out)
+{
+    if (classes == 1)
+        FC(gather_runs)(sources, 1, runs, n, grad, winners, out);
+    else if (classes == 2)
+        FC(gather_runs)(sources, 2, runs, n, grad, winners, out);
     else
-        FC(max_step)(in, step, n, best, winner, cell);
+        FC(gather_runs)(sources, 4, runs, n, grad, winners, out);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */
@@ -334,14 +424,14 @@ static const fc_ukernels FC(table) = {
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
-    .max_update = FC(max_update),
+    .max_pool = FC(max_pool),
+    .max_pool_grad = FC(max_pool_grad),
     .winograd_input = FC(winograd_input),
     .winograd_weight = FC(winograd_weight),
     .winograd_output = FC(winograd_output),
     .all_below = FC(all_below),
 };
 
-#undef V
 #undef Q
 #undef LANES
 #undef LINE
