@@ -252,74 +252,94 @@ cdef void _make_classes(Pool *p) noexcept nogil:
         p.first = p.last = 0
 
 
-# The sources of cells of the input while they are listed: offsets and numbers have room for all of a window.
-ctypedef struct Lines:
-    Py_ssize_t count
-    Py_ssize_t *offsets         # of the windows' rows, each with ...
-    int *numbers                # ... the number of its first cell
+# Workspace of a task that gathers. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
+ctypedef struct Listing:
+    Py_ssize_t *residue[3]
+    Py_ssize_t *shift[3]
+    Py_ssize_t lines            # rows of windows that see a row of the input: where they are, ...
+    Py_ssize_t *line_offsets
+    int *line_numbers           # ... and the number of their first cell
+    Py_ssize_t *offsets         # of the sources
+    int *numbers
 
 
 cdef int _gather_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef char *memory = arena(FC_ARENA_BLOCK, 3 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)))
-    if memory == NULL:
-        return 1
-    cdef Lines lines
-    cdef Py_ssize_t index, r, c, i, j, columns
-    cdef Row row
+    cdef Listing listing
     cdef fc_cells sources[4]
-    lines.offsets = <Py_ssize_t *>memory
-    lines.numbers = <int *>(lines.offsets + 3 * p.taps)
+    cdef Py_ssize_t index, r, i, j, columns
+    cdef Row row
+    if _make_listing(p, &listing):
+        return 1
     for index in range(task * p.task_rows, min((task + 1) * p.task_rows, p.rows)):
         _locate(p, &p.x, index, &row)
-        _list_lines(p, &row, &lines)
-        for r from 0 <= r < p.stride[2] by p.classes:
-            if p.first < p.last:
-                _list_sources(p, &lines, r, p.classes, p.first, p.last, sources)
+        _list_lines(p, &row, &listing)
+        if p.first < p.last:
+            for r from 0 <= r < p.stride[2] by p.classes:
+                _list_sources(p, &listing, r, p.classes, p.first, p.last, sources)
                 _gather(p, sources, p.classes, &row, r, p.first, p.last - p.first)
         for r in range(p.stride[2]):
             columns = (p.x.size[4] - r + p.stride[2] - 1) // p.stride[2]
             for i in range(columns - (p.last - p.first)):
                 j = i if i < p.first else i + p.last - p.first
-                _list_sources(p, &lines, r, 1, j, j + 1, sources)
+                _list_sources(p, &listing, r, 1, j, j + 1, sources)
                 _gather(p, sources, 1, &row, r, j, 1)
     return 0
 
 
-cdef void _list_lines(const Pool *p, const Row *row, Lines *lines) noexcept nogil:
-    """List the rows of windows that see a row of the input, from the first on."""
-    cdef Py_ssize_t d, h, z, y
-    lines.count = 0
+cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
+    cdef Py_ssize_t taps = p.kernel[0] + p.kernel[1] + p.kernel[2], distance, t
+    cdef int axis
+    cdef Py_ssize_t *memory = <Py_ssize_t *>arena(
+        FC_ARENA_BLOCK, (2 * taps + 2 * p.taps) * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    )
+    if memory == NULL:
+        return 1
+    for axis in range(3):
+        listing.residue[axis] = memory
+        listing.shift[axis] = memory + p.kernel[axis]
+        memory += 2 * p.kernel[axis]
+        for t in range(p.kernel[axis]):
+            distance = t * p.dilation[axis] - p.pad[axis]  # of the cell from stride times the window's number
+            listing.residue[axis][t] = (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
+            listing.shift[axis][t] = (listing.residue[axis][t] - distance) // p.stride[axis]
+    listing.line_offsets = memory
+    listing.offsets = memory + p.taps
+    listing.line_numbers = <int *>(memory + 2 * p.taps)
+    listing.numbers = listing.line_numbers + p.taps
+    return 0
+
+
+cdef void _list_lines(const Pool *p, const Row *row, Listing *listing) noexcept nogil:
+    """List the rows of windows that see a row of the input, in their order."""
+    cdef Py_ssize_t z_residue = row.z % p.stride[0], y_residue = row.y % p.stride[1], d, h, z, y, n = 0
     for d in range(p.kernel[0] - 1, -1, -1):
-        z = row.z + p.pad[0] - d * p.dilation[0]
-        if z < 0 or z % p.stride[0] or z // p.stride[0] >= p.y.size[2]:
+        z = row.z // p.stride[0] + listing.shift[0][d]
+        if listing.residue[0][d] != z_residue or z < 0 or z >= p.y.size[2]:
             continue
         for h in range(p.kernel[1] - 1, -1, -1):
-            y = row.y + p.pad[1] - h * p.dilation[1]
-            if y < 0 or y % p.stride[1] or y // p.stride[1] >= p.y.size[3]:
-                continue
-            lines.offsets[lines.count] = z // p.stride[0] * p.y.stride[2] + y // p.stride[1] * p.y.stride[3]
-            lines.numbers[lines.count] = <int>((d * p.kernel[1] + h) * p.kernel[2])
-            lines.count += 1
+            y = row.y // p.stride[1] + listing.shift[1][h]
+            if listing.residue[1][h] == y_residue and 0 <= y < p.y.size[3]:
+                listing.line_offsets[n] = z * p.y.stride[2] + y * p.y.stride[3]
+                listing.line_numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2])
+                n += 1
+    listing.lines = n
 
 
-cdef void _list_sources(const Pool *p, const Lines *lines, Py_ssize_t r, int classes, Py_ssize_t first, Py_ssize_t last,
-                        fc_cells *sources) noexcept nogil:
+cdef void _list_sources(const Pool *p, const Listing *listing, Py_ssize_t r, int classes, Py_ssize_t first,
+                        Py_ssize_t last, fc_cells *sources) noexcept nogil:
     """List, for some classes from ``r`` on, the windows that see all of their cells ``first`` to ``last``."""
-    cdef Py_ssize_t *offsets = lines.offsets + p.taps
-    cdef int *numbers = lines.numbers + p.taps
+    cdef Py_ssize_t *offsets = listing.offsets
+    cdef int *numbers = listing.numbers
     cdef Py_ssize_t line, w, x, n
     cdef int c
     for c in range(classes):
         n = 0
-        for line in range(lines.count):
+        for line in range(listing.lines):
             for w in range(p.kernel[2] - 1, -1, -1):
-                x = r + c + p.pad[2] - w * p.dilation[2]
-                if x % p.stride[2]:
-                    continue
-                x //= p.stride[2]
-                if first + x >= 0 and last - 1 + x < p.y.size[4]:
-                    offsets[n] = lines.offsets[line] + x * p.y.stride[4]
-                    numbers[n] = lines.numbers[line] + <int>w
+                x = listing.shift[2][w]
+                if listing.residue[2][w] == r + c and first + x >= 0 and last - 1 + x < p.y.size[4]:
+                    offsets[n] = listing.line_offsets[line] + x * p.y.stride[4]
+                    numbers[n] = listing.line_numbers[line] + <int>w
                     n += 1
         sources[c].count = n
         sources[c].offsets = offsets

@@ -344,11 +344,15 @@ static inline __attribute__((always_inline)) void FC(max_runs)(const fc_cells *c
     for (ptrdiff_t r = 0; r < runs; r++) {
         const T *from = (const T *)in->data + r * in->run;
         const ptrdiff_t to = r * out->run, won = r * winners->run;
-        if (n >= LANES)
-            FC(max_run_vector)(cells, n, from, step, wanted, out, to, winners, won);
+        if (n >= 4 * LANES)
+            FC(max_run_vector)(cells, n, from, step, 4, wanted, out, to, winners, won);
+        else if (n >= 2 * LANES)
+            FC(max_run_vector)(cells, n, from, step, 2, wanted, out, to, winners, won);
+        else if (n >= LANES)
+            FC(max_run_vector)(cells, n, from, step, 1, wanted, out, to, winners, won);
 #if VECTOR_BYTES > 4 * T_BYTES
         else if (n >= 4)
-            FC(max_run_quad)(cells, n, from, step, wanted, out, to, winners, won);
+            FC(max_run_quad)(cells, n, from, step, 1, wanted, out, to, winners, won);
 #endif
         else
             for (ptrdiff_t i = 0; i < n; i++)
@@ -394,8 +398,12 @@ static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells
         const T *from = (const T *)grad->data + r * grad->run;
         const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
         T *to = (T *)out->data + r * out->run;
-        if (n >= LANES)
-            FC(gather_run_vector)(sources, classes, n, from, won, to, out->step);
+        if (n >= 4 * LANES)
+            FC(gather_run_vector)(sources, classes, 4, n, from, won, to, out->step);
+        else if (n >= 2 * LANES)
+            FC(gather_run_vector)(sources, classes, 2, n, from, won, to, out->step);
+        else if (n >= LANES)
+            FC(gather_run_vector)(sources, classes, 1, n, from, won, to, out->step);
         else
             for (ptrdiff_t i = 0; i < n; i++)
                 UNROLL for (int c = 0; c < classes; c++)

@@ -3,12 +3,12 @@
  */
 typedef T POOL(vector) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
 typedef T_INT POOL(mask) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
-typedef uint8_t POOL(bytes) __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 #define V POOL(vector)
 #define M POOL(mask)
-#define B POOL(bytes)
 
-/* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b; ZIP_LOW and ZIP_HIGH interleave. */
+/* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b, and ORDER puts what EVEN gives into
+ * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. */
+#define ORDER(x) x
 #if WIDTH == 2
 #define EVEN(a, b) SHUFFLE(a, b, 0, 3)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 2)
@@ -18,7 +18,9 @@ typedef uint8_t POOL(bytes) __attribute__((vector_size(WIDTH), aligned(1), may_a
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #elif WIDTH == 8
-#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 9, 11, 13, 15)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 9, 11, 4, 6, 13, 15)
+#undef ORDER
+#define ORDER(x) SHUFFLE(x, x, 0, 1, 4, 5, 2, 3, 6, 7)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #else
@@ -27,7 +29,7 @@ typedef uint8_t POOL(bytes) __attribute__((vector_size(WIDTH), aligned(1), may_a
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #endif
 
-/* WIDTH elements, `step` apart; nothing beyond the last of them is read. */
+/* WIDTH elements, `step` apart, in EVEN's order where the step is 2 or 4; nothing beyond the last of them is read. */
 static inline __attribute__((always_inline)) V POOL(load)(const T *in, ptrdiff_t step)
 {
     if (step == 1)
@@ -35,7 +37,7 @@ static inline __attribute__((always_inline)) V POOL(load)(const T *in, ptrdiff_t
     if (step == 2)
         return EVEN(*(const V *)in, *(const V *)(in + WIDTH - 1));
     if (step == 4)
-        return EVEN(POOL(load)(in, 2), POOL(load)(in + 2 * (WIDTH - 1), 2));
+        return EVEN(ORDER(POOL(load)(in, 2)), ORDER(POOL(load)(in + 2 * (WIDTH - 1), 2)));
     V x = {0};
     UNROLL for (int i = 0; i < WIDTH; i++)
         x[i] = in[i * step];
@@ -51,17 +53,21 @@ static inline __attribute__((always_inline)) void POOL(store)(T *out, ptrdiff_t 
             out[i * step] = x[i];
 }
 
-static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_runs *winners, ptrdiff_t at, M winner)
+/* Plain loops over several vectors, which compilers turn into packing and unpacking; a vector alone they take apart. */
+static inline __attribute__((always_inline)) void POOL(store_winners)(const M *winner, const int vectors,
+                                                                      const fc_runs *winners, ptrdiff_t at)
 {
-    const ptrdiff_t step = winners->step;
-    if (winners->item == 1 && step == 1)
-        *(B *)((uint8_t *)winners->data + at) = __builtin_convertvector(winner, B);
+    const T_INT *wide = (const T_INT *)winner;
+    uint8_t *bytes = (uint8_t *)winners->data + at;
+    if (winners->item == 1 && winners->step == 1)
+        for (int i = 0; i < vectors * WIDTH; i++)
+            bytes[i] = (uint8_t)wide[i];
     else if (winners->item == 1)
-        UNROLL for (int i = 0; i < WIDTH; i++)
-            ((uint8_t *)winners->data)[at + i * step] = (uint8_t)winner[i];
+        for (int i = 0; i < vectors * WIDTH; i++)
+            bytes[i * winners->step] = (uint8_t)wide[i];
     else
-        UNROLL for (int i = 0; i < WIDTH; i++)
-            ((uint16_t *)winners->data)[at + i * step] = (uint16_t)winner[i];
+        for (int i = 0; i < vectors * WIDTH; i++)
+            ((uint16_t *)winners->data)[at + i * winners->step] = (uint16_t)wide[i];
 }
 
 /* The windows of `vectors` vectors; step, vectors and wanted are constants where this is inlined. */
@@ -88,65 +94,71 @@ static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cell
         }
     }
     UNROLL for (int v = 0; v < vectors; v++) {
+        if (step == 2 || step == 4) {
+            best[v] = ORDER(best[v]);
+            winner[v] = ORDER(winner[v]);
+        }
         POOL(store)((T *)out->data + out_at + v * WIDTH * out->step, out->step, best[v]);
-        if (wanted)
-            POOL(store_winners)(winners, winners_at + v * WIDTH * winners->step, winner[v]);
     }
+    if (wanted)
+        POOL(store_winners)(winner, vectors, winners, winners_at);
 }
 
-/* A run of n >= WIDTH windows; the last vector overlaps the one before it. */
+/* A run of n >= vectors * WIDTH windows; the last vectors overlap those before them. */
 static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *cells, ptrdiff_t n, const T *in,
-                                                                ptrdiff_t step, const int wanted, const fc_runs *out,
-                                                                ptrdiff_t out_at, const fc_runs *winners,
-                                                                ptrdiff_t winners_at)
+                                                                ptrdiff_t step, const int vectors, const int wanted,
+                                                                const fc_runs *out, ptrdiff_t out_at,
+                                                                const fc_runs *winners, ptrdiff_t winners_at)
 {
-    enum { VECTORS = 4 };
-    ptrdiff_t i = 0;
-    for (; i + VECTORS * WIDTH <= n; i += VECTORS * WIDTH)
-        POOL(max)(cells, in + i * step, step, VECTORS, wanted, out, out_at + i * out->step, winners,
+    for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
+        const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
+        POOL(max)(cells, in + i * step, step, vectors, wanted, out, out_at + i * out->step, winners,
                   winners_at + i * winners->step);
-    for (; i < n; i += WIDTH) {
-        const ptrdiff_t j = i + WIDTH <= n ? i : n - WIDTH;
-        POOL(max)(cells, in + j * step, step, 1, wanted, out, out_at + j * out->step, winners,
-                  winners_at + j * winners->step);
     }
 }
 
-/* What the WIDTH cells get from their sources: one class of max_pool_grad. */
-static inline __attribute__((always_inline)) V POOL(gather)(const fc_cells *sources, const T *grad,
-                                                            const uint8_t *winners)
+/* What `vectors` vectors of cells get from their sources: one class of max_pool_grad. */
+static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const T *grad,
+                                                               const uint8_t *winners, const int vectors, V *sum)
 {
-    V sum = {0};
+    UNROLL for (int v = 0; v < vectors; v++)
+        sum[v] = (V){0};
     for (ptrdiff_t t = 0; t < sources->count; t++) {
-        const ptrdiff_t from = sources->offsets[t];
-        M mine = __builtin_convertvector(*(const B *)(winners + from), M) == sources->numbers[t];
-        sum += (V)(mine & (M) * (const V *)(grad + from));
+        const uint8_t *winner = winners + sources->offsets[t];
+        const V *from = (const V *)(grad + sources->offsets[t]);
+        const M number = (M){0} + sources->numbers[t];
+        T_INT wide[4 * WIDTH];
+        for (int i = 0; i < vectors * WIDTH; i++)
+            wide[i] = winner[i];
+        UNROLL for (int v = 0; v < vectors; v++)
+            sum[v] += (V)((((const M *)wide)[v] == number) & (M)from[v]);
     }
-    return sum;
 }
 
-/* A run of n >= WIDTH cells of each class, stored with the classes side by side. */
+/* A run of n >= vectors * WIDTH cells of each class, stored with the classes side by side. */
 static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cells *sources, const int classes,
-                                                                   ptrdiff_t n, const T *grad, const uint8_t *winners,
-                                                                   T *out, ptrdiff_t step)
+                                                                   const int vectors, ptrdiff_t n, const T *grad,
+                                                                   const uint8_t *winners, T *out, ptrdiff_t step)
 {
-    for (ptrdiff_t i = 0; i < n; i += WIDTH) {
-        const ptrdiff_t j = i + WIDTH <= n ? i : n - WIDTH;
-        V x[4];
+    for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
+        const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
+        V x[4][4];
         UNROLL for (int c = 0; c < classes; c++)
-            x[c] = POOL(gather)(&sources[c], grad + j, winners + j);
-        if (classes == 1) {
-            POOL(store)(out + j * step, step, x[0]);
-        } else if (classes == 2) {
-            V *to = (V *)(out + j * 2);
-            to[0] = ZIP_LOW(x[0], x[1]);
-            to[1] = ZIP_HIGH(x[0], x[1]);
-        } else {
-            V *to = (V *)(out + j * 4);
-            V even[2] = {ZIP_LOW(x[0], x[2]), ZIP_HIGH(x[0], x[2])}, odd[2] = {ZIP_LOW(x[1], x[3]), ZIP_HIGH(x[1], x[3])};
-            UNROLL for (int h = 0; h < 2; h++) {
-                to[2 * h] = ZIP_LOW(even[h], odd[h]);
-                to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
+            POOL(gather)(&sources[c], grad + i, winners + i, vectors, x[c]);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            V *to = (V *)(out + (i + v * WIDTH) * classes);
+            if (classes == 1) {
+                POOL(store)(out + (i + v * WIDTH) * step, step, x[0][v]);
+            } else if (classes == 2) {
+                to[0] = ZIP_LOW(x[0][v], x[1][v]);
+                to[1] = ZIP_HIGH(x[0][v], x[1][v]);
+            } else {
+                V even[2] = {ZIP_LOW(x[0][v], x[2][v]), ZIP_HIGH(x[0][v], x[2][v])};
+                V odd[2] = {ZIP_LOW(x[1][v], x[3][v]), ZIP_HIGH(x[1][v], x[3][v])};
+                UNROLL for (int h = 0; h < 2; h++) {
+                    to[2 * h] = ZIP_LOW(even[h], odd[h]);
+                    to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
+                }
             }
         }
     }
@@ -154,7 +166,7 @@ static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cell
 
 #undef V
 #undef M
-#undef B
 #undef EVEN
+#undef ORDER
 #undef ZIP_LOW
 #undef ZIP_HIGH
