@@ -3,17 +3,20 @@
     output[o]     = max over cells t of the window  of  input[o * stride + t * dilation - padding]
     grad_input[i] = sum over windows o that have i as their cell t and winner  of  grad_output[o]
 
-    for row of outputs (forward) or of cells of the input (backward), some to a task:           in parallel
-        for run of columns that see the same cells (are seen by the same windows):
-            one call of a microkernel: all of them at once, each maximum (sum) in a register until it is stored
+    for some rows of outputs (forward) or of cells of the input (backward):         in parallel
+        for rows and columns that see the same cells (that are seen by the same windows):
+            one call of a microkernel: each maximum (sum) is in a register until it is stored
 
-         channels first: vectors along W            channels last: vectors along C, for each column
-        |border|      interior      |border|        |border|      interior      |border|
-          1 by 1      one run         1 by 1         1 by 1      one call         1 by 1
+        +-+----------------+-+      channels first: vectors along W, one call for many rows
+        | |     border     | |      channels last: vectors along C, one call for the columns of a row
+        +-+----------------+-+
+        | |    interior    | |      A cell of the padding is not on the list of cells that a call is given:
+        | |   (one call)   | |      a border needs no code of its own, only calls of its own.
+        +-+----------------+-+
 
-Backward gathers: cells that are `stride` apart along a row are seen by windows at the same distance from them. `stride` such
-classes make up a row; for strides of 1, 2 and 4 they are stored side by side, so that every cell is written once and
-never read. Where a window is large or rows are short, gradients are scattered to their winners instead. Either way a sum
+Backward gathers: cells of the input that are a stride apart make up a class, and are seen by windows at the same distance
+from them. The classes of a row are stored side by side (for strides of 1, 2 and 4), so that every cell is written once and
+never read. Where windows are large or rows short, gradients are scattered to their winners instead. Either way a sum
 runs over the windows in their order.
 """
 
@@ -31,11 +34,11 @@ ctypedef unsigned short ushort
 
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
-    TASK_CELLS = 16_384         # comparisons that are worth a task
+    TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
     GATHER_TAPS = 36            # larger windows are scattered
     CHANNELS = 64               # channels that a task has of a channels-last image where gradients are scattered
 
-# One pooling. Planes have rows; channels-last images have one plane each.
+# One pooling. A channels-last image is a single plane.
 ctypedef struct Pool:
     const fc_ukernels *kernels
     Py_ssize_t item
@@ -48,14 +51,16 @@ ctypedef struct Pool:
     Py_ssize_t taps
     bint along_channels         # whether vectors run along C
     Py_ssize_t planes           # of an image
-    Py_ssize_t first, last      # interior columns; backward: of each class
+    Py_ssize_t depth, height    # of a plane: rows of outputs, or groups of `stride` rows of the input
+    Py_ssize_t first[3]         # the interior along each axis: outputs, or members of each class
+    Py_ssize_t last[3]
     int classes                 # that are stored side by side
-    Py_ssize_t task_rows, rows  # of a task, in all
+    Py_ssize_t rows, task_rows  # in all, of a task
     int threads
 
-# Where a row is.
-ctypedef struct Row:
-    Py_ssize_t image, channel, z, y
+# Rows that see the same cells, from one at z, y on.
+ctypedef struct Rows:
+    Py_ssize_t image, channel, z, y, count
 
 
 cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options):
@@ -69,48 +74,50 @@ cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, optio
         make_view(&p.winners, winners)
         p.winner_item = <int>cnp.PyArray_ITEMSIZE(winners)
     p.taps = 1
-    outputs = p.y.size[0] * p.y.size[1]
+    cells = p.y.size[0] * p.y.size[1]
     for axis in range(3):
         p.kernel[axis] = dims.kernel_size[axis]
         p.stride[axis] = dims.stride[axis]
         p.pad[axis] = dims.pad_before[axis]
         p.dilation[axis] = dims.dilation[axis]
         p.taps *= p.kernel[axis]
-        outputs *= p.y.size[2 + axis]
+        cells *= p.y.size[2 + axis] * p.kernel[axis]
     p.along_channels = abs(p.x.stride[1]) < abs(p.x.stride[4])
     p.planes = 1 if p.along_channels else p.x.size[1]
-    p.threads = usable_threads(options.threads) if outputs * p.taps > SERIAL_CELLS else 1
+    p.threads = usable_threads(options.threads) if cells > SERIAL_CELLS else 1
 
 
-cdef Py_ssize_t _cut_rows(Pool *p, const View *v, Py_ssize_t cells_per_column) noexcept nogil:
-    """Share out the rows of an array; return the number of tasks."""
-    cdef Py_ssize_t row_cells = v.size[4] * (v.size[1] // p.planes) * cells_per_column
-    p.rows = v.size[0] * p.planes * v.size[2] * v.size[3]
-    p.task_rows = 1 + TASK_CELLS // row_cells
+cdef Py_ssize_t _share_out(Pool *p, Py_ssize_t depth, Py_ssize_t height, Py_ssize_t row_cells) noexcept nogil:
+    """Share out the rows of all planes, each of so many comparisons for a channel; return the number of tasks."""
+    p.depth = depth
+    p.height = height
+    p.rows = p.x.size[0] * p.planes * depth * height
+    p.task_rows = 1 + TASK_CELLS // (row_cells * (p.x.size[1] // p.planes))
     return ceil_div(p.rows, p.task_rows)
 
 
-cdef void _locate(const Pool *p, const View *v, Py_ssize_t index, Row *row) noexcept nogil:
-    row.y = index % v.size[3]
-    index //= v.size[3]
-    row.z = index % v.size[2]
-    index //= v.size[2]
-    row.channel = index % p.planes
-    row.image = index // p.planes
+cdef void _locate(const Pool *p, Py_ssize_t index, Py_ssize_t end, Rows *rows) noexcept nogil:
+    """Find the rows from ``index`` on that can be done in one call."""
+    rows.y = index % p.height
+    rows.z = index // p.height % p.depth
+    rows.channel = index // p.height // p.depth % p.planes
+    rows.image = index // p.height // p.depth // p.planes
+    rows.count = 1
+    if not p.along_channels and p.first[1] <= rows.y < p.last[1]:
+        rows.count = min(end - index, p.last[1] - rows.y)
 
 
-cdef char *_at(const View *v, Py_ssize_t item, const Row *row, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x) noexcept nogil:
-    """Return the address of a cell of the row's plane."""
-    return v.data + (
-        row.image * v.stride[0] + row.channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
+cdef fc_runs _runs(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
+                   Py_ssize_t y_step, Py_ssize_t x_step) noexcept nogil:
+    """Return how to go along rows of an array from a cell on, rows and columns being steps apart."""
+    cdef fc_runs runs
+    runs.data = v.data + (
+        rows.image * v.stride[0] + rows.channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
     ) * item
-
-
-cdef void _set_runs(const Pool *p, fc_runs *runs, const View *v, int item, Py_ssize_t stride) noexcept nogil:
-    """Let runs go along an array whose columns are taken ``stride`` apart."""
-    runs.item = item
-    runs.run = stride * v.stride[4] if p.along_channels else 0
-    runs.step = v.stride[1] if p.along_channels else stride * v.stride[4]
+    runs.run = x_step * v.stride[4] if p.along_channels else y_step * v.stride[3]
+    runs.step = v.stride[1] if p.along_channels else x_step * v.stride[4]
+    runs.item = <int>item
+    return runs
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -119,12 +126,14 @@ def max_pool_forward(input, output, winners, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
     cdef Pool *p = &pool
-    cdef Py_ssize_t task, failures = 0, tasks, reach
+    cdef Py_ssize_t task, tasks, failures = 0, reach
+    cdef int axis
     _make_pool(p, input, output, winners, dims, options)
-    reach = (p.kernel[2] - 1) * p.dilation[2] - p.pad[2]  # of the first window
-    p.first = min(ceil_div(p.pad[2], p.stride[2]), p.y.size[4])
-    p.last = max(p.first, min((p.x.size[4] - 1 - reach + p.stride[2]) // p.stride[2], p.y.size[4]))
-    tasks = _cut_rows(p, &p.y, p.taps)
+    for axis in range(3):
+        reach = p.x.size[2 + axis] + p.pad[axis] - (p.kernel[axis] - 1) * p.dilation[axis]  # first cells are below it
+        p.first[axis] = min(ceil_div(p.pad[axis], p.stride[axis]), p.y.size[2 + axis])
+        p.last[axis] = max(p.first[axis], min(ceil_div(reach, p.stride[axis]), p.y.size[2 + axis]))
+    tasks = _share_out(p, p.y.size[2], p.y.size[3], p.y.size[4] * p.taps)
     with nogil:
         for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
             failures += _forward_task(p, task)
@@ -133,76 +142,63 @@ def max_pool_forward(input, output, winners, dims, options):
 
 
 cdef int _forward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef char *memory = arena(FC_ARENA_BLOCK, 2 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)))
-    if memory == NULL:
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>arena(
+        FC_ARENA_BLOCK, p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    )
+    if offsets == NULL:
         return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef int *numbers = <int *>(offsets + 2 * p.taps)
-    cdef fc_cells inner, border
-    cdef bint inside, known = False
-    cdef Py_ssize_t index, z, y, x, i
-    cdef Row row
-    for index in range(task * p.task_rows, min((task + 1) * p.task_rows, p.rows)):
-        _locate(p, &p.y, index, &row)
-        z = row.z * p.stride[0] - p.pad[0]
-        y = row.y * p.stride[1] - p.pad[1]
-        inside = (
-            0 <= z and z + (p.kernel[0] - 1) * p.dilation[0] < p.x.size[2]
-            and 0 <= y and y + (p.kernel[1] - 1) * p.dilation[1] < p.x.size[3]
-        )
-        if not (known and inside):  # all rows that are inside see the same cells
-            _seen(p, z, y, p.first * p.stride[2] - p.pad[2], &inner, offsets, numbers)
-        known = inside
-        if p.first < p.last:
-            _pool(p, &inner, &row, p.first, p.last - p.first)
-        for i in range(p.y.size[4] - (p.last - p.first)):
-            x = i if i < p.first else i + p.last - p.first
-            _seen(p, z, y, x * p.stride[2] - p.pad[2], &border, offsets + p.taps, numbers + p.taps)
-            _pool(p, &border, &row, x, 1)
+    cdef fc_cells cells
+    cells.offsets = offsets
+    cells.numbers = <int *>(offsets + p.taps)
+    cdef Py_ssize_t index = task * p.task_rows, end = min(index + p.task_rows, p.rows), columns = p.last[2] - p.first[2]
+    cdef Py_ssize_t i
+    cdef Rows rows
+    while index < end:
+        _locate(p, index, end, &rows)
+        if columns:
+            _pool(p, &cells, &rows, p.first[2], columns)
+        for i in range(p.y.size[4] - columns):
+            _pool(p, &cells, &rows, i if i < p.first[2] else i + columns, 1)
+        index += rows.count
     return 0
 
 
-cdef void _seen(const Pool *p, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x, fc_cells *cells, Py_ssize_t *offsets,
-                int *numbers) noexcept nogil:
-    """List the cells inside the image of a window whose first cell is there."""
-    cdef const View *v = &p.x
-    cdef Py_ssize_t d, h, w, from_z, from_y, from_x
-    cells.count = 0
-    cells.offsets = offsets
-    cells.numbers = numbers
-    numbers[0] = 0  # the winner of a window that sees no cell
-    for d in range(p.kernel[0]):
-        from_z = d * p.dilation[0]
-        for h in range(p.kernel[1]):
-            from_y = h * p.dilation[1]
-            for w in range(p.kernel[2]):
-                from_x = w * p.dilation[2]
-                if (
-                    0 <= z + from_z < v.size[2] and 0 <= y + from_y < v.size[3] and 0 <= x + from_x < v.size[4]
-                ):
-                    offsets[cells.count] = from_z * v.stride[2] + from_y * v.stride[3] + from_x * v.stride[4]
-                    numbers[cells.count] = <int>((d * p.kernel[1] + h) * p.kernel[2] + w)
-                    cells.count += 1
-
-
-cdef void _pool(const Pool *p, const fc_cells *cells, const Row *row, Py_ssize_t x, Py_ssize_t columns) noexcept nogil:
-    """Pool some columns of a row that see the same cells."""
-    cdef fc_runs from_x, to_y, to_winners
-    _set_runs(p, &from_x, &p.x, 0, p.stride[2])
-    _set_runs(p, &to_y, &p.y, 0, 1)
-    from_x.data = _at(
-        &p.x, p.item, row, row.z * p.stride[0] - p.pad[0], row.y * p.stride[1] - p.pad[1],
-        x * p.stride[2] - p.pad[2],
-    )
-    to_y.data = _at(&p.y, p.item, row, row.z, row.y, x)
-    to_winners.item = 0
-    if p.winner_item:
-        _set_runs(p, &to_winners, &p.winners, p.winner_item, 1)
-        to_winners.data = _at(&p.winners, p.winner_item, row, row.z, row.y, x)
+cdef void _pool(const Pool *p, fc_cells *cells, const Rows *rows, Py_ssize_t x, Py_ssize_t columns) noexcept nogil:
+    """Pool windows that see the same cells."""
+    cdef Py_ssize_t first_z = rows.z * p.stride[0] - p.pad[0]
+    cdef Py_ssize_t first_y = rows.y * p.stride[1] - p.pad[1]
+    cdef Py_ssize_t first_x = x * p.stride[2] - p.pad[2]
+    cdef fc_runs from_x = _runs(p, &p.x, p.item, rows, first_z, first_y, first_x, p.stride[1], p.stride[2])
+    cdef fc_runs to_y = _runs(p, &p.y, p.item, rows, rows.z, rows.y, x, 1, 1)
+    cdef fc_runs to_winners = _runs(p, &p.winners, p.winner_item, rows, rows.z, rows.y, x, 1, 1)
+    _list_cells(p, first_z, first_y, first_x, cells)
     if p.along_channels:
         p.kernels.max_pool(cells, columns, p.x.size[1], &from_x, &to_y, &to_winners)
     else:
-        p.kernels.max_pool(cells, 1, columns, &from_x, &to_y, &to_winners)
+        p.kernels.max_pool(cells, rows.count, columns, &from_x, &to_y, &to_winners)
+
+
+cdef void _list_cells(const Pool *p, Py_ssize_t first_z, Py_ssize_t first_y, Py_ssize_t first_x,
+                      fc_cells *cells) noexcept nogil:
+    """List the cells inside the image of a window whose first cell is there."""
+    cdef const View *v = &p.x
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>cells.offsets
+    cdef int *numbers = <int *>cells.numbers
+    cdef Py_ssize_t d, h, w, z, y, x, n = 0
+    numbers[0] = 0  # the winner of a window that sees no cell
+    for d in range(p.kernel[0]):
+        z = d * p.dilation[0]
+        for h in range(p.kernel[1]):
+            y = h * p.dilation[1]
+            if not (0 <= first_z + z < v.size[2] and 0 <= first_y + y < v.size[3]):
+                continue
+            for w in range(p.kernel[2]):
+                x = w * p.dilation[2]
+                if 0 <= first_x + x < v.size[4]:
+                    offsets[n] = z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
+                    numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2] + w)
+                    n += 1
+    cells.count = n
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -211,11 +207,11 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
     cdef Pool *p = &pool
-    cdef Py_ssize_t task, failures = 0, tasks
+    cdef Py_ssize_t task, tasks, failures = 0
     _make_pool(p, grad_input, grad_output, winners, dims, options)
     if _can_gather(p):
         _make_classes(p)
-        tasks = _cut_rows(p, &p.x, ceil_div(p.taps, p.stride[0] * p.stride[1] * p.stride[2]))
+        tasks = _share_out(p, p.x.size[2], ceil_div(p.x.size[3], p.stride[1]), p.y.size[4] * p.taps)
         with nogil:
             for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
                 failures += _gather_task(p, task)
@@ -226,30 +222,6 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
                 failures += _scatter_task(p, task)
     if failures:
         raise MemoryError("no memory for the workspace of a pooling")
-
-
-cdef bint _can_gather(const Pool *p) noexcept nogil:
-    """Whether gathering is worth it, and the outputs' gradients and winners are contiguous in the same way."""
-    cdef int axis, along = 1 if p.along_channels else 4
-    for axis in range(5):
-        if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
-            return False
-    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= p.kernels.lanes
-
-
-cdef void _make_classes(Pool *p) noexcept nogil:
-    """Find the columns whose cells are seen by all windows of their class, the same in every class."""
-    cdef Py_ssize_t w, distance, stride = p.stride[2]
-    cdef bint side_by_side = not p.along_channels and p.x.stride[4] == 1 and stride in (1, 2, 4)
-    p.classes = <int>stride if side_by_side else 1
-    p.first = 0
-    p.last = min(p.x.size[4] // stride, p.y.size[4])
-    for w in range(p.kernel[2]):
-        distance = p.pad[2] - w * p.dilation[2]
-        p.first = max(p.first, max(-distance, 0) // stride)
-        p.last = min(p.last, p.y.size[4] - ceil_div(distance, stride))
-    if p.last < p.first:
-        p.first = p.last = 0
 
 
 # Workspace of a task that gathers. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
@@ -263,26 +235,43 @@ ctypedef struct Listing:
     int *numbers
 
 
+cdef bint _can_gather(const Pool *p) noexcept nogil:
+    """Whether gathering is worth it, and the outputs' gradients and winners are contiguous in the same way."""
+    cdef int axis, along = 1 if p.along_channels else 4
+    for axis in range(5):
+        if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
+            return False
+    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= p.kernels.lanes
+
+
+cdef void _make_classes(Pool *p) noexcept nogil:
+    """Find the members of all classes that are seen by all windows of their class."""
+    cdef Py_ssize_t t, distance
+    cdef int axis
+    p.classes = <int>p.stride[2] if not p.along_channels and p.x.stride[4] == 1 and p.stride[2] in (1, 2, 4) else 1
+    for axis in range(3):
+        p.first[axis] = 0
+        p.last[axis] = min(p.x.size[2 + axis] // p.stride[axis], p.y.size[2 + axis])
+        for t in range(p.kernel[axis]):
+            distance = p.pad[axis] - t * p.dilation[axis]
+            p.first[axis] = max(p.first[axis], max(-distance, 0) // p.stride[axis])
+            p.last[axis] = min(p.last[axis], p.y.size[2 + axis] - ceil_div(distance, p.stride[axis]))
+        if p.last[axis] < p.first[axis]:
+            p.first[axis] = p.last[axis] = 0
+
+
 cdef int _gather_task(const Pool *p, Py_ssize_t task) noexcept nogil:
     cdef Listing listing
-    cdef fc_cells sources[4]
-    cdef Py_ssize_t index, r, i, j, columns
-    cdef Row row
+    cdef Py_ssize_t index = task * p.task_rows, end = min(index + p.task_rows, p.rows), r
+    cdef Rows rows
     if _make_listing(p, &listing):
         return 1
-    for index in range(task * p.task_rows, min((task + 1) * p.task_rows, p.rows)):
-        _locate(p, &p.x, index, &row)
-        _list_lines(p, &row, &listing)
-        if p.first < p.last:
-            for r from 0 <= r < p.stride[2] by p.classes:
-                _list_sources(p, &listing, r, p.classes, p.first, p.last, sources)
-                _gather(p, sources, p.classes, &row, r, p.first, p.last - p.first)
-        for r in range(p.stride[2]):
-            columns = (p.x.size[4] - r + p.stride[2] - 1) // p.stride[2]
-            for i in range(columns - (p.last - p.first)):
-                j = i if i < p.first else i + p.last - p.first
-                _list_sources(p, &listing, r, 1, j, j + 1, sources)
-                _gather(p, sources, 1, &row, r, j, 1)
+    while index < end:
+        _locate(p, index, end, &rows)
+        for r in range(min(p.stride[1], p.x.size[3] - rows.y * p.stride[1])):
+            _list_lines(p, &rows, r, &listing)
+            _gather_rows(p, &rows, r, &listing)
+        index += rows.count
     return 0
 
 
@@ -290,7 +279,8 @@ cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
     cdef Py_ssize_t taps = p.kernel[0] + p.kernel[1] + p.kernel[2], distance, t
     cdef int axis
     cdef Py_ssize_t *memory = <Py_ssize_t *>arena(
-        FC_ARENA_BLOCK, (2 * taps + 2 * p.taps) * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+        FC_ARENA_BLOCK, 2 * taps * <Py_ssize_t>sizeof(Py_ssize_t)
+        + 2 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
     )
     if memory == NULL:
         return 1
@@ -299,7 +289,7 @@ cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
         listing.shift[axis] = memory + p.kernel[axis]
         memory += 2 * p.kernel[axis]
         for t in range(p.kernel[axis]):
-            distance = t * p.dilation[axis] - p.pad[axis]  # of the cell from stride times the window's number
+            distance = t * p.dilation[axis] - p.pad[axis]
             listing.residue[axis][t] = (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
             listing.shift[axis][t] = (listing.residue[axis][t] - distance) // p.stride[axis]
     listing.line_offsets = memory
@@ -309,25 +299,52 @@ cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
     return 0
 
 
-cdef void _list_lines(const Pool *p, const Row *row, Listing *listing) noexcept nogil:
-    """List the rows of windows that see a row of the input, in their order."""
-    cdef Py_ssize_t z_residue = row.z % p.stride[0], y_residue = row.y % p.stride[1], d, h, z, y, n = 0
+cdef void _list_lines(const Pool *p, const Rows *rows, Py_ssize_t r, Listing *listing) noexcept nogil:
+    """List the rows of windows that see row ``r`` of a group, in their order."""
+    cdef Py_ssize_t d, h, z, y, n = 0
     for d in range(p.kernel[0] - 1, -1, -1):
-        z = row.z // p.stride[0] + listing.shift[0][d]
-        if listing.residue[0][d] != z_residue or z < 0 or z >= p.y.size[2]:
+        z = rows.z // p.stride[0] + listing.shift[0][d]
+        if listing.residue[0][d] != rows.z % p.stride[0] or z < 0 or z >= p.y.size[2]:
             continue
         for h in range(p.kernel[1] - 1, -1, -1):
-            y = row.y // p.stride[1] + listing.shift[1][h]
-            if listing.residue[1][h] == y_residue and 0 <= y < p.y.size[3]:
+            y = rows.y + listing.shift[1][h]
+            if listing.residue[1][h] == r and 0 <= y < p.y.size[3]:
                 listing.line_offsets[n] = z * p.y.stride[2] + y * p.y.stride[3]
                 listing.line_numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2])
                 n += 1
     listing.lines = n
 
 
+cdef void _gather_rows(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing) noexcept nogil:
+    """Compute row ``row`` of some groups of rows: first the interior of all classes, then the borders of each."""
+    cdef Py_ssize_t columns = p.last[2] - p.first[2], r, i
+    if columns:
+        for r from 0 <= r < p.stride[2] by p.classes:
+            _gather(p, rows, row, listing, r, p.classes, p.first[2], columns)
+    for r in range(p.stride[2]):
+        for i in range((p.x.size[4] - r + p.stride[2] - 1) // p.stride[2] - columns):
+            _gather(p, rows, row, listing, r, 1, i if i < p.first[2] else i + columns, 1)
+
+
+cdef void _gather(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing, Py_ssize_t r, int classes,
+                  Py_ssize_t first, Py_ssize_t columns) noexcept nogil:
+    """Compute ``columns`` members from ``first`` on of some classes from ``r`` on."""
+    cdef fc_runs from_y = _runs(p, &p.y, p.item, rows, 0, 0, first, 1, 1)
+    cdef fc_runs from_winners = _runs(p, &p.winners, 1, rows, 0, 0, first, 1, 1)
+    cdef fc_runs to_x = _runs(
+        p, &p.x, p.item, rows, rows.z, rows.y * p.stride[1] + row, first * p.stride[2] + r, p.stride[1], p.stride[2]
+    )
+    cdef fc_cells sources[4]
+    _list_sources(p, listing, r, classes, first, first + columns, sources)
+    if p.along_channels:
+        p.kernels.max_pool_grad(sources, classes, columns, p.x.size[1], &from_y, &from_winners, &to_x)
+    else:
+        p.kernels.max_pool_grad(sources, classes, rows.count, columns, &from_y, &from_winners, &to_x)
+
+
 cdef void _list_sources(const Pool *p, const Listing *listing, Py_ssize_t r, int classes, Py_ssize_t first,
                         Py_ssize_t last, fc_cells *sources) noexcept nogil:
-    """List, for some classes from ``r`` on, the windows that see all of their cells ``first`` to ``last``."""
+    """List, for some classes from ``r`` on, the windows that see all of their members ``first`` to ``last``."""
     cdef Py_ssize_t *offsets = listing.offsets
     cdef int *numbers = listing.numbers
     cdef Py_ssize_t line, w, x, n
@@ -346,22 +363,6 @@ cdef void _list_sources(const Pool *p, const Listing *listing, Py_ssize_t r, int
         sources[c].numbers = numbers
         offsets += n
         numbers += n
-
-
-cdef void _gather(const Pool *p, const fc_cells *sources, int classes, const Row *row, Py_ssize_t r, Py_ssize_t first,
-                  Py_ssize_t columns) noexcept nogil:
-    """Store what cells ``first``, ... of some classes from ``r`` on get from their sources."""
-    cdef fc_runs from_y, from_winners, to_x
-    _set_runs(p, &from_y, &p.y, 0, 1)
-    _set_runs(p, &from_winners, &p.winners, 1, 1)
-    _set_runs(p, &to_x, &p.x, 0, p.stride[2])
-    from_y.data = _at(&p.y, p.item, row, 0, 0, first)
-    from_winners.data = _at(&p.winners, 1, row, 0, 0, first)
-    to_x.data = _at(&p.x, p.item, row, row.z, row.y, r + first * p.stride[2])
-    if p.along_channels:
-        p.kernels.max_pool_grad(sources, classes, columns, p.x.size[1], &from_y, &from_winners, &to_x)
-    else:
-        p.kernels.max_pool_grad(sources, classes, 1, columns, &from_y, &from_winners, &to_x)
 
 
 # Where a cell of a window is, from the window's first cell.

@@ -360,9 +360,11 @@ static inline __attribute__((always_inline)) void FC(max_runs)(const fc_cells *c
     }
 }
 
-static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
-                         const fc_runs *winners)
+static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *input,
+                         const fc_runs *output, const fc_runs *wins)
 {
+    const fc_runs copy[3] = {*input, *output, *wins}; /* for the compiler: what is stored doesn't change them */
+    const fc_runs *in = &copy[0], *out = &copy[1], *winners = &copy[2];
 #define STEP_CASE(step)                                             \
     if (winners->item)                                              \
         FC(max_runs)(cells, runs, n, in, step, 1, out, winners);    \

@@ -3,30 +3,46 @@
  */
 typedef T POOL(vector) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
 typedef T_INT POOL(mask) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_alias));
 #define V POOL(vector)
 #define M POOL(mask)
 
 /* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b, and ORDER puts what EVEN gives into
- * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. */
+ * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. SWAP exchanges groups of n lanes,
+ * SPREAD gives each group of 4 its word. */
 #define ORDER(x) x
 #if WIDTH == 2
+#define LANE_NUMBERS 0, 1
 #define EVEN(a, b) SHUFFLE(a, b, 0, 3)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 2)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 1, 3)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0)
 #elif WIDTH == 4
+#define LANE_NUMBERS 0, 1, 2, 3
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 5, 7)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1)
 #elif WIDTH == 8
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 9, 11, 4, 6, 13, 15)
 #undef ORDER
 #define ORDER(x) SHUFFLE(x, x, 0, 1, 4, 5, 2, 3, 6, 7)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5)
+#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1)
+#define SWAP_4(x) SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3)
 #else
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31)
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1, 16, 16, 16, 16, 17, 17, 17, 17)
 #endif
 
 /* WIDTH elements, `step` apart, in EVEN's order where the step is 2 or 4; nothing beyond the last of them is read. */
@@ -53,21 +69,54 @@ static inline __attribute__((always_inline)) void POOL(store)(T *out, ptrdiff_t 
             out[i * step] = x[i];
 }
 
-/* Plain loops over several vectors, which compilers turn into packing and unpacking; a vector alone they take apart. */
-static inline __attribute__((always_inline)) void POOL(store_winners)(const M *winner, const int vectors,
-                                                                      const fc_runs *winners, ptrdiff_t at)
+/* Winners have a byte each in memory and a lane each in registers. A word, as wide as T, holds those of sizeof(T) lanes (or of
+ * all, if there are fewer): a lane that has its word compares, or is merged, in its own byte of it. */
+static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
 {
-    const T_INT *wide = (const T_INT *)winner;
-    uint8_t *bytes = (uint8_t *)winners->data + at;
-    if (winners->item == 1 && winners->step == 1)
-        for (int i = 0; i < vectors * WIDTH; i++)
-            bytes[i] = (uint8_t)wide[i];
-    else if (winners->item == 1)
-        for (int i = 0; i < vectors * WIDTH; i++)
-            bytes[i * winners->step] = (uint8_t)wide[i];
-    else
-        for (int i = 0; i < vectors * WIDTH; i++)
-            ((uint16_t *)winners->data)[at + i * winners->step] = (uint16_t)wide[i];
+    const M byte = (M){LANE_NUMBERS} % T_BYTES;
+    return x << 8 * byte;
+}
+
+static inline __attribute__((always_inline)) M POOL(won_by)(M number, const uint8_t *winners)
+{
+#if WIDTH <= T_BYTES
+    T_INT bytes = 0;
+    memcpy(&bytes, winners, WIDTH);
+    const M word = (M){0} + bytes;
+#else
+    int64_t low, high;
+    memcpy(&low, winners, 8);
+    memcpy(&high, winners + WIDTH - 8, 8);
+    const M word = SPREAD((M)((POOL(longs)){0} + low), (M)((POOL(longs)){0} + high));
+#endif
+    return (word & POOL(in_own_byte)((M){0} + 255)) == POOL(in_own_byte)(number);
+}
+
+static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_runs *winners, ptrdiff_t at, M winner)
+{
+    if (winners->item == 2) {
+        UNROLL for (int i = 0; i < WIDTH; i++)
+            ((uint16_t *)winners->data)[at + i * winners->step] = (uint16_t)winner[i];
+        return;
+    }
+    uint8_t *out = (uint8_t *)winners->data + at;
+    if (winners->step != 1) {
+        UNROLL for (int i = 0; i < WIDTH; i++)
+            out[i * winners->step] = (uint8_t)winner[i];
+        return;
+    }
+    M word = POOL(in_own_byte)(winner);
+    word |= SWAP_1(word);
+#if WIDTH > 2
+    word |= SWAP_2(word);
+#endif
+#if WIDTH > 4 && T_BYTES > 4
+    word |= SWAP_4(word);
+#endif
+    UNROLL for (int i = 0; i < WIDTH; i += T_BYTES) {
+        const T_INT bytes = word[i];
+        memcpy(out + i, &bytes, WIDTH < T_BYTES ? WIDTH : T_BYTES);
+    }
 }
 
 /* The windows of `vectors` vectors; step, vectors and wanted are constants where this is inlined. */
@@ -99,9 +148,9 @@ static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cell
             winner[v] = ORDER(winner[v]);
         }
         POOL(store)((T *)out->data + out_at + v * WIDTH * out->step, out->step, best[v]);
+        if (wanted)
+            POOL(store_winners)(winners, winners_at + v * WIDTH * winners->step, winner[v]);
     }
-    if (wanted)
-        POOL(store_winners)(winner, vectors, winners, winners_at);
 }
 
 /* A run of n >= vectors * WIDTH windows; the last vectors overlap those before them. */
@@ -124,14 +173,12 @@ static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *s
     UNROLL for (int v = 0; v < vectors; v++)
         sum[v] = (V){0};
     for (ptrdiff_t t = 0; t < sources->count; t++) {
-        const uint8_t *winner = winners + sources->offsets[t];
-        const V *from = (const V *)(grad + sources->offsets[t]);
+        const ptrdiff_t from = sources->offsets[t];
         const M number = (M){0} + sources->numbers[t];
-        T_INT wide[4 * WIDTH];
-        for (int i = 0; i < vectors * WIDTH; i++)
-            wide[i] = winner[i];
-        UNROLL for (int v = 0; v < vectors; v++)
-            sum[v] += (V)((((const M *)wide)[v] == number) & (M)from[v]);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            M mine = POOL(won_by)(number, winners + from + v * WIDTH);
+            sum[v] += (V)(mine & *(const M *)(grad + from + v * WIDTH));
+        }
     }
 }
 
@@ -166,7 +213,12 @@ static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cell
 
 #undef V
 #undef M
+#undef LANE_NUMBERS
 #undef EVEN
 #undef ORDER
 #undef ZIP_LOW
 #undef ZIP_HIGH
+#undef SWAP_1
+#undef SWAP_2
+#undef SWAP_4
+#undef SPREAD
