@@ -386,9 +386,10 @@ static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, con
 static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const uint8_t *winners)
 {
     T sum = 0;
-    for (ptrdiff_t t = 0; t < sources->count; t++)
-        if (winners[sources->offsets[t]] == sources->numbers[t])
-            sum += grad[sources->offsets[t]];
+    for (ptrdiff_t t = 0; t < sources->count; t++) {
+        const T choice[2] = {0, grad[sources->offsets[t]]}; /* no branch: who wins is a matter of chance */
+        sum += choice[winners[sources->offsets[t]] == sources->numbers[t]];
+    }
     return sum;
 }
 
