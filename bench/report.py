@@ -158,8 +158,8 @@ def means(groups: Sequence[Sequence[Result]]) -> list[str]:
         if chosen is None:
             continue
         for other in group:
-            kind = "training:" if other.op == "train" else "convolution" if other.flops else "max pooling"
-            ratios = found.setdefault(f"{kind} {other.op}", {}).setdefault(other.name, [])
+            kind = "convolution " if other.flops else "max pooling "
+            ratios = found.setdefault(("" if other.op == "train" else kind) + other.op, {}).setdefault(other.name, [])
             ratios.append(other.minimum / chosen.minimum)
     return [
         f"{op}, geometric mean of * over "

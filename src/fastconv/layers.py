@@ -975,8 +975,8 @@ class Sequential(Layer):
 def _relu_after_pool(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     """Return the order to compute in: a ReLU commutes with the max pooling after it, and has less to do behind it.
 
-    The gradient is the same, too: where the maximum is positive the winner is the same cell, elsewhere it is 0. Not with
-    dilation, where a window can miss the image: its -inf would become 0.
+    The gradient is the same, too: where the maximum is positive the winner is the same cell, elsewhere it is 0. With
+    dilation a window can miss the image, and its -inf would become 0.
     """
     order = list(layers)
     for i, (layer, after) in enumerate(pairwise(layers)):
