@@ -69,6 +69,7 @@ cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, optio
     p.kernels = ukernels(p.item)
     make_view(&p.x, x)
     make_view(&p.y, y)
+    p.winners = p.y  # nobody looks there if there are none
     p.winner_item = 0
     if winners is not None:
         make_view(&p.winners, winners)
@@ -107,8 +108,8 @@ cdef void _locate(const Pool *p, Py_ssize_t index, Py_ssize_t end, Rows *rows) n
         rows.count = min(end - index, p.last[1] - rows.y)
 
 
-cdef fc_runs _runs(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
-                   Py_ssize_t y_step, Py_ssize_t x_step) noexcept nogil:
+cdef fc_runs _runs(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y,
+                   Py_ssize_t x, Py_ssize_t y_step, Py_ssize_t x_step) noexcept nogil:
     """Return how to go along rows of an array from a cell on, rows and columns being steps apart."""
     cdef fc_runs runs
     runs.data = v.data + (

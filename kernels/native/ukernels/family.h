@@ -1,7 +1,7 @@
 /* All microkernels of one instruction set and element type, written once with vector extensions.
  *
- * The including file defines T (the element type), FC(name) (its name in this family), VECTOR_BYTES and TILE_ROWS. Everything
- * stays static, so that no code of one instruction set can be linked into another.
+ * The including file defines T (the element type), T_BYTES (its size), T_INT (integers of that size), FC(name) (its name in this
+ * family), VECTOR_BYTES and TILE_ROWS. Everything stays static, so that no code of one instruction set can be linked into another.
  */
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(T)))
 #define LINE ((ptrdiff_t)(64 / sizeof(T)))
