@@ -15,6 +15,7 @@ from fastconv import registry, runtime
 from . import engines, peers, report, timing
 from .layers import LAYERS, Layer, find_layers, split_words
 from .report import Result
+from .training import NETWORKS, Batch, Network, reference, steps
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(option, type=of, default=words, metavar="NAMES", help=f"{what} (default: {','.join(words)})")
     of = _told(partial(_some_of, tuple(peers.PEERS)))
     add("--peers", type=of, default=(), metavar="NAMES", help=f"libraries to compare with, of {','.join(peers.PEERS)}")
+    add("--train", action="store_true", help="whole training steps of two networks, instead of single operations")
     add("--layout", choices=("NCHW", "NHWC"), default="NCHW", help="of fastconv's arrays (default: %(default)s)")
     add("--threads", type=_told(_positive), default=1, metavar="N", help="threads for everyone (default: %(default)s)")
     add("--repeat", type=_told(_positive), default=5, metavar="N", help="turns for everyone (default: %(default)s)")
@@ -47,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the arguments ask for, print each row when it is done, and return the exit status."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         return _fail(f"{' and '.join(missing)} not installed; python -m pip install 'fastconv[bench]'")
-    jobs = [(layer, op) for layer in args.layers for op in args.ops if op in layer.ops]
+    jobs: list[tuple[Layer | Network, str]]
+    if args.train:
+        jobs = [(network, "train") for network in NETWORKS]
+    else:
+        jobs = [(layer, op) for layer in args.layers for op in args.ops if op in layer.ops]
     if not jobs:
         return _fail(f"no layer that was asked for has the operation(s) {', '.join(args.ops)}")
     try:
@@ -64,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         tqdm.write("\n".join([*(f"{key:<16} {value}" for key, value in machine.items()), "", *report.header()]))
         for layer, op in jobs:
             bar.set_postfix_str(f"{layer.name} {op}")
-            groups.append(_measure(layer, op, args, others))
+            measured = _train(layer, args, others) if isinstance(layer, Network) else _measure(layer, op, args, others)
+            groups.append(measured)
             tqdm.write("\n".join(report.lines(groups[-1])))
             bar.update()
     print("", *report.means(groups), "", *report.footnotes(groups), sep="\n")
@@ -86,6 +93,18 @@ def _measure(layer: Layer, op: str, args: argparse.Namespace, others: Sequence[p
         errors.append(report.relative_error(candidate.to_numpy(candidate.call()), wanted))
     timings = timing.take_turns([candidate.call for candidate in found], args.repeat)
     return [report.result(layer, op, *measured) for measured in zip(found, timings, errors, strict=True)]
+
+
+def _train(network: Network, args: argparse.Namespace, others: Sequence[peers.Peer]) -> list[Result]:
+    """Return the results of all who can train a network; they take turns."""
+    batch = Batch.random(network)
+    found = steps(batch, args.layout)
+    for peer in others:
+        found += peer.steps(batch)
+    wanted = reference(batch)
+    errors = [report.relative_error(step.to_numpy(step.call()), wanted) for step in found]
+    timings = timing.take_turns([step.call for step in found], args.repeat)
+    return [report.step_result(network, *measured) for measured in zip(found, timings, errors, strict=True)]
 
 
 def _machine(args: argparse.Namespace, others: Sequence[peers.Peer]) -> dict[str, str]:

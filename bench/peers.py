@@ -7,6 +7,7 @@ is timed without it (ONNX Runtime). The allocation of the output is timed for al
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from fastconv.dims import per_dimension
 
 from .engines import Candidate, Problem
 from .layers import ConvLayer, Layer, PoolLayer
+from .training import CLASSES, LEARNING_RATE, Batch, Step, build
 
 #: Environment variables that cap the instruction set, of fastconv and of the peers.
 CAPS = ("FASTCONV_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
@@ -32,6 +34,9 @@ class Peer(Protocol):
 
     def candidates(self, problem: Problem, op: str) -> list[Candidate]:
         """Return its implementations of ``op``, none if it has none."""
+
+    def steps(self, batch: Batch) -> list[Step]:
+        """Return its training steps, none if it does not train."""
 
 
 class Geometry(NamedTuple):
@@ -111,6 +116,39 @@ class Torch:
         call = partial(backward, grad_output, input, *image, False, indices)
         return lambda: call().squeeze(2)
 
+    def steps(self, batch: Batch) -> list[Step]:
+        """Return eager steps in both memory formats, and one of ``torch.compile`` where that works."""
+        first, last = self.torch.contiguous_format, self.torch.channels_last
+        found = {"torch NCHW": self._step(batch, first), "torch NHWC": self._step(batch, last)}
+        try:
+            found["torch compile"] = self._step(batch, first, compile=True)
+        except Exception as error:  # whatever its compilers lack
+            print(f"torch.compile does not work here: {type(error).__name__}", file=sys.stderr)
+        return [Step(name, call, lambda gradient: gradient.numpy(), peer=True) for name, call in found.items()]
+
+    def _step(self, batch: Batch, memory_format: Any, compile: bool = False) -> Callable[[], Any]:
+        nn, network = self.torch.nn, batch.network
+        layers: list[Any] = []
+        for channels, _, width in list(network.stages())[:-1]:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(network.features, CLASSES))
+        start = build(network, "NCHW").params
+        model.load_state_dict({name: self.torch.from_numpy(param.copy()) for name, param in start.items()})
+        model = model.to(memory_format=memory_format)
+        images = self.torch.from_numpy(batch.images).contiguous(memory_format=memory_format)
+        classes = self.torch.from_numpy(batch.classes)
+        optimizer = self.torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        first, run = model[0].weight, self.torch.compile(model) if compile else model
+        run(images)  # compiles, or fails
+
+        def step() -> Any:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(run(images), classes).backward()
+            optimizer.step()
+            return first.grad
+
+        return step
+
 
 class OnnxRuntime:
     """ONNX Runtime, channels first and forward only. The model is a single node with its weights inside."""
@@ -136,6 +174,10 @@ class OnnxRuntime:
         session = self.runtime.InferenceSession(model, self.options, providers=["CPUExecutionProvider"])
         call = partial(session.run, None, {"input": problem.input})
         return [Candidate("onnxruntime", problem, call, lambda outputs: np.asarray(outputs[0]), peer=True)]
+
+    def steps(self, batch: Batch) -> list[Step]:
+        """Return nothing: it does not train."""
+        return []
 
     def _model(self, problem: Problem) -> Any:
         helper, layer = self.onnx.helper, problem.layer

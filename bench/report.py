@@ -14,13 +14,14 @@ import numpy as np
 from .engines import Array, Candidate
 from .layers import Layer
 from .timing import Timing
+from .training import Network, Step
 
 
 class Result(NamedTuple):
     """What was measured of one candidate."""
 
     layer: str
-    op: str  #: forward, input or weight
+    op: str  #: forward, input or weight, or train for a whole step
     name: str  #: engine/algorithm, or that of a peer
     peer: bool
     chosen: bool  #: fastconv takes it when nobody names an algorithm
@@ -28,7 +29,7 @@ class Result(NamedTuple):
     minimum: float  #: seconds
     median: float  #: seconds
     flops: int  #: 0 for a pooling
-    bytes: int  #: of all arrays, each read or written once
+    bytes: int  #: of all arrays, each read or written once; 0 for a training step
     error: float  #: RMS of the error over RMS of the result, against float64
 
 
@@ -54,6 +55,14 @@ def result(layer: Layer, op: str, candidate: Candidate, timing: Timing, error: f
     return Result(
         layer.name, op, candidate.name, candidate.peer, candidate.chosen, timed,
         timing.minimum / timed, timing.median / timed, layer.flops, 4 * layer.floats, error,
+    )  # fmt: skip
+
+
+def step_result(network: Network, step: Step, timing: Timing, error: float) -> Result:
+    """Return what was measured of a training step."""
+    return Result(
+        network.name, "train", step.name, step.peer, step.chosen, 1.0,
+        timing.minimum, timing.median, network.flops, 0, error,
     )  # fmt: skip
 
 
@@ -149,8 +158,8 @@ def means(groups: Sequence[Sequence[Result]]) -> list[str]:
         if chosen is None:
             continue
         for other in group:
-            kind = "convolution" if other.flops else "max pooling"
-            ratios = found.setdefault(f"{kind} {other.op}", {}).setdefault(other.name, [])
+            kind = "convolution " if other.flops else "max pooling "
+            ratios = found.setdefault(("" if other.op == "train" else kind) + other.op, {}).setdefault(other.name, [])
             ratios.append(other.minimum / chosen.minimum)
     return [
         f"{op}, geometric mean of * over "

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import registry, runtime
-from fastconv.bench import cli, engines, peers, report, timing
+from fastconv.bench import cli, engines, peers, report, timing, training
 from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_layers, slice_layer
 
 pytest.importorskip("threadpoolctl")
@@ -20,6 +20,7 @@ pytest.importorskip("tqdm")
 
 TINY = ConvLayer("tiny", (2, 3, 6, 7), (4, 3, 3, 3), stride=2, padding=1)
 TINY_POOL = PoolLayer("tiny_pool", (2, 3, 8, 8), kernel=2, stride=2)
+TINY_NETWORK = training.Network("tiny_net", (5, 2, 8, 8), (3, 4, 0, 5, 0))
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -149,6 +150,49 @@ def test_peers_agree(peer: str, layer: Layer) -> None:
         for candidate in library.candidates(problem, op):
             result = candidate.to_numpy(candidate.call())
             assert report.relative_error(result, engines.reference(problem, op)) < 1e-6, candidate.name
+
+
+# Training steps
+
+
+def test_networks_have_the_layers_that_their_widths_say() -> None:
+    model = training.build(TINY_NETWORK, "NHWC")
+    assert [type(layer).__name__ for layer in model] == [
+        "Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear",
+    ]  # fmt: skip
+    assert model.output_shape((5, 8, 8, 2)) == (5, training.CLASSES)
+    products = 3 * 2 * 9 * 64 + 4 * 3 * 9 * 64 + 5 * 4 * 9 * 16 + 5 * 4 * training.CLASSES
+    assert TINY_NETWORK.flops == 2 * 5 * (3 * products - 3 * 2 * 9 * 64)  # nobody wants the input's gradient
+
+
+@pytest.mark.parametrize("who", ["fastconv", *peers.PEERS])
+def test_everyone_takes_the_same_steps(who: str) -> None:
+    batch = training.Batch.random(TINY_NETWORK)
+    if who == "fastconv":
+        steps = training.steps(batch, "NCHW")
+    else:
+        try:
+            (library,) = peers.load_peers([who], 1)
+        except ImportError as error:
+            pytest.skip(str(error))
+        steps = library.steps(batch)
+    reference = training.step(batch, "NCHW", np.float64)
+    for _ in range(3):  # the third gradient depends on the weights after two steps
+        wanted = reference.call().copy()
+        for step in steps:
+            assert report.relative_error(step.to_numpy(step.call()), wanted) < 1e-5, step.name
+
+
+def test_training_is_measured_in_place_of_layers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "NETWORKS", (TINY_NETWORK,))
+    assert cli.run(arguments("--train", "--repeat", "1", "--layout", "NHWC")) == 0
+    out = capsys.readouterr().out
+    assert "| tiny_net        | train   | fastconv NHWC *" in out
+    assert "| tiny_net        | train   | fastconv NCHW  " in out
+    assert "train, geometric mean of * over fastconv NCHW" in out
+    assert "vgg" not in out
 
 
 # Timing and report

@@ -123,6 +123,18 @@ def test_backward_is_the_derivative_of_forward(case: tuple[Layer, Array], rng: n
         check_gradient(layer.grads[name], loss, param, rng)
 
 
+def test_backward_params_sets_the_same_gradients(case: tuple[Layer, Array], rng: np.random.Generator) -> None:
+    layer, x = case
+    grad_output = np.asarray(rng.standard_normal(layer(x).shape))
+    layer.backward(grad_output)
+    wanted = {name: gradient.copy() for name, gradient in layer.grads.items()}
+    layer(x)
+    layer.backward_params(grad_output)
+    assert layer.grads.keys() == wanted.keys()
+    for name, gradient in layer.grads.items():
+        np.testing.assert_array_equal(gradient, wanted[name])
+
+
 def test_output_shape_is_the_shape_of_the_output(case: tuple[Layer, Array]) -> None:
     layer, x = case
     assert layer.output_shape(x.shape) == layer(x).shape
@@ -177,6 +189,15 @@ def test_relu_lets_nan_through_and_keeps_the_dtype(dtype: type) -> None:
     output = relu(np.array([np.nan, -np.inf, np.inf], dtype))
     np.testing.assert_array_equal(output, [np.nan, 0, np.inf])
     assert output.dtype == relu.backward(output).dtype == dtype
+
+
+def test_relu_stops_whatever_comes_back_where_it_was_zero(dtype: type) -> None:
+    relu = ReLU()
+    relu(np.array([-1.0, -1.0, 1.0, 1.0], dtype))
+    grad = relu.backward(np.array([np.nan, np.inf, np.nan, -np.inf], dtype))
+    np.testing.assert_array_equal(grad, [0, 0, np.nan, -np.inf])
+    relu(np.array([[-1.0, 2.0], [3.0, -4.0]], dtype))
+    np.testing.assert_array_equal(relu.backward(np.arange(4, dtype=dtype).reshape(2, 2).T), [[0, 2], [1, 0]])
 
 
 def test_softmax_does_not_overflow() -> None:
@@ -311,6 +332,72 @@ def test_sequential_is_a_sequence_of_layers() -> None:
     assert head[0] is model[0]
     assert list(model.params) == ["0.weight", "0.bias", "3.weight", "3.bias", "7.weight", "7.bias"]
     assert next(iter(Sequential(ReLU(), lenet()).params)) == "1.0.weight"
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's own warning, from the engine "numpy"
+def test_sequential_computes_what_its_layers_compute_one_by_one(engine: str, value: float) -> None:
+    """It computes a ReLU with the convolution before it, or after the max pooling behind it; nobody can tell."""
+    rng = np.random.default_rng(0)
+    model = Sequential(
+        Conv2d(2, 5, 3, padding=1, rng=0, layout="NHWC"), ReLU(), MaxPool2d(3, 2, 1, layout="NHWC"),
+        Conv2d(5, 4, 3, rng=1, layout="NHWC"), ReLU(), Conv2d(4, 4, 1, rng=2, layout="NHWC"), ReLU(),
+        MaxPool2d(2, dilation=2, padding=1, stride=1, layout="NHWC"), ReLU(),
+    )  # fmt: skip
+    twin = copy.deepcopy(model)
+    x = rng.standard_normal((3, 12, 13, 2)).astype(np.float32)
+    x[1, 4, 5, 1] = value
+    with fc.config_context(engine=engine):
+        output = model(x)
+        wanted = x
+        for layer in twin:
+            wanted = layer(wanted)
+        np.testing.assert_array_equal(output, wanted)
+        grad_output = rng.standard_normal(output.shape).astype(np.float32)
+        grad_input, wanted = model.backward(grad_output), grad_output
+        for layer in reversed(twin.layers):
+            wanted = layer.backward(wanted)
+    np.testing.assert_array_equal(grad_input, wanted)
+    for name, gradient in model.grads.items():
+        np.testing.assert_array_equal(gradient, twin.grads[name])
+
+
+def test_sequential_calls_layers_that_are_someones_own() -> None:
+    class Shifted(ReLU):
+        def forward(self, input: Array) -> Array:
+            return super().forward(input + 1)
+
+    class Doubled(Conv2d):
+        def forward(self, input: Array) -> Array:
+            return 2 * super().forward(input)
+
+    x = np.full((1, 1, 1, 1), -3.0)
+    ones = {"bias": False, "dtype": np.float64}
+    for layers, wanted in (
+        ((Conv2d(1, 1, 1, **ones), Shifted()), 1 - 0.25),
+        ((Doubled(1, 1, 1, **ones), ReLU()), 0),
+        ((Shifted(), MaxPool2d(1)), 0),
+    ):
+        for layer in layers:
+            if layer.params:
+                layer.params["weight"] = [[[[1 / 12]]]]
+        assert Sequential(*layers)(x).item() == wanted
+
+
+def test_a_training_step_skips_the_gradient_of_the_first_input() -> None:
+    class Spy(ReLU):
+        def backward(self, grad_output: Array) -> Array:
+            called.append(self)
+            return super().backward(grad_output)
+
+    called: list[Layer] = []
+    first, inner, last = Spy(), Spy(), Spy()
+    model = Sequential(first, Sequential(inner, Linear(3, 3, rng=0)), last)
+    output = model(np.ones((2, 3), np.float32))
+    model.backward_params(output)
+    assert called == [last]
+    model.backward(output)
+    assert called == [last, last, inner, first]
 
 
 def test_sequential_takes_only_layers_and_each_only_once() -> None:

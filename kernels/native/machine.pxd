@@ -9,6 +9,16 @@ cdef extern from "ukernels.h" nogil:
         int relu
         Py_ssize_t pixel_stride, channel_stride
 
+    ctypedef struct fc_runs:
+        void *data
+        Py_ssize_t run, step
+        int item
+
+    ctypedef struct fc_cells:
+        Py_ssize_t count
+        const Py_ssize_t *offsets
+        const int *numbers
+
     ctypedef struct fc_ukernels:
         int lanes, tile_rows, depth_step
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
@@ -18,7 +28,10 @@ cdef extern from "ukernels.h" nogil:
                           Py_ssize_t, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
-        void (*max_update)(const void *, Py_ssize_t, Py_ssize_t, void *, int *, int) noexcept nogil
+        void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
+                         const fc_runs *) noexcept nogil
+        void (*max_pool_grad)(const fc_cells *, int, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
+                              const fc_runs *) noexcept nogil
         void (*winograd_input)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, Py_ssize_t, void *,
                                Py_ssize_t) noexcept nogil
         void (*winograd_weight)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil

@@ -1,46 +1,66 @@
 """Max pooling, forward and backward.
 
-    output[p] = max over cells t of the window of  input[p * stride + t * dilation - padding]
+    output[o]     = max over cells t of the window  of  input[o * stride + t * dilation - padding]
+    grad_input[i] = sum over windows o that have i as their cell t and winner  of  grad_output[o]
 
-    for image, and for group of channels or channel:        in parallel
-        for output row:
-            for cell of the window that has any output inside the image:
-                max_update: all outputs of the row at once, compared with that cell
-            store best values and winners
+    for some rows of outputs (forward) or of cells of the input (backward):         in parallel
+        for rows and columns that see the same cells (that are seen by the same windows):
+            one call of a microkernel: each maximum (sum) is in a register until it is stored
 
-The row runs along whichever dimension is contiguous: along W for channels-first images, along C (for each output column)
-for channels-last ones; the microkernel knows only a step. Backward scatters each gradient to its winner, in the order of the
-outputs; no two tasks share a plane.
+        +-+----------------+-+      channels first: vectors along W, one call for many rows
+        | |     border     | |      channels last: vectors along C, one call for the columns of a row
+        +-+----------------+-+
+        | |    interior    | |      A cell of the padding is not on the list of cells that a call is given:
+        | |   (one call)   | |      a border needs no code of its own, only calls of its own.
+        +-+----------------+-+
+
+Backward gathers: cells of the input that are a stride apart make up a class, and are seen by windows at the same distance
+from them. The classes of a row are stored side by side (for strides of 1, 2 and 4), so that every cell is written once and
+never read. Where windows are large or rows short, gradients are scattered to their winners instead. Either way a sum
+runs over the windows in their order.
 """
 
 cimport numpy as cnp
 from cython.parallel cimport prange
-from libc.math cimport INFINITY
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport View, ceil_div, make_view
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_ukernels, ukernels, usable_threads
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, arena, fc_cells, fc_runs, fc_ukernels, ukernels, usable_threads,
+)
 
 ctypedef unsigned char uchar
 ctypedef unsigned short ushort
 
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
-    CHANNELS = 64               # channels that a task has of a channels-last image
+    TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
+    GATHER_TAPS = 36            # larger windows are scattered
+    CHANNELS = 64               # channels that a task has of a channels-last image where gradients are scattered
 
-# One pooling; `channels` is how many channels a task has, `along_channels` whether rows run along them.
+# One pooling. A channels-last image is a single plane.
 ctypedef struct Pool:
     const fc_ukernels *kernels
     Py_ssize_t item
     View x, y, winners
-    Py_ssize_t winner_item      # 0: no winners wanted
+    int winner_item             # 0: no winners wanted
     Py_ssize_t kernel[3]
     Py_ssize_t stride[3]
     Py_ssize_t pad[3]
     Py_ssize_t dilation[3]
-    Py_ssize_t channels, channel_tasks
-    bint along_channels
+    Py_ssize_t taps
+    bint along_channels         # whether vectors run along C
+    Py_ssize_t planes           # of an image
+    Py_ssize_t depth, height    # of a plane: rows of outputs, or groups of `stride` rows of the input
+    Py_ssize_t first[3]         # the interior along each axis: outputs, or members of each class
+    Py_ssize_t last[3]
+    int classes                 # that are stored side by side
+    Py_ssize_t rows, task_rows  # in all, of a task
     int threads
+
+# Rows that see the same cells, from one at z, y on.
+ctypedef struct Rows:
+    Py_ssize_t image, channel, z, y, count
 
 
 cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options):
@@ -49,25 +69,56 @@ cdef void _make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, optio
     p.kernels = ukernels(p.item)
     make_view(&p.x, x)
     make_view(&p.y, y)
+    p.winners = p.y  # nobody looks there if there are none
     p.winner_item = 0
     if winners is not None:
         make_view(&p.winners, winners)
-        p.winner_item = cnp.PyArray_ITEMSIZE(winners)
+        p.winner_item = <int>cnp.PyArray_ITEMSIZE(winners)
+    p.taps = 1
     cells = p.y.size[0] * p.y.size[1]
     for axis in range(3):
         p.kernel[axis] = dims.kernel_size[axis]
         p.stride[axis] = dims.stride[axis]
         p.pad[axis] = dims.pad_before[axis]
         p.dilation[axis] = dims.dilation[axis]
+        p.taps *= p.kernel[axis]
         cells *= p.y.size[2 + axis] * p.kernel[axis]
     p.along_channels = abs(p.x.stride[1]) < abs(p.x.stride[4])
-    p.channels = CHANNELS if p.along_channels else 1
-    p.channel_tasks = ceil_div(p.x.size[1], p.channels)
+    p.planes = 1 if p.along_channels else p.x.size[1]
     p.threads = usable_threads(options.threads) if cells > SERIAL_CELLS else 1
 
 
-cdef Py_ssize_t clip(Py_ssize_t value, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    return low if value < low else high if value > high else value
+cdef Py_ssize_t _share_out(Pool *p, Py_ssize_t depth, Py_ssize_t height, Py_ssize_t row_cells) noexcept nogil:
+    """Share out the rows of all planes, each of so many comparisons for a channel; return the number of tasks."""
+    p.depth = depth
+    p.height = height
+    p.rows = p.x.size[0] * p.planes * depth * height
+    p.task_rows = 1 + TASK_CELLS // (row_cells * (p.x.size[1] // p.planes))
+    return ceil_div(p.rows, p.task_rows)
+
+
+cdef void _locate(const Pool *p, Py_ssize_t index, Py_ssize_t end, Rows *rows) noexcept nogil:
+    """Find the rows from ``index`` on that can be done in one call."""
+    rows.y = index % p.height
+    rows.z = index // p.height % p.depth
+    rows.channel = index // p.height // p.depth % p.planes
+    rows.image = index // p.height // p.depth // p.planes
+    rows.count = 1
+    if not p.along_channels and p.first[1] <= rows.y < p.last[1]:
+        rows.count = min(end - index, p.last[1] - rows.y)
+
+
+cdef fc_runs _runs(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y,
+                   Py_ssize_t x, Py_ssize_t y_step, Py_ssize_t x_step) noexcept nogil:
+    """Return how to go along rows of an array from a cell on, rows and columns being steps apart."""
+    cdef fc_runs runs
+    runs.data = v.data + (
+        rows.image * v.stride[0] + rows.channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
+    ) * item
+    runs.run = x_step * v.stride[4] if p.along_channels else y_step * v.stride[3]
+    runs.step = v.stride[1] if p.along_channels else x_step * v.stride[4]
+    runs.item = <int>item
+    return runs
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -75,95 +126,80 @@ cdef Py_ssize_t clip(Py_ssize_t value, Py_ssize_t low, Py_ssize_t high) noexcept
 def max_pool_forward(input, output, winners, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
-    cdef Py_ssize_t task, failures = 0
-    _make_pool(&pool, input, output, winners, dims, options)
+    cdef Pool *p = &pool
+    cdef Py_ssize_t task, tasks, failures = 0, reach
+    cdef int axis
+    _make_pool(p, input, output, winners, dims, options)
+    for axis in range(3):
+        reach = p.x.size[2 + axis] + p.pad[axis] - (p.kernel[axis] - 1) * p.dilation[axis]  # first cells are below it
+        p.first[axis] = min(ceil_div(p.pad[axis], p.stride[axis]), p.y.size[2 + axis])
+        p.last[axis] = max(p.first[axis], min(ceil_div(reach, p.stride[axis]), p.y.size[2 + axis]))
+    tasks = _share_out(p, p.y.size[2], p.y.size[3], p.y.size[4] * p.taps)
     with nogil:
-        for task in prange(pool.x.size[0] * pool.channel_tasks, num_threads=pool.threads, schedule="dynamic"):
-            failures += _forward_task(&pool, task)
+        for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+            failures += _forward_task(p, task)
     if failures:
         raise MemoryError("no memory for the workspace of a pooling")
 
 
 cdef int _forward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
-    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel)
-    cdef Py_ssize_t length = channels if p.along_channels else p.y.size[4]
-    cdef char *best = arena(FC_ARENA_BLOCK, length * (p.item + 4) + 64)
-    cdef Py_ssize_t z, y, x
-    if best == NULL:
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>arena(
+        FC_ARENA_BLOCK, p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    )
+    if offsets == NULL:
         return 1
-    cdef int *winner = <int *>(best + length * p.item)
-    for z in range(p.y.size[2]):
-        for y in range(p.y.size[3]):
-            if p.along_channels:
-                for x in range(p.y.size[4]):
-                    _row(p, image, channel, z, y, x, 1, channels, best, winner)
-            else:
-                _row(p, image, channel, z, y, 0, p.y.size[4], 1, best, winner)
+    cdef fc_cells cells
+    cells.offsets = offsets
+    cells.numbers = <int *>(offsets + p.taps)
+    cdef Py_ssize_t index = task * p.task_rows, end = min(index + p.task_rows, p.rows), columns = p.last[2] - p.first[2]
+    cdef Py_ssize_t i
+    cdef Rows rows
+    while index < end:
+        _locate(p, index, end, &rows)
+        if columns:
+            _pool(p, &cells, &rows, p.first[2], columns)
+        for i in range(p.y.size[4] - columns):
+            _pool(p, &cells, &rows, i if i < p.first[2] else i + columns, 1)
+        index += rows.count
     return 0
 
 
-cdef void _row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
-               Py_ssize_t columns, Py_ssize_t channels, char *best, int *winner) noexcept nogil:
-    """Pool ``columns`` outputs of one channel, or one output of ``channels`` channels."""
-    cdef Py_ssize_t length = max(columns, channels), i, d, h, w, cell = -1, start, stop
-    cdef Py_ssize_t iz, iy, left
+cdef void _pool(const Pool *p, fc_cells *cells, const Rows *rows, Py_ssize_t x, Py_ssize_t columns) noexcept nogil:
+    """Pool windows that see the same cells."""
+    cdef Py_ssize_t first_z = rows.z * p.stride[0] - p.pad[0]
+    cdef Py_ssize_t first_y = rows.y * p.stride[1] - p.pad[1]
+    cdef Py_ssize_t first_x = x * p.stride[2] - p.pad[2]
+    cdef fc_runs from_x = _runs(p, &p.x, p.item, rows, first_z, first_y, first_x, p.stride[1], p.stride[2])
+    cdef fc_runs to_y = _runs(p, &p.y, p.item, rows, rows.z, rows.y, x, 1, 1)
+    cdef fc_runs to_winners = _runs(p, &p.winners, p.winner_item, rows, rows.z, rows.y, x, 1, 1)
+    _list_cells(p, first_z, first_y, first_x, cells)
+    if p.along_channels:
+        p.kernels.max_pool(cells, columns, p.x.size[1], &from_x, &to_y, &to_winners)
+    else:
+        p.kernels.max_pool(cells, rows.count, columns, &from_x, &to_y, &to_winners)
+
+
+cdef void _list_cells(const Pool *p, Py_ssize_t first_z, Py_ssize_t first_y, Py_ssize_t first_x,
+                      fc_cells *cells) noexcept nogil:
+    """List the cells inside the image of a window whose first cell is there."""
     cdef const View *v = &p.x
-    cdef const char *base = v.data + (image * v.stride[0] + channel * v.stride[1]) * p.item
-    cdef Py_ssize_t step = v.stride[1] if p.along_channels else p.stride[2] * v.stride[4]
-    for i in range(length):
-        winner[i] = -1
-        if p.item == 4:
-            (<float *>best)[i] = -INFINITY
-        else:
-            (<double *>best)[i] = -INFINITY
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>cells.offsets
+    cdef int *numbers = <int *>cells.numbers
+    cdef Py_ssize_t d, h, w, z, y, x, n = 0
+    numbers[0] = 0  # the winner of a window that sees no cell
     for d in range(p.kernel[0]):
-        iz = z * p.stride[0] - p.pad[0] + d * p.dilation[0]
+        z = d * p.dilation[0]
         for h in range(p.kernel[1]):
-            iy = y * p.stride[1] - p.pad[1] + h * p.dilation[1]
+            y = h * p.dilation[1]
+            if not (0 <= first_z + z < v.size[2] and 0 <= first_y + y < v.size[3]):
+                continue
             for w in range(p.kernel[2]):
-                cell += 1
-                left = x * p.stride[2] - p.pad[2] + w * p.dilation[2]
-                if iz < 0 or iz >= v.size[2] or iy < 0 or iy >= v.size[3] or left >= v.size[4]:
-                    continue
-                # The outputs start to stop of the row see this cell inside the image.
-                start = 0 if left >= 0 else min((-left + p.stride[2] - 1) // p.stride[2], columns)
-                stop = min((v.size[4] - 1 - left) // p.stride[2] + 1, columns)
-                if stop <= start:
-                    continue
-                left += start * p.stride[2]
-                p.kernels.max_update(
-                    base + (iz * v.stride[2] + iy * v.stride[3] + left * v.stride[4]) * p.item, step,
-                    channels if p.along_channels else stop - start, best + start * p.item, winner + start, <int>cell,
-                )
-    _store_row(p, image, channel, z, y, x, length, best, winner)
-
-
-cdef void _store_row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t z, Py_ssize_t y, Py_ssize_t x,
-                     Py_ssize_t length, const char *best, const int *winner) noexcept nogil:
-    cdef const View *v = &p.y
-    cdef int axis = 1 if p.along_channels else 4
-    cdef char *out = v.data + (
-        image * v.stride[0] + channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
-    ) * p.item
-    cdef Py_ssize_t i, step = v.stride[axis]
-    for i in range(length):
-        if p.item == 4:
-            (<float *>out)[i * step] = (<const float *>best)[i]
-        else:
-            (<double *>out)[i * step] = (<const double *>best)[i]
-    if p.winner_item == 0:
-        return
-    v = &p.winners
-    step = v.stride[axis]
-    out = v.data + (
-        image * v.stride[0] + channel * v.stride[1] + z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
-    ) * p.winner_item
-    for i in range(length):
-        if p.winner_item == 1:
-            (<unsigned char *>out)[i * step] = <unsigned char>max(winner[i], 0)
-        else:
-            (<unsigned short *>out)[i * step] = <unsigned short>max(winner[i], 0)
+                x = w * p.dilation[2]
+                if 0 <= first_x + x < v.size[4]:
+                    offsets[n] = z * v.stride[2] + y * v.stride[3] + x * v.stride[4]
+                    numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2] + w)
+                    n += 1
+    cells.count = n
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -171,13 +207,163 @@ cdef void _store_row(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssi
 def max_pool_backward(grad_output, winners, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
-    cdef Py_ssize_t task, failures = 0
-    _make_pool(&pool, grad_input, grad_output, winners, dims, options)
-    with nogil:
-        for task in prange(pool.x.size[0] * pool.channel_tasks, num_threads=pool.threads, schedule="dynamic"):
-            failures += _backward_task(&pool, task)
+    cdef Pool *p = &pool
+    cdef Py_ssize_t task, tasks, failures = 0
+    _make_pool(p, grad_input, grad_output, winners, dims, options)
+    if _can_gather(p):
+        _make_classes(p)
+        tasks = _share_out(p, p.x.size[2], ceil_div(p.x.size[3], p.stride[1]), p.y.size[4] * p.taps)
+        with nogil:
+            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+                failures += _gather_task(p, task)
+    else:
+        tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
+        with nogil:
+            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
+                failures += _scatter_task(p, task)
     if failures:
         raise MemoryError("no memory for the workspace of a pooling")
+
+
+# Workspace of a task that gathers. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
+ctypedef struct Listing:
+    Py_ssize_t *residue[3]
+    Py_ssize_t *shift[3]
+    Py_ssize_t lines            # rows of windows that see a row of the input: where they are, ...
+    Py_ssize_t *line_offsets
+    int *line_numbers           # ... and the number of their first cell
+    Py_ssize_t *offsets         # of the sources
+    int *numbers
+
+
+cdef bint _can_gather(const Pool *p) noexcept nogil:
+    """Whether gathering is worth it, and the outputs' gradients and winners are contiguous in the same way."""
+    cdef int axis, along = 1 if p.along_channels else 4
+    for axis in range(5):
+        if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
+            return False
+    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= p.kernels.lanes
+
+
+cdef void _make_classes(Pool *p) noexcept nogil:
+    """Find the members of all classes that are seen by all windows of their class."""
+    cdef Py_ssize_t t, distance
+    cdef int axis
+    p.classes = <int>p.stride[2] if not p.along_channels and p.x.stride[4] == 1 and p.stride[2] in (1, 2, 4) else 1
+    for axis in range(3):
+        p.first[axis] = 0
+        p.last[axis] = min(p.x.size[2 + axis] // p.stride[axis], p.y.size[2 + axis])
+        for t in range(p.kernel[axis]):
+            distance = p.pad[axis] - t * p.dilation[axis]
+            p.first[axis] = max(p.first[axis], max(-distance, 0) // p.stride[axis])
+            p.last[axis] = min(p.last[axis], p.y.size[2 + axis] - ceil_div(distance, p.stride[axis]))
+        if p.last[axis] < p.first[axis]:
+            p.first[axis] = p.last[axis] = 0
+
+
+cdef int _gather_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+    cdef Listing listing
+    cdef Py_ssize_t index = task * p.task_rows, end = min(index + p.task_rows, p.rows), r
+    cdef Rows rows
+    if _make_listing(p, &listing):
+        return 1
+    while index < end:
+        _locate(p, index, end, &rows)
+        for r in range(min(p.stride[1], p.x.size[3] - rows.y * p.stride[1])):
+            _list_lines(p, &rows, r, &listing)
+            _gather_rows(p, &rows, r, &listing)
+        index += rows.count
+    return 0
+
+
+cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
+    cdef Py_ssize_t taps = p.kernel[0] + p.kernel[1] + p.kernel[2], distance, t
+    cdef int axis
+    cdef Py_ssize_t *memory = <Py_ssize_t *>arena(
+        FC_ARENA_BLOCK, 2 * taps * <Py_ssize_t>sizeof(Py_ssize_t)
+        + 2 * p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    )
+    if memory == NULL:
+        return 1
+    for axis in range(3):
+        listing.residue[axis] = memory
+        listing.shift[axis] = memory + p.kernel[axis]
+        memory += 2 * p.kernel[axis]
+        for t in range(p.kernel[axis]):
+            distance = t * p.dilation[axis] - p.pad[axis]
+            listing.residue[axis][t] = (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
+            listing.shift[axis][t] = (listing.residue[axis][t] - distance) // p.stride[axis]
+    listing.line_offsets = memory
+    listing.offsets = memory + p.taps
+    listing.line_numbers = <int *>(memory + 2 * p.taps)
+    listing.numbers = listing.line_numbers + p.taps
+    return 0
+
+
+cdef void _list_lines(const Pool *p, const Rows *rows, Py_ssize_t r, Listing *listing) noexcept nogil:
+    """List the rows of windows that see row ``r`` of a group, in their order."""
+    cdef Py_ssize_t d, h, z, y, n = 0
+    for d in range(p.kernel[0] - 1, -1, -1):
+        z = rows.z // p.stride[0] + listing.shift[0][d]
+        if listing.residue[0][d] != rows.z % p.stride[0] or z < 0 or z >= p.y.size[2]:
+            continue
+        for h in range(p.kernel[1] - 1, -1, -1):
+            y = rows.y + listing.shift[1][h]
+            if listing.residue[1][h] == r and 0 <= y < p.y.size[3]:
+                listing.line_offsets[n] = z * p.y.stride[2] + y * p.y.stride[3]
+                listing.line_numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2])
+                n += 1
+    listing.lines = n
+
+
+cdef void _gather_rows(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing) noexcept nogil:
+    """Compute row ``row`` of some groups of rows: first the interior of all classes, then the borders of each."""
+    cdef Py_ssize_t columns = p.last[2] - p.first[2], r, i
+    if columns:
+        for r from 0 <= r < p.stride[2] by p.classes:
+            _gather(p, rows, row, listing, r, p.classes, p.first[2], columns)
+    for r in range(p.stride[2]):
+        for i in range((p.x.size[4] - r + p.stride[2] - 1) // p.stride[2] - columns):
+            _gather(p, rows, row, listing, r, 1, i if i < p.first[2] else i + columns, 1)
+
+
+cdef void _gather(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing, Py_ssize_t r, int classes,
+                  Py_ssize_t first, Py_ssize_t columns) noexcept nogil:
+    """Compute ``columns`` members from ``first`` on of some classes from ``r`` on."""
+    cdef fc_runs from_y = _runs(p, &p.y, p.item, rows, 0, 0, first, 1, 1)
+    cdef fc_runs from_winners = _runs(p, &p.winners, 1, rows, 0, 0, first, 1, 1)
+    cdef fc_runs to_x = _runs(
+        p, &p.x, p.item, rows, rows.z, rows.y * p.stride[1] + row, first * p.stride[2] + r, p.stride[1], p.stride[2]
+    )
+    cdef fc_cells sources[4]
+    _list_sources(p, listing, r, classes, first, first + columns, sources)
+    if p.along_channels:
+        p.kernels.max_pool_grad(sources, classes, columns, p.x.size[1], &from_y, &from_winners, &to_x)
+    else:
+        p.kernels.max_pool_grad(sources, classes, rows.count, columns, &from_y, &from_winners, &to_x)
+
+
+cdef void _list_sources(const Pool *p, const Listing *listing, Py_ssize_t r, int classes, Py_ssize_t first,
+                        Py_ssize_t last, fc_cells *sources) noexcept nogil:
+    """List, for some classes from ``r`` on, the windows that see all of their members ``first`` to ``last``."""
+    cdef Py_ssize_t *offsets = listing.offsets
+    cdef int *numbers = listing.numbers
+    cdef Py_ssize_t line, w, x, n
+    cdef int c
+    for c in range(classes):
+        n = 0
+        for line in range(listing.lines):
+            for w in range(p.kernel[2] - 1, -1, -1):
+                x = listing.shift[2][w]
+                if listing.residue[2][w] == r + c and first + x >= 0 and last - 1 + x < p.y.size[4]:
+                    offsets[n] = listing.line_offsets[line] + x * p.y.stride[4]
+                    numbers[n] = listing.line_numbers[line] + <int>w
+                    n += 1
+        sources[c].count = n
+        sources[c].offsets = offsets
+        sources[c].numbers = numbers
+        offsets += n
+        numbers += n
 
 
 # Where a cell of a window is, from the window's first cell.
@@ -193,10 +379,10 @@ ctypedef fused index:
     ushort
 
 
-cdef int _backward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
-    cdef Py_ssize_t image = task // p.channel_tasks, channel = task % p.channel_tasks * p.channels
-    cdef Py_ssize_t channels = min(p.channels, p.x.size[1] - channel), d, h, w
-    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.kernel[0] * p.kernel[1] * p.kernel[2] * <Py_ssize_t>sizeof(Cell))
+cdef int _scatter_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+    cdef Py_ssize_t most = CHANNELS if p.along_channels else 1, parts = ceil_div(p.x.size[1], most), d, h, w
+    cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
+    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.taps * <Py_ssize_t>sizeof(Cell))
     cdef Cell *cell = cells
     if cells == NULL:
         return 1
@@ -247,7 +433,7 @@ cdef void _scatter_row(const Pool *p, Py_ssize_t channels, const Cell *cells, Py
     cdef const View *vx = &p.x
     cdef const View *vy = &p.y
     cdef const View *vw = &p.winners
-    cdef const Cell *last = &cells[p.kernel[0] * p.kernel[1] * p.kernel[2] - 1]
+    cdef const Cell *last = &cells[p.taps - 1]
     cdef bint rows_inside = (
         0 <= z and z + last.z < vx.size[2] and 0 <= y0 and y0 + last.y < vx.size[3]
     )

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape
+from .buffers import empty
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
 from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, threads_of
@@ -74,7 +75,7 @@ def allocate(out: object, shape: tuple[int, ...], batched: bool, *inputs: Array 
         checked = arrays.check_out(out, shape if batched else shape[1:], like.dtype)
         if arrays.storable(checked, *inputs):
             return checked if batched else checked[None]
-    return np.empty(shape, like.dtype)
+    return empty(shape, like.dtype)
 
 
 def deliver(result: Array, out: Array | None, batched: bool) -> Array:
@@ -537,7 +538,7 @@ def _max_pool(
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
     result = allocate(out, shape, batched, x)
-    winners = np.empty(shape, arrays.winner_dtype(dims)) if return_indices else None
+    winners = empty(shape, arrays.winner_dtype(dims)) if return_indices else None
     where = None if winners is None else first_image(winners, spatial, last)
     target = first_image(result, spatial, last)
     run("max_pool_forward", dims, x, target, where, how=options(), engine=engine, algorithm=algorithm)

@@ -138,7 +138,7 @@ def accuracy(model: Layer, x: Array, classes: Array, batch_size: int = 256) -> f
 def _step(model: Layer, x: Array, y: Array, loss: Loss, optimizer: Optimizer) -> float:
     """Train on one batch and return its loss."""
     value, grad = loss(model(x), y)
-    model.backward(grad)
+    model.backward_params(grad)
     optimizer.step()
     return value
 

@@ -4,6 +4,7 @@
  *   TILE_ROWS     pixels of the register tile: TILE_ROWS x 2 accumulators, 2 weights and a broadcast fill the registers, and
  *                 one pointer for each row must fit into the general registers
  */
+#include <math.h>
 #include <string.h>
 
 #include "ukernels.h"
@@ -27,19 +28,23 @@
 #define TEXT(a) TEXT_(a)
 
 #define T float
-#define ITEM 4
+#define T_BYTES 4
+#define T_INT int32_t
 #define FC(name) PASTE(fc_f32_##name##__, ISA)
 #include "family.h"
 #undef T
-#undef ITEM
+#undef T_BYTES
+#undef T_INT
 #undef FC
 
 #define T double
-#define ITEM 8
+#define T_BYTES 8
+#define T_INT int64_t
 #define FC(name) PASTE(fc_f64_##name##__, ISA)
 #include "family.h"
 #undef T
-#undef ITEM
+#undef T_BYTES
+#undef T_INT
 #undef FC
 
 const fc_isa PASTE(fc_isa_, ISA) = {

@@ -1,7 +1,7 @@
 /* All microkernels of one instruction set and element type, written once with vector extensions.
  *
- * The including file defines T (the element type), ITEM (its bytes), FC(name) (its name in this family), VECTOR_BYTES and TILE_ROWS. Everything
- * stays static, so that no code of one instruction set can be linked into another.
+ * The including file defines T (the element type), T_BYTES (its size), T_INT (integers of that size), FC(name) (its name in this
+ * family), VECTOR_BYTES and TILE_ROWS. Everything stays static, so that no code of one instruction set can be linked into another.
  */
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(T)))
 #define LINE ((ptrdiff_t)(64 / sizeof(T)))
@@ -78,9 +78,9 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
 #define SIDE 4
 #include "square.h"
 #undef SIDE
-#if VECTOR_BYTES / ITEM == 8
+#if VECTOR_BYTES / T_BYTES == 8
 #define WIDE 8
-#elif VECTOR_BYTES / ITEM == 16
+#elif VECTOR_BYTES / T_BYTES == 16
 #define WIDE 16
 #endif
 #ifdef WIDE
@@ -283,25 +283,126 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 
 /* ----------------------------------------------------------------------------------------------------- max pooling */
 
-static inline __attribute__((always_inline)) void FC(max_step)(const T *in, ptrdiff_t step, ptrdiff_t n, T *best,
-                                                               int32_t *winner, int32_t cell)
+#undef V /* max_pool.h has its own, at two widths */
+
+#define POOL(name) FC(name##_vector)
+#define WIDTH (VECTOR_BYTES / T_BYTES)
+#include "max_pool.h"
+#undef POOL
+#undef WIDTH
+
+#if VECTOR_BYTES > 4 * T_BYTES
+#define POOL(name) FC(name##_quad)
+#define WIDTH 4
+#include "max_pool.h"
+#undef POOL
+#undef WIDTH
+#endif
+
+static inline void FC(max_window)(const fc_cells *cells, const T *in, const fc_runs *out, ptrdiff_t out_at,
+                                  const fc_runs *winners, ptrdiff_t winners_at)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        T value = in[i * step];
-        int take = (value > best[i]) | (value != value) | (winner[i] < 0);
-        best[i] = take ? value : best[i];
-        winner[i] = take ? cell : winner[i];
+    T best = -(T)INFINITY;
+    int32_t winner = cells->numbers[0];
+    for (ptrdiff_t t = 0; t < cells->count; t++) {
+        const T x = in[cells->offsets[t]];
+        const int take = (x > best) | (x != x);
+        best = take ? x : best;
+        winner = take ? cells->numbers[t] : winner;
+    }
+    ((T *)out->data)[out_at] = best;
+    if (winners->item == 1)
+        ((uint8_t *)winners->data)[winners_at] = (uint8_t)winner;
+    else if (winners->item == 2)
+        ((uint16_t *)winners->data)[winners_at] = (uint16_t)winner;
+}
+
+static inline __attribute__((always_inline)) void FC(max_runs)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n,
+                                                               const fc_runs *in, ptrdiff_t step, const int wanted,
+                                                               const fc_runs *out, const fc_runs *winners)
+{
+    for (ptrdiff_t r = 0; r < runs; r++) {
+        const T *from = (const T *)in->data + r * in->run;
+        const ptrdiff_t to = r * out->run, won = r * winners->run;
+        if (n >= 4 * LANES)
+            FC(max_run_vector)(cells, n, from, step, 4, wanted, out, to, winners, won);
+        else if (n >= 2 * LANES)
+            FC(max_run_vector)(cells, n, from, step, 2, wanted, out, to, winners, won);
+        else if (n >= LANES)
+            FC(max_run_vector)(cells, n, from, step, 1, wanted, out, to, winners, won);
+#if VECTOR_BYTES > 4 * T_BYTES
+        else if (n >= 4)
+            FC(max_run_quad)(cells, n, from, step, 1, wanted, out, to, winners, won);
+#endif
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                FC(max_window)(cells, from + i * step, out, to + i * out->step, winners, won + i * winners->step);
     }
 }
 
-static void FC(max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell)
+static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *input,
+                         const fc_runs *output, const fc_runs *wins)
 {
-    if (step == 1)
-        FC(max_step)(in, 1, n, best, winner, cell);
-    else if (step == 2)
-        FC(max_step)(in, 2, n, best, winner, cell);
+    const fc_runs copy[3] = {*input, *output, *wins}; /* for the compiler: what is stored doesn't change them */
+    const fc_runs *in = &copy[0], *out = &copy[1], *winners = &copy[2];
+#define STEP_CASE(step)                                             \
+    if (winners->item)                                              \
+        FC(max_runs)(cells, runs, n, in, step, 1, out, winners);    \
+    else                                                            \
+        FC(max_runs)(cells, runs, n, in, step, 0, out, winners);
+    switch (in->step) {
+    case 1:
+        STEP_CASE(1) break;
+    case 2:
+        STEP_CASE(2) break;
+    case 4:
+        STEP_CASE(4) break;
+    default:
+        STEP_CASE(in->step)
+    }
+#undef STEP_CASE
+}
+
+static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const uint8_t *winners)
+{
+    T sum = 0;
+    for (ptrdiff_t t = 0; t < sources->count; t++) {
+        const T choice[2] = {0, grad[sources->offsets[t]]}; /* no branch: who wins is a matter of chance */
+        sum += choice[winners[sources->offsets[t]] == sources->numbers[t]];
+    }
+    return sum;
+}
+
+static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells *sources, const int classes,
+                                                                  ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                                                                  const fc_runs *winners, const fc_runs *out)
+{
+    for (ptrdiff_t r = 0; r < runs; r++) {
+        const T *from = (const T *)grad->data + r * grad->run;
+        const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
+        T *to = (T *)out->data + r * out->run;
+        if (n >= 4 * LANES)
+            FC(gather_run_vector)(sources, classes, 4, n, from, won, to, out->step);
+        else if (n >= 2 * LANES)
+            FC(gather_run_vector)(sources, classes, 2, n, from, won, to, out->step);
+        else if (n >= LANES)
+            FC(gather_run_vector)(sources, classes, 1, n, from, won, to, out->step);
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                UNROLL for (int c = 0; c < classes; c++)
+                    to[i * out->step + c] = FC(gather_cell)(&sources[c], from + i, won + i);
+    }
+}
+
+static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                              const fc_runs *winners, const fc_runs *out)
+{
+    if (classes == 1)
+        FC(gather_runs)(sources, 1, runs, n, grad, winners, out);
+    else if (classes == 2)
+        FC(gather_runs)(sources, 2, runs, n, grad, winners, out);
     else
-        FC(max_step)(in, step, n, best, winner, cell);
+        FC(gather_runs)(sources, 4, runs, n, grad, winners, out);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */
@@ -315,14 +416,14 @@ static const fc_ukernels FC(table) = {
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
-    .max_update = FC(max_update),
+    .max_pool = FC(max_pool),
+    .max_pool_grad = FC(max_pool_grad),
     .winograd_input = FC(winograd_input),
     .winograd_weight = FC(winograd_weight),
     .winograd_output = FC(winograd_output),
     .all_below = FC(all_below),
 };
 
-#undef V
 #undef LANES
 #undef LINE
 #undef WIDE

@@ -35,6 +35,20 @@ typedef struct {
     ptrdiff_t pixel_stride, channel_stride;
 } fc_epilogue;
 
+/* Runs of elements in a strided array: element i of run r is data[r * run + i * step]. */
+typedef struct {
+    void *data;
+    ptrdiff_t run, step;
+    int item; /* bytes in an element of winners; 0: nobody wants them */
+} fc_runs;
+
+/* The cells that a window sees, or the windows that see a cell: where they are, and the cells' numbers in the window. */
+typedef struct {
+    ptrdiff_t count;
+    const ptrdiff_t *offsets;
+    const int32_t *numbers;
+} fc_cells;
+
 typedef struct {
     int lanes;      /* elements in a vector */
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
@@ -61,9 +75,17 @@ typedef struct {
     void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
                              ptrdiff_t n_pixels, ptrdiff_t block, void *c);
 
-    /* One cell of n windows at once: where in[i * step] beats best[i], it and `cell` are the new best and winner.
-     * A winner of -1 is beaten by everything, a number by a greater one, everything by a NaN. */
-    void (*max_update)(const void *in, ptrdiff_t step, ptrdiff_t n, void *best, int32_t *winner, int32_t cell);
+    /* The maximum of each of runs * n windows that see the same cells, and its number unless winners->item is 0. A greater
+     * cell wins, a NaN over everything; without any cell the maximum is -inf, the winner numbers[0].
+     *     out[r][i] = max over t of in[r][i + offsets[t]] */
+    void (*max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
+                     const fc_runs *winners);
+
+    /* What each cell of the input gets from the windows that it may have won, in their order. Neighbouring cells that repeat
+     * every `classes` (1, 2 or 4) have their own sources each; grad and winners have step 1 and the same runs.
+     *     out[r][i * classes + c] = sum over t of grad[r][i + offsets[c][t]] where winners[r][i + offsets[c][t]] = numbers[c][t] */
+    void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                          const fc_runs *winners, const fc_runs *out);
 
     /* Winograd F(2x2, 3x3): a tile of 2x2 outputs sees 4x4 inputs and has 16 points. In all three, points are
      * `point_stride` apart.

@@ -1,0 +1,224 @@
+/* Max pooling for WIDTH windows at once. family.h includes this for a whole vector and, for short rows, for 4 lanes; it
+ * defines WIDTH and POOL(name), the name of a function or type at that width.
+ */
+typedef T POOL(vector) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef T_INT POOL(mask) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_alias));
+#define V POOL(vector)
+#define M POOL(mask)
+
+/* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b, and ORDER puts what EVEN gives into
+ * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. SWAP exchanges groups of n lanes,
+ * SPREAD gives each group of 4 its word. */
+#define ORDER(x) x
+#if WIDTH == 2
+#define LANE_NUMBERS 0, 1
+#define EVEN(a, b) SHUFFLE(a, b, 0, 3)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 2)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 1, 3)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0)
+#elif WIDTH == 4
+#define LANE_NUMBERS 0, 1, 2, 3
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 5, 7)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1)
+#elif WIDTH == 8
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 9, 11, 4, 6, 13, 15)
+#undef ORDER
+#define ORDER(x) SHUFFLE(x, x, 0, 1, 4, 5, 2, 3, 6, 7)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5)
+#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1)
+#define SWAP_4(x) SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3)
+#else
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1, 16, 16, 16, 16, 17, 17, 17, 17)
+#endif
+
+/* WIDTH elements, `step` apart, in EVEN's order where the step is 2 or 4; nothing beyond the last of them is read. */
+static inline __attribute__((always_inline)) V POOL(load)(const T *in, ptrdiff_t step)
+{
+    if (step == 1)
+        return *(const V *)in;
+    if (step == 2)
+        return EVEN(*(const V *)in, *(const V *)(in + WIDTH - 1));
+    if (step == 4)
+        return EVEN(ORDER(POOL(load)(in, 2)), ORDER(POOL(load)(in + 2 * (WIDTH - 1), 2)));
+    V x = {0};
+    UNROLL for (int i = 0; i < WIDTH; i++)
+        x[i] = in[i * step];
+    return x;
+}
+
+static inline __attribute__((always_inline)) void POOL(store)(T *out, ptrdiff_t step, V x)
+{
+    if (step == 1)
+        *(V *)out = x;
+    else
+        UNROLL for (int i = 0; i < WIDTH; i++)
+            out[i * step] = x[i];
+}
+
+/* Winners have a byte each in memory and a lane each in registers. A word, as wide as T, holds those of sizeof(T) lanes (or of
+ * all, if there are fewer): a lane that has its word compares, or is merged, in its own byte of it. */
+static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
+{
+    const M byte = (M){LANE_NUMBERS} % T_BYTES;
+    return x << 8 * byte;
+}
+
+static inline __attribute__((always_inline)) M POOL(won_by)(M number, const uint8_t *winners)
+{
+#if WIDTH <= T_BYTES
+    T_INT bytes = 0;
+    memcpy(&bytes, winners, WIDTH);
+    const M word = (M){0} + bytes;
+#else
+    int64_t low, high;
+    memcpy(&low, winners, 8);
+    memcpy(&high, winners + WIDTH - 8, 8);
+    const M word = SPREAD((M)((POOL(longs)){0} + low), (M)((POOL(longs)){0} + high));
+#endif
+    return (word & POOL(in_own_byte)((M){0} + 255)) == POOL(in_own_byte)(number);
+}
+
+static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_runs *winners, ptrdiff_t at, M winner)
+{
+    if (winners->item == 2) {
+        UNROLL for (int i = 0; i < WIDTH; i++)
+            ((uint16_t *)winners->data)[at + i * winners->step] = (uint16_t)winner[i];
+        return;
+    }
+    uint8_t *out = (uint8_t *)winners->data + at;
+    if (winners->step != 1) {
+        UNROLL for (int i = 0; i < WIDTH; i++)
+            out[i * winners->step] = (uint8_t)winner[i];
+        return;
+    }
+    M word = POOL(in_own_byte)(winner);
+    word |= SWAP_1(word);
+#if WIDTH > 2
+    word |= SWAP_2(word);
+#endif
+#if WIDTH > 4 && T_BYTES > 4
+    word |= SWAP_4(word);
+#endif
+    UNROLL for (int i = 0; i < WIDTH; i += T_BYTES) {
+        const T_INT bytes = word[i];
+        memcpy(out + i, &bytes, WIDTH < T_BYTES ? WIDTH : T_BYTES);
+    }
+}
+
+/* The windows of `vectors` vectors; step, vectors and wanted are constants where this is inlined. */
+static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cells, const T *in, ptrdiff_t step,
+                                                            const int vectors, const int wanted, const fc_runs *out,
+                                                            ptrdiff_t out_at, const fc_runs *winners,
+                                                            ptrdiff_t winners_at)
+{
+    V best[4];
+    M winner[4];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        best[v] = (V){0} - (T)INFINITY;
+        winner[v] = (M){0} + cells->numbers[0];
+    }
+    for (ptrdiff_t t = 0; t < cells->count; t++) {
+        const T *cell = in + cells->offsets[t];
+        const M number = (M){0} + cells->numbers[t];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            V x = POOL(load)(cell + v * WIDTH * step, step);
+            M take = (x > best[v]) | (x != x);
+            best[v] = (V)((take & (M)x) | (~take & (M)best[v]));
+            if (wanted)
+                winner[v] = (take & number) | (~take & winner[v]);
+        }
+    }
+    UNROLL for (int v = 0; v < vectors; v++) {
+        if (step == 2 || step == 4) {
+            best[v] = ORDER(best[v]);
+            winner[v] = ORDER(winner[v]);
+        }
+        POOL(store)((T *)out->data + out_at + v * WIDTH * out->step, out->step, best[v]);
+        if (wanted)
+            POOL(store_winners)(winners, winners_at + v * WIDTH * winners->step, winner[v]);
+    }
+}
+
+/* A run of n >= vectors * WIDTH windows; the last vectors overlap those before them. */
+static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *cells, ptrdiff_t n, const T *in,
+                                                                ptrdiff_t step, const int vectors, const int wanted,
+                                                                const fc_runs *out, ptrdiff_t out_at,
+                                                                const fc_runs *winners, ptrdiff_t winners_at)
+{
+    for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
+        const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
+        POOL(max)(cells, in + i * step, step, vectors, wanted, out, out_at + i * out->step, winners,
+                  winners_at + i * winners->step);
+    }
+}
+
+/* What `vectors` vectors of cells get from their sources: one class of max_pool_grad. */
+static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const T *grad,
+                                                               const uint8_t *winners, const int vectors, V *sum)
+{
+    UNROLL for (int v = 0; v < vectors; v++)
+        sum[v] = (V){0};
+    for (ptrdiff_t t = 0; t < sources->count; t++) {
+        const ptrdiff_t from = sources->offsets[t];
+        const M number = (M){0} + sources->numbers[t];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            M mine = POOL(won_by)(number, winners + from + v * WIDTH);
+            sum[v] += (V)(mine & *(const M *)(grad + from + v * WIDTH));
+        }
+    }
+}
+
+/* A run of n >= vectors * WIDTH cells of each class, stored with the classes side by side. */
+static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cells *sources, const int classes,
+                                                                   const int vectors, ptrdiff_t n, const T *grad,
+                                                                   const uint8_t *winners, T *out, ptrdiff_t step)
+{
+    for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
+        const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
+        V x[4][4];
+        UNROLL for (int c = 0; c < classes; c++)
+            POOL(gather)(&sources[c], grad + i, winners + i, vectors, x[c]);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            V *to = (V *)(out + (i + v * WIDTH) * classes);
+            if (classes == 1) {
+                POOL(store)(out + (i + v * WIDTH) * step, step, x[0][v]);
+            } else if (classes == 2) {
+                to[0] = ZIP_LOW(x[0][v], x[1][v]);
+                to[1] = ZIP_HIGH(x[0][v], x[1][v]);
+            } else {
+                V even[2] = {ZIP_LOW(x[0][v], x[2][v]), ZIP_HIGH(x[0][v], x[2][v])};
+                V odd[2] = {ZIP_LOW(x[1][v], x[3][v]), ZIP_HIGH(x[1][v], x[3][v])};
+                UNROLL for (int h = 0; h < 2; h++) {
+                    to[2 * h] = ZIP_LOW(even[h], odd[h]);
+                    to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
+                }
+            }
+        }
+    }
+}
+
+#undef V
+#undef M
+#undef LANE_NUMBERS
+#undef EVEN
+#undef ORDER
+#undef ZIP_LOW
+#undef ZIP_HIGH
+#undef SWAP_1
+#undef SWAP_2
+#undef SWAP_4
+#undef SPREAD

@@ -1,0 +1,67 @@
+"""Memory that the large results of a training step leave to those of the next.
+
+The system clears every page of fresh memory when it is first touched, which takes about as long as storing a result.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Buffers", "empty", "reuse"]
+
+LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
+
+_thread = threading.local()
+
+
+class Buffers:
+    """Memory that was given out once, and is given out again when no array uses it any more.
+
+    An array that the user still has, or a view of which he has, counts among the references to its memory: it is never
+    overwritten behind his back.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return an array with arbitrary content."""
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._memory
+        # Two references: the list's, and the argument of getrefcount.
+        free = [i for i in range(len(memory)) if size <= len(memory[i]) <= 2 * size and sys.getrefcount(memory[i]) == 2]
+        if free:
+            chosen = min(free, key=lambda i: len(memory[i]))
+        else:
+            chosen = len(memory)
+            memory.append(np.empty(size, np.uint8))
+        return memory[chosen][:size].view(dtype).reshape(shape)
+
+    def __reduce__(self) -> tuple[type[Buffers], tuple[()]]:
+        return Buffers, ()  # a copy of a model has its own
+
+
+@contextmanager
+def reuse(buffers: Buffers | None) -> Iterator[None]:
+    """Let results of this thread be stored in ``buffers``, or, with None, in fresh memory."""
+    before = getattr(_thread, "buffers", None)
+    _thread.buffers = buffers
+    try:
+        yield
+    finally:
+        _thread.buffers = before
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return an array with arbitrary content, from the buffers in use if it is large."""
+    buffers: Buffers | None = getattr(_thread, "buffers", None)
+    if buffers is None or math.prod(shape) * dtype.itemsize < LARGE:
+        return np.empty(shape, dtype)
+    return buffers.empty(shape, dtype)
