@@ -41,23 +41,20 @@ def parallel(work: Callable[[int, int], None], tasks: int, threads: int) -> None
         other.result()
 
 
+LINE = 64  #: bytes of a cache line
 _arena = threading.local()
 
 
-def workspace(name: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """Return room for ``count`` numbers, with whatever they hold: this thread's own, and the same at the next call.
+def workspace(name: str, count: int, dtype: np.dtype) -> int:
+    """Return the address of room for ``count`` numbers, whatever they hold: this thread's own, until it asks again.
 
-    Fresh memory would cost a page fault every 4 KB, which is as much as packing an image into it.
+    The next call of a kernel gets the same memory: fresh memory would cost a page fault every 4 KB, which is as much as
+    packing an image into it.
     """
+    size = count * dtype.itemsize
     memory: np.ndarray | None = getattr(_arena, name, None)
-    if memory is None or memory.nbytes < count * dtype.itemsize:
-        memory = aligned(count, dtype).view(np.uint8)
+    if memory is None or memory.nbytes < size + LINE:
+        memory = np.empty(size + LINE, np.uint8)
         setattr(_arena, name, memory)
-    return memory[: count * dtype.itemsize].view(dtype)
-
-
-def aligned(count: int, dtype: np.dtype) -> np.ndarray:
-    """Return room for ``count`` numbers that starts on a cache line, so that no vector load straddles two."""
-    memory = np.empty(count * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count * dtype.itemsize].view(dtype)
+    address = int(memory.ctypes.data)
+    return address + -address % LINE  # so that no vector load straddles two cache lines

@@ -30,7 +30,6 @@ import os
 import platform
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -105,18 +104,12 @@ def panel_for(count: int, elementwise: bool, itemsize: int) -> Panel:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """Return ``address`` as a pointer to elements of the type that array ``like`` has; ``p[i]`` reads and writes."""
+    """Return ``address`` as a pointer to numbers of the type of ``like``; ``p[i]`` reads and writes."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like.dtype)(types.intp, like), generate
-
-
-@jit
-def data(array: np.ndarray) -> Any:
-    """Return a pointer to the first element of a contiguous array."""
-    return pointer(array.ctypes.data, array)
+    return types.CPointer(types.unliteral(like))(types.intp, like), generate
 
 
 @intrinsic
@@ -127,6 +120,19 @@ def shift(typingctx: Any, start: Any, elements: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return start(start, types.intp), generate
+
+
+def shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Emit the choice of lanes: those of ``a`` are numbered from 0 on, those of ``b`` follow."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def splat(builder: ir.IRBuilder, value: Any, vector: Any) -> Any:
+    """Emit a vector with ``value`` in all lanes; integers are cut to its width."""
+    if value.type != vector.element:
+        value = builder.trunc(value, vector.element)
+    undefined = ir.Constant(vector, ir.Undefined)
+    return shuffle(builder, builder.insert_element(undefined, value, ir.IntType(64)(0)), undefined, [0] * vector.count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,15 +170,10 @@ def _emit_tile(
     name = f"llvm.fmuladd.v{width}f{dtype.bitwidth}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
     index, align = ir.IntType(64), dtype.bitwidth // 8
-    all_lanes_0 = ir.Constant(ir.VectorType(ir.IntType(32), width), None)
-    undefined = ir.Constant(vector, ir.Undefined)
     tile_rows, columns = range(shape.rows), range(shape.vectors)
 
     def load(start: Any, offset: Any) -> Any:
         return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=align)
-
-    def broadcast(scalar: Any) -> Any:
-        return builder.shuffle_vector(builder.insert_element(undefined, scalar, index(0)), undefined, all_lanes_0)
 
     # LLVM turns these variables into registers.
     sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in columns] for _ in tile_rows]
@@ -188,7 +189,7 @@ def _emit_tile(
                     a_start = builder.gep(starts[m], [here])
                     a_vectors = [load(a_start, index(v * width)) for v in columns]
                 else:
-                    a_vectors = [broadcast(builder.load(builder.gep(starts[m], [here])))] * shape.vectors
+                    a_vectors = [splat(builder, builder.load(builder.gep(starts[m], [here])), vector)] * shape.vectors
                 for v, (a_vector, b_vector) in enumerate(zip(a_vectors, b_vectors, strict=True)):
                     builder.store(builder.call(fma, [a_vector, b_vector, builder.load(sums[m][v])]), sums[m][v])
             builder.store(builder.add(here, step), position)
