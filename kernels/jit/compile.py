@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 from llvmlite.binding import Linkage, ModuleRef, add_symbol, parse_assembly
@@ -41,10 +41,27 @@ def jit(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, at its first call, or load it from the cache."""
     dispatcher = _compiled(function, _KernelCompiler)
+    _KERNELS.append(dispatcher)
     # RuntimeError: no folder to write to (Numba looks beside the file, then in the user's). Compile in every process.
     with suppress(RuntimeError):
         dispatcher._cache = _FolderCache(function)
     return dispatcher
+
+
+class Loads(NamedTuple):
+    """Kernels, each of them counted once for each type of numbers."""
+
+    compiled: int
+    cached: int
+
+
+_KERNELS: list[Any] = []
+
+
+def loads() -> Loads:
+    """Return how many kernels this process has compiled so far, and how many it has found in the cache."""
+    stats = [kernel.stats for kernel in _KERNELS]
+    return Loads(sum(len(s.cache_misses) for s in stats), sum(len(s.cache_hits) for s in stats))
 
 
 def _compiled(function: Callable[..., Any], pipeline: type[Compiler], **options: bool) -> Any:

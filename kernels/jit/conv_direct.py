@@ -41,7 +41,7 @@ from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
 from .compile import jit, kernel
 from .packing import Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
 from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
 
 
@@ -65,14 +65,14 @@ def conv_forward(
     part = plan.block * plan.taps * plan.panel.lanes
     packed = 0 if once else packing.packed_weight(weight, plan, threads)
     all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
-    boxes = plan.box_count * plan.groups
+    numbers, boxes = flat(plan), plan.box_count * plan.groups
     splits = min(plan.panels, -(-threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
 
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), strided(weight),
-            packed or workspace("weight", part, dtype), once, all_bias.ctypes.data, strided(output), plan,
-            options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
+            packed or workspace("weight", part, dtype), once, all_bias.ctypes.data, strided(output),
+            numbers.ctypes.data, options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
             workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
             workspace("offsets", CHUNK + (1 + packing.SQUARE) * plan.taps, packing.OFFSET), dtype.type(0),
         )  # fmt: skip
@@ -110,9 +110,10 @@ def conv_weight_grad(
 @kernel
 def _forward(
     first: int, last: int, splits: int, input: Strided, weight: Strided, packed: int, once: bool, bias: int,
-    output: Strided, plan: Plan, relu: bool, box_address: int, sums_address: int, offsets: int, like: float,
+    output: Strided, numbers: int, relu: bool, box_address: int, sums_address: int, offsets: int, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
+    plan = packing.read_plan(numbers)
     rows = pointer(offsets, 0)
     taps = shift(rows, CHUNK)
     packing.tap_offsets(taps, plan, plan.kernel_size[2] if plan.panel.elementwise else 1)
@@ -175,10 +176,11 @@ def _weights_of(weights: Weights, group: int, panel: int, channel: int, depth: i
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
     addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and a "tap" is a row of output pixels."""
+    plan = packing.read_plan(numbers)
     rows = pointer(addresses.offsets, 0)
     taps, lines = shift(rows, plan.sum_rows), shift(rows, plan.sum_rows + plan.taps)
     packing.tap_offsets(taps, plan, 1)

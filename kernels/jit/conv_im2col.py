@@ -34,7 +34,7 @@ from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
 from .packing import OFFSET, Quad, Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, flat, multiply, pointer, shift
 from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
 
 
@@ -46,13 +46,14 @@ def conv_forward(
     plan = im2col_plan(dims, dtype.itemsize, threads)
     filters = _as_rows(weight)
     all_bias = contiguous_bias(bias, dims.out_channels, dtype)
-    boxes = plan.box_count * plan.groups
+    numbers, boxes = flat(plan), plan.box_count * plan.groups
     splits = min(-(-plan.filters // ROW_MULTIPLE), -(-threads // max(1, boxes)))  # few boxes: filters are shared
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), strided(filters), all_bias.ctypes.data, strided(output), plan,
-            options.activation == "relu", workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
+            first, last, splits, strided(input), strided(filters), all_bias.ctypes.data, strided(output),
+            numbers.ctypes.data, options.activation == "relu",
+            workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
             workspace("sums", CHUNK * plan.pitch + plan.panel.lanes, dtype),
             workspace("offsets", CHUNK + plan.channels, OFFSET), dtype.type(0),
         )  # fmt: skip
@@ -97,9 +98,10 @@ def conv_weight_grad(
 @kernel
 def _forward(
     first: int, last: int, splits: int, input: Strided, weight: Strided, bias: int, output: Strided,
-    plan: Plan, relu: bool, patches_address: int, sums_address: int, offsets: int, like: float,
+    numbers: int, relu: bool, patches_address: int, sums_address: int, offsets: int, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is a part of the filters for one box of one group."""
+    plan = packing.read_plan(numbers)
     rows = pointer(offsets, 0)
     channels = shift(rows, CHUNK)
     for channel in range(plan.channels):
@@ -167,10 +169,11 @@ def _store(
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
     addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and all pixels of a box are one line."""
+    plan = packing.read_plan(numbers)
     rows = pointer(addresses.offsets, 0)
     only_line = shift(rows, plan.sum_rows)
     only_line[0] = 0

@@ -42,7 +42,7 @@ from .blocking import Plan, winograd_plans
 from .compile import jit, kernel
 from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, multiply, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, flat, multiply, pointer, shift
 
 POINTS = 16
 BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
@@ -101,12 +101,15 @@ def _convolve(
     steps = Steps(
         tiles.channels * lanes + line, tiles.blocks * most_tiles * tiles.block + line, most_tiles * lanes + line
     )
+    tile_numbers, pixel_numbers = flat(tiles), flat(pixels)
     refused, packed, limit = np.zeros(dims.batch, OFFSET), 0, dtype.type(LIMIT)
 
     def transform(first: int, last: int) -> None:
         part = workspace("part", tiles.block * dims.taps * lanes, dtype)
         rows = workspace("rows", SQUARE * dims.taps, OFFSET)
-        if not _transform_weight(first, last, strided(weight), packed, part, rows, steps, pixels, limit):
+        if not _transform_weight(
+            first, last, strided(weight), packed, part, rows, steps, pixel_numbers.ctypes.data, limit
+        ):
             refused.fill(True)
 
     if once:
@@ -124,9 +127,10 @@ def _convolve(
         _forward(
             first, last, splits, strided(input), strided(weight), once,
             packed or workspace("weight", PANELS * POINTS * steps.weight, dtype),
-            all_bias.ctypes.data, strided(output), tiles, pixels, options.activation == "relu", refused.ctypes.data,
-            steps, workspace("part", tiles.block * dims.taps * lanes, dtype),
-            workspace("rows", SQUARE * dims.taps, OFFSET), workspace("box", tiles.box_block, dtype),
+            all_bias.ctypes.data, strided(output), tile_numbers.ctypes.data, pixel_numbers.ctypes.data,
+            options.activation == "relu", refused.ctypes.data, steps,
+            workspace("part", tiles.block * dims.taps * lanes, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
+            workspace("box", tiles.box_block, dtype),
             workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
             workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", 1 + most_tiles, OFFSET), limit,
         )  # fmt: skip
@@ -193,9 +197,10 @@ _transform_sums = _make_transform(_OUTPUT)
 
 @kernel
 def _transform_weight(
-    first: int, last: int, weight: Strided, packed: int, part: int, rows: int, steps: Steps, pixels: Plan, limit: float
+    first: int, last: int, weight: Strided, packed: int, part: int, rows: int, steps: Steps, numbers: int, limit: float
 ) -> bool:
     """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below the limit."""
+    pixels = packing.read_plan(numbers)
     weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(rows, 0))
     below = True
     for number in range(first, last):
@@ -243,13 +248,15 @@ def _all_below(numbers: Any, count: int, limit: float) -> bool:
 @kernel
 def _forward(
     first: int, last: int, splits: int, input: Strided, weight: Strided, once: bool, packed: int, bias: int,
-    output: Strided, tiles: Plan, pixels: Plan, relu: bool, refused: int, steps: Steps, part: int, part_rows: int,
-    box_address: int, inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int, limit: float,
+    output: Strided, tile_numbers: int, pixel_numbers: int, relu: bool, refused: int, steps: Steps, part: int,
+    part_rows: int, box_address: int, inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int,
+    limit: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group.
 
     ``limit`` is LIMIT in the type of all numbers.
     """
+    tiles, pixels = packing.read_plan(tile_numbers), packing.read_plan(pixel_numbers)
     source, target, box = pointer(input.address, limit), pointer(output.address, limit), pointer(box_address, limit)
     inputs, sums, some_rows = (
         pointer(inputs_address, limit),

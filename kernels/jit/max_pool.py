@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 from .compile import jit, kernel
 from .packing import OFFSET, Strided, fill, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import MACHINE, pointer, shift, shuffle, splat
+from .tile import MACHINE, flat, pointer, reader, shift, shuffle, splat
 
 Triple = tuple[int, int, int]
 
@@ -50,6 +50,8 @@ class Pool(NamedTuple):
     part: int  #: channels of a task
     parts: int
 
+
+_read_pool = reader(Pool)
 
 MOST_CHANNELS = 256  #: of a task where vectors run along them
 SOME_CHANNELS, SOME_BYTES = 8, 1024  #: of a task where they don't, and of their rows: they share the lists of taps
@@ -76,14 +78,15 @@ def max_pool_forward(
     input: np.ndarray, output: np.ndarray, winners: np.ndarray | None, dims: Any, options: Any
 ) -> None:
     """Fill ``output``, and ``winners`` where it is wanted."""
-    threads = worthwhile(options.threads, _comparisons(dims))
-    pool, wanted = _pool(dims, input, threads), winners is not None
+    threads, wanted = worthwhile(options.threads, _comparisons(dims)), winners is not None
+    pool = _pool(dims, input, threads)
+    pool_numbers = flat(pool)
     to = winners if winners is not None else np.zeros((1,) * 5, np.uint8 if dims.taps <= 256 else np.uint16)
 
     def work(first: int, last: int) -> None:
         taps = workspace("offsets", 2 * dims.taps, OFFSET)
         _forward(
-            first, last, strided(input), strided(output), strided(to), wanted, pool, taps,
+            first, last, strided(input), strided(output), strided(to), wanted, pool_numbers.ctypes.data, taps,
             input.dtype.type(0), to.dtype.type(0),
         )  # fmt: skip
 
@@ -96,11 +99,12 @@ def max_pool_backward(
     """Fill ``grad_input``; winners that point outside the input are ignored."""
     threads = worthwhile(options.threads, _comparisons(dims))
     pool = _pool(dims, grad_input, threads)
+    pool_numbers = flat(pool)
 
     def work(first: int, last: int) -> None:
         taps = workspace("offsets", 2 * dims.taps, OFFSET)
         _backward(
-            first, last, strided(grad_output), strided(winners), strided(grad_input), pool, taps,
+            first, last, strided(grad_output), strided(winners), strided(grad_input), pool_numbers.ctypes.data, taps,
             grad_input.dtype.type(0), winners.dtype.type(0),
         )  # fmt: skip
 
@@ -226,10 +230,11 @@ _distant_compete = _make_compete(None)
 
 @kernel
 def _forward(
-    first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool: Pool, taps: int,
-    like: float, like_winners: int,
+    first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool_numbers: int,
+    taps: int, like: float, like_winners: int,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one row of windows in some channels of one image."""
+    pool = _read_pool(pool_numbers)
     source, target, table = pointer(input.address, like), pointer(output.address, like), pointer(taps, 0)
     won_by = pointer(winners.address, like_winners)
     (depth, height, width), stride = pool.output_size, pool.stride[2]
@@ -353,10 +358,11 @@ _add_to_every_other = _make_add(2)
 
 @kernel
 def _backward(
-    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool: Pool, taps: int,
+    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool_numbers: int, taps: int,
     like: float, like_winners: int,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is some channels of one image, their windows in order."""
+    pool = _read_pool(pool_numbers)
     source, target = pointer(grad_output.address, like), pointer(grad_input.address, like)
     won_by, table = pointer(winners.address, like_winners), pointer(taps, 0)
     (depth, height, width), stride = pool.output_size, pool.stride[2]

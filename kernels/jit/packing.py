@@ -22,8 +22,9 @@ from numba.extending import intrinsic
 from .blocking import Plan
 from .compile import jit, kernel
 from .threads import parallel, workspace
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, pointer, shift, shuffle
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, flat, pointer, reader, shift, shuffle
 
+read_plan = reader(Plan)
 Quad = tuple[int, int, int, int]  #: n, d, h, w
 OFFSET = np.dtype(np.int64)  #: of the tables of offsets, which compiled code knows as ``pointer(address, 0)``
 
@@ -41,7 +42,8 @@ class Strided(NamedTuple):
 
 def strided(array: np.ndarray) -> Strided:
     """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array."""
-    return Strided(array.ctypes.data, *(s // array.itemsize for s in array.strides))
+    (n, c, d, h, w), size = array.strides, array.itemsize
+    return Strided(array.ctypes.data, n // size, c // size, d // size, h // size, w // size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,8 +234,9 @@ def packed_weight(weight: np.ndarray, plan: Plan, threads: int) -> int:
 
     def work(first: int, last: int) -> None:
         rows = workspace("rows", SQUARE * plan.taps, OFFSET)
-        pack_weight(first, last, strided(weight), packed, rows, plan, weight.dtype.type(0))
+        pack_weight(first, last, strided(weight), packed, rows, numbers.ctypes.data, weight.dtype.type(0))
 
+    numbers = flat(plan)
     parallel(work, panels, threads)
     return packed
 
@@ -244,8 +247,9 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 
 
 @kernel
-def pack_weight(first: int, last: int, weight: Strided, packed: int, rows: int, plan: Plan, like: float) -> None:
+def pack_weight(first: int, last: int, weight: Strided, packed: int, rows: int, numbers: int, like: float) -> None:
     """Pack the panels numbered ``first`` to ``last``, counted over all groups."""
+    plan = read_plan(numbers)
     channels, lanes = plan.reduction // plan.taps, plan.panel.lanes
     source = pointer(weight.address, like)
     for number in range(first, last):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,14 @@ LINE = 64  #: bytes of a cache line
 _arena = threading.local()
 
 
+class Room(NamedTuple):
+    """Memory of an arena: so many bytes from the address on."""
+
+    memory: np.ndarray
+    size: int
+    address: int
+
+
 def workspace(name: str, count: int, dtype: np.dtype) -> int:
     """Return the address of room for ``count`` numbers, whatever they hold: this thread's own, until it asks again.
 
@@ -52,9 +61,10 @@ def workspace(name: str, count: int, dtype: np.dtype) -> int:
     packing an image into it.
     """
     size = count * dtype.itemsize
-    memory: np.ndarray | None = getattr(_arena, name, None)
-    if memory is None or memory.nbytes < size + LINE:
+    room: Room | None = getattr(_arena, name, None)
+    if room is None or room.size < size:
         memory = np.empty(size + LINE, np.uint8)
-        setattr(_arena, name, memory)
-    address = int(memory.ctypes.data)
-    return address + -address % LINE  # so that no vector load straddles two cache lines
+        address = int(memory.ctypes.data)
+        room = Room(memory, size, address + -address % LINE)  # no vector load shall straddle two cache lines
+        setattr(_arena, name, room)
+    return room.address

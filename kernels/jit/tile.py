@@ -28,8 +28,12 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+from typing import Any, NamedTuple, get_args, get_type_hints
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -120,6 +124,54 @@ def shift(typingctx: Any, start: Any, elements: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return start(start, types.intp), generate
+
+
+def reader(kind: type) -> Any:
+    """Return the function that reads a named tuple of this kind from the address where ``flat`` has put it.
+
+    As arguments of a kernel its many numbers would be checked and unpacked at every call.
+    """
+    numba_kind = _numba_type(kind)
+
+    @intrinsic
+    def read(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            start, positions = builder.inttoptr(args[0], ir.IntType(64).as_pointer()), count()
+
+            def value(part: Any) -> Any:
+                if isinstance(part, types.BaseTuple):
+                    return context.make_tuple(builder, part, [value(field) for field in part.types])
+                number = builder.load(builder.gep(start, [ir.IntType(64)(next(positions))]))
+                return builder.trunc(number, context.get_value_type(part)) if part == types.boolean else number
+
+            return value(numba_kind)
+
+        return numba_kind(types.intp), generate
+
+    return read
+
+
+def _numba_type(hint: Any) -> Any:
+    """Return Numba's type for int, bool, tuples and named tuples of them."""
+    if hint in (int, bool):
+        return types.int64 if hint is int else types.boolean
+    fields = get_type_hints(hint).values() if hasattr(hint, "_fields") else get_args(hint)
+    named = hint if hasattr(hint, "_fields") else None
+    return types.BaseTuple.from_types([_numba_type(field) for field in fields], named)
+
+
+@lru_cache(maxsize=512)
+def flat(values: tuple[Any, ...]) -> np.ndarray:
+    """Return the numbers of nested tuples one after the other."""
+    return np.array([*_numbers(values)], np.int64)
+
+
+def _numbers(values: tuple[Any, ...]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        else:
+            yield value
 
 
 def shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:

@@ -16,9 +16,9 @@ import numpy as np
 
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
-from .packing import OFFSET, Quad, Strided, copy_block, fill, filters_of, pack_pixels, strided
+from .packing import OFFSET, Quad, Strided, copy_block, fill, filters_of, pack_pixels, read_plan, strided
 from .threads import parallel, workspace
-from .tile import BLOCK_BYTES, CHUNK, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
 
 
 class Task(NamedTuple):
@@ -60,7 +60,7 @@ def weight_grad(
     tasks = grad_tasks(plan, threads)
     columns = tasks.splits * panels * lanes
     sums, bias_sums = workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype)
-    bias, like = np.empty(grad_weight.shape[0], dtype), dtype.type(0)
+    bias, like, numbers = np.empty(grad_weight.shape[0], dtype), dtype.type(0), flat(plan)
 
     def work(first: int, last: int) -> None:
         addresses = Addresses(
@@ -68,10 +68,11 @@ def weight_grad(
             workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype),
             workspace("offsets", plan.sum_rows + plan.taps + math.prod(plan.box[:3]), OFFSET),
         )  # fmt: skip
-        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, addresses, like)
+        accumulate(first, last, tasks, strided(input), strided(grad_output), numbers.ctypes.data, addresses, like)
 
     def store(first: int, last: int) -> None:
-        _store(first, last, tasks.splits, sums, bias_sums, strided(grad_weight), bias.ctypes.data, plan, like)
+        target, target_bias = strided(grad_weight), bias.ctypes.data
+        _store(first, last, tasks.splits, sums, bias_sums, target, target_bias, numbers.ctypes.data, like)
 
     parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, threads)
     parallel(store, panels, threads)
@@ -149,10 +150,11 @@ def add_products(
 
 @kernel
 def _store(
-    first: int, last: int, splits: int, sums: int, bias_sums: int, grad_weight: Strided, grad_bias: int, plan: Plan,
+    first: int, last: int, splits: int, sums: int, bias_sums: int, grad_weight: Strided, grad_bias: int, numbers: int,
     like: float,
 ) -> None:  # fmt: skip
     """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order."""
+    plan = read_plan(numbers)
     lanes, panels, elements = plan.panel.lanes, plan.groups * plan.panels, plan.sum_rows * plan.panel.lanes
     target, target_bias = pointer(grad_weight.address, like), pointer(grad_bias, like)
     for number in range(first, last):
