@@ -18,13 +18,14 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 from llvmlite.binding import Linkage, ModuleRef, add_symbol, parse_assembly
 from numba import types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.runtime import _nrt_python
@@ -42,9 +43,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, at its first call, or load it from the cache."""
     dispatcher = _compiled(function, _KernelCompiler)
     _KERNELS.append(dispatcher)
-    # RuntimeError: no folder to write to (Numba looks beside the file, then in the user's). Compile in every process.
-    with suppress(RuntimeError):
-        dispatcher._cache = _FolderCache(function)
+    dispatcher._cache = _LazyCache(function)
     return dispatcher
 
 
@@ -145,6 +144,26 @@ def _folder_stamp() -> str:
 
 
 _STAMP = _folder_stamp()
+
+
+class _LazyCache(NullCache):  # type: ignore[misc]
+    """A cache that looks for its folder when a kernel is first called, and not when it is imported."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @cached_property
+    def _cache(self) -> Any:
+        # RuntimeError: no folder to write to (Numba looks beside the file, then in the user's).
+        with suppress(RuntimeError):
+            return _FolderCache(self._function)
+        return NullCache()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        return self._cache.load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, compiled: Any) -> None:
+        self._cache.save_overload(sig, compiled)
 
 
 class _FolderCache(FunctionCache):  # type: ignore[misc]
