@@ -3,7 +3,7 @@
 A kernel family is one algorithm in one engine, one module::
 
     reference/   engine "numpy"    naive.py (oracle and baseline), conv_im2col.py (the best plain NumPy)
-    jit/         engine "numba"    conv_direct.py  conv_im2col.py  conv_winograd.py  max_pool.py
+    jit/         engine "numba"    conv_direct.py  conv_im2col.py  conv_winograd.py  conv_planar.py  max_pool.py
     native/      engine "cython"   conv_direct.pyx conv_im2col.pyx conv_winograd.pyx max_pool.pyx, on ukernels/
 
 The same algorithm has the same file name and the same function names in each engine::

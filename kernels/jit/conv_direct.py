@@ -147,7 +147,7 @@ def _multiply_chunk(
         width = plan.kernel_size[2]
         multiply(
             sums, lanes, box, rows, count, taps, plan.taps // width, width, plan.tap_step[2],
-            _weights_of(weights, group, panel, 0, 1, plan), lanes, plan.panel,
+            _weights_of(weights, group, panel, 0, 1, plan), width * lanes, lanes, plan.panel,
         )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
@@ -158,7 +158,7 @@ def _multiply_chunk(
         for tap in range(0, plan.taps, most_taps):
             multiply(
                 sums, lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
-                shift(part, tap * depth * lanes), lanes, plan.panel,
+                shift(part, tap * depth * lanes), depth * lanes, lanes, plan.panel,
             )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def _multiply_chunk(
         for pixel in range(0, pixels, plan.panel.lanes):
             multiply(
                 shift(sums, pixel), plan.pitch, filters, rows, count, shift(channels, channel), runs, depth, step,
-                shift(patches, channel * plan.taps * plan.pitch + pixel), plan.pitch, plan.panel,
+                shift(patches, channel * plan.taps * plan.pitch + pixel), depth * plan.pitch, plan.pitch, plan.panel,
             )  # fmt: skip
 
 

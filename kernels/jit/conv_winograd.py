@@ -337,7 +337,7 @@ def _multiply(
             number = i * POINTS + point
             multiply(
                 shift(sums, number * steps.sums), panel.lanes, shift(inputs, point * steps.input), rows, count,
-                only_tap, 1, depth, 1, shift(weights, number * steps.weight), panel.lanes, panel,
+                only_tap, 1, depth, 1, shift(weights, number * steps.weight), 0, panel.lanes, panel,
             )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def add_products(
                 b = shift(pixels, (panel * line_count + line) * width * lanes)
                 multiply(
                     shift(sums.weight, place * lanes), lanes, cells, shift(rows, row),
-                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step, b, lanes, plan.panel,
+                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step,
+                    b, width * lanes, lanes, plan.panel,
                 )  # fmt: skip
 
 

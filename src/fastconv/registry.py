@@ -90,11 +90,23 @@ def _winograd(op: str, dims: ConvDims) -> str:
     return ""
 
 
+def _planar(op: str, dims: ConvDims) -> str:
+    if op == "conv_weight_grad":
+        return "has no gradient of the weights"
+    if op == "conv_forward" and dims.stride[1:] != (1, 1):
+        return "only for stride 1 along height and width"
+    filters = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
+    if filters > 6 or dims.depthwise:
+        return f"slower for {filters} filters of {dims.groups} group(s): made for up to 6 filters that share channels"
+    return ""
+
+
 CONVOLUTIONS = (
     Row("winograd", "cython", _winograd),
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd),
+    Row("planar", "numba", _planar),
     Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),
