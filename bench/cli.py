@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fastconv import registry, runtime
 
-from . import engines, peers, report, timing
+from . import engines, peers, report, startup, timing
 from .layers import LAYERS, Layer, find_layers, split_words
 from .report import Result
 from .training import NETWORKS, Batch, Network, reference, steps
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=("NCHW", "NHWC"), default="NCHW", help="of fastconv's arrays (default: %(default)s)")
     add("--threads", type=_told(_positive), default=1, metavar="N", help="threads for everyone (default: %(default)s)")
     add("--repeat", type=_told(_positive), default=5, metavar="N", help="turns for everyone (default: %(default)s)")
+    add("--startup", action="store_true", help="measure only the first call of a process: milliseconds, cold and warm")
     add("--json", type=_told(_new_file), metavar="FILE", help="write the results to FILE, too")
 
 
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         for engine in args.engine if args.engine != runtime.ENGINES else ():
             runtime.check_engine(engine, "--engine")
+        if args.startup:
+            print("\n".join(startup.table(startup.measure(args.engine))))
+            return 0
         others = peers.load_peers(args.peers, args.threads)
     except ImportError as error:
         return _fail(str(error))

@@ -3,8 +3,8 @@
 A kernel family is one algorithm in one engine, one module::
 
     reference/   engine "numpy"    naive.py (oracle and baseline), conv_im2col.py (the best plain NumPy)
-    jit/         engine "numba"    conv_direct.py  conv_im2col.py  conv_winograd.py  max_pool.py
-    native/      engine "cython"   the same, conv_planar.pyx, and what they share; on ukernels/
+    jit/         engine "numba"    conv_direct.py  conv_im2col.py  conv_winograd.py  conv_planar.py  max_pool.py
+    native/      engine "cython"   the same, and what they share; on ukernels/
 
 The same algorithm has the same file name and the same function names in each engine::
 

@@ -305,6 +305,19 @@ def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "peer 'onnxruntime' does not load (No module named 'onnx'); python -m pip install onnxruntime onnx" in error
 
 
+def test_startup_measures_each_engine_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments("--startup", "--engine", "numpy")) == 0
+    heading, _, row = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in heading.split("|")[2:5]] == [
+        "import numba",
+        "first call, cold",
+        "first call, warm",
+    ]
+    engine, *times = (cell.strip() for cell in row.split("|")[1:-1])
+    assert engine == "numpy"
+    assert all(float(time) >= 0 for time in times)
+
+
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments(
         "--ops", "forward,weight", "--repeat", "1", "--engine", "numpy", "--json", str(tmp_path / "out.json")

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     holds the p-th filter of each of these channels.
     """
 
+    itemsize: int  #: bytes of a number
     batch: int
     groups: int
     in_channels: int  #: of all groups together
@@ -152,7 +153,7 @@ def _plan(
     line = 64 // itemsize
     pitch = (-(-math.prod(box) // line) | 1) * line  # an odd number of cache lines, or few cache sets hold all rows
     return Plan(
-        dims.batch, groups, dims.in_channels, channels, filters,
+        itemsize, dims.batch, groups, dims.in_channels, channels, filters,
         dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation, dims.output_size,
         panel, panels, block, blocks, box, packed, units,
         _times(pixel_cells, steps), _times(tap_cells, steps),

@@ -31,7 +31,7 @@ No sum is cut by the number of threads: every result has the same bits with one 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,18 @@ from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
 from .compile import jit, kernel
 from .packing import Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
-from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
+from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
+from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
+
+
+class Weights(NamedTuple):
+    """The weights as compiled code needs them; its pointers are to numbers of their type."""
+
+    source: Any  #: the caller's
+    weight: Strided
+    packed: Any  #: all panels or, with ``once``, room for a part of one
+    once: bool  #: each panel is used once, and packed where it is used
+    rows: Any  #: room for ``pack_part``
 
 
 def conv_forward(
@@ -53,17 +63,18 @@ def conv_forward(
     plan = forward_plan(dims, dtype.itemsize, threads)
     once = plan.batch * math.prod(plan.output_size) <= CHUNK  # each panel is used once: packed where it is used
     part = plan.block * plan.taps * plan.panel.lanes
-    packed = None if once else packing.packed_weight(weight, plan, dtype, threads)
+    packed = 0 if once else packing.packed_weight(weight, plan, threads)
     all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
-    boxes = plan.box_count * plan.groups
+    numbers, boxes = flat(plan), plan.box_count * plan.groups
     splits = min(plan.panels, -(-threads // max(1, boxes)))  # few boxes: threads share them, panel by panel
 
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), strided(weight),
-            workspace("weight", part, dtype) if packed is None else packed, once, all_bias, strided(output), plan,
-            options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
-            workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype), np.zeros(CHUNK + plan.taps, np.int64),
+            packed or workspace("weight", part, dtype), once, all_bias.ctypes.data, strided(output),
+            numbers.ctypes.data, options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
+            workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
+            workspace("offsets", CHUNK + (1 + packing.SQUARE) * plan.taps, packing.OFFSET), dtype.type(0),
         )  # fmt: skip
 
     parallel(work, boxes * splits, threads)
@@ -98,17 +109,21 @@ def conv_weight_grad(
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, weight: Strided, packed: np.ndarray, once: bool,
-    bias: np.ndarray, output: Strided, plan: Plan, relu: bool, box: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, packed: int, once: bool, bias: int,
+    output: Strided, numbers: int, relu: bool, box_address: int, sums_address: int, offsets: int, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
-    rows, taps = data(offsets), shift(data(offsets), CHUNK)
+    plan = packing.read_plan(numbers)
+    rows = pointer(offsets, 0)
+    taps = shift(rows, CHUNK)
     packing.tap_offsets(taps, plan, plan.kernel_size[2] if plan.panel.elementwise else 1)
-    source, target = pointer(input.address, box), pointer(output.address, box)
+    source, target = pointer(input.address, like), pointer(output.address, like)
+    box, sums = pointer(box_address, like), pointer(sums_address, like)
+    weights = Weights(pointer(weight.address, like), weight, pointer(packed, like), once, shift(taps, plan.taps))
     for task in range(first, last):
         split, group, number = task % splits, task // splits % plan.groups, task // (splits * plan.groups)
         origin, size = packing.box_of(plan, number)
-        packing.pack_box(data(box), source, input, plan, origin, size, group, 0, plan.channels)
+        packing.pack_box(box, source, input, plan, origin, size, group, 0, plan.channels)
         pixels = size[0] * size[1] * size[2] * size[3]
         chunk = packing.chunk_of(pixels)
         for pixel in range(0, pixels, chunk):
@@ -117,67 +132,70 @@ def _forward(
             packing.repeat_last(rows, count)
             for panel in range(plan.panels * split // splits, plan.panels * (split + 1) // splits):
                 filters = packing.filters_of(plan, group, panel)
-                packing.start_sums(data(sums), data(bias), filters, count, plan.panel.lanes)
-                _multiply_chunk(sums, box, rows, count, taps, weight, packed, once, group, panel, plan)
-                packing.store_chunk(target, output, data(sums), plan, origin, size, pixel, count, filters, relu)
+                packing.start_sums(sums, pointer(bias, like), filters, count, plan.panel.lanes)
+                _multiply_chunk(sums, box, rows, count, taps, weights, group, panel, plan)
+                packing.store_chunk(target, output, sums, plan, origin, size, pixel, count, filters, relu)
 
 
 @jit
 def _multiply_chunk(
-    sums: np.ndarray, box: np.ndarray, rows: Any, count: int, taps: Any, weight: Strided, packed: np.ndarray,
-    once: bool, group: int, panel: int, plan: Plan,
-) -> None:  # fmt: skip
+    sums: Any, box: Any, rows: Any, count: int, taps: Any, weights: Weights, group: int, panel: int, plan: Plan
+) -> None:
     """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
     lanes = plan.panel.lanes
     if plan.panel.elementwise:  # the sums are short: they run along the rows of the filter, and ``taps`` are these rows
         width = plan.kernel_size[2]
         multiply(
-            data(sums), lanes, data(box), rows, count, taps, plan.taps // width, width, plan.tap_step[2],
-            _weights_of(weight, packed, once, group, panel, 0, 1, plan), lanes, plan.panel,
+            sums, lanes, box, rows, count, taps, plan.taps // width, width, plan.tap_step[2],
+            _weights_of(weights, group, panel, 0, 1, plan), width * lanes, lanes, plan.panel,
         )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
         depth = min(plan.block, plan.channels - channel)
-        cells = shift(data(box), channel // plan.block * plan.box_block)
-        weights = _weights_of(weight, packed, once, group, panel, channel, depth, plan)
-        most_taps = max(1, BLOCK_BYTES // (depth * lanes * packed.itemsize))
+        cells = shift(box, channel // plan.block * plan.box_block)
+        part = _weights_of(weights, group, panel, channel, depth, plan)
+        most_taps = max(1, BLOCK_BYTES // (depth * lanes * plan.itemsize))
         for tap in range(0, plan.taps, most_taps):
             multiply(
-                data(sums), lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
-                shift(weights, tap * depth * lanes), lanes, plan.panel,
+                sums, lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
+                shift(part, tap * depth * lanes), depth * lanes, lanes, plan.panel,
             )  # fmt: skip
 
 
 @jit
-def _weights_of(
-    weight: Strided, packed: np.ndarray, once: bool, group: int, panel: int, channel: int, depth: int, plan: Plan
-) -> Any:
+def _weights_of(weights: Weights, group: int, panel: int, channel: int, depth: int, plan: Plan) -> Any:
     """Return where a panel's weights for ``depth`` channels are, packed before or just now."""
-    if once:
-        packing.pack_part(data(packed), weight, packed, plan, group, panel, channel, depth)
-        return data(packed)
+    if weights.once:
+        packing.pack_part(
+            weights.packed, weights.source, weights.weight, weights.rows, plan, group, panel, channel, depth
+        )
+        return weights.packed
     row = (group * plan.panels + panel) * plan.reduction + channel * plan.taps
-    return shift(data(packed), row * plan.panel.lanes)
+    return shift(weights.packed, row * plan.panel.lanes)
 
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
-    sums: Sums, box: np.ndarray, pixels: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
+    addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and a "tap" is a row of output pixels."""
-    rows = data(offsets)
+    plan = packing.read_plan(numbers)
+    rows = pointer(addresses.offsets, 0)
     taps, lines = shift(rows, plan.sum_rows), shift(rows, plan.sum_rows + plan.taps)
     packing.tap_offsets(taps, plan, 1)
-    image, gradient = pointer(input.address, box), pointer(grad_output.address, box)
+    image, gradient = pointer(input.address, like), pointer(grad_output.address, like)
+    sums = Sums(pointer(addresses.sums, like), pointer(addresses.bias, like))
+    box, pixels = pointer(addresses.cells, like), pointer(addresses.pixels, like)
     for number in range(first, last):
         task = task_of(number, tasks, plan)
+        start_task(sums, task, plan)
         channel0, channel1 = task.block0 * plan.block, min(task.block1 * plan.block, plan.channels)
         row_count = (1 if plan.panel.elementwise else channel1 - channel0) * plan.taps
         _row_offsets(rows, row_count, taps, plan)
         for box_number in range(task.box0, task.box1):
             origin, size = packing.box_of(plan, box_number)
-            packing.pack_box(data(box), image, input, plan, origin, size, task.group, channel0, channel1)
+            packing.pack_box(box, image, input, plan, origin, size, task.group, channel0, channel1)
             pack_gradient(pixels, gradient, grad_output, plan, task, sums, origin, size)
             line_count = size[0] * size[1] * size[2]
             packing.pixel_offsets(lines, plan, size, 0, line_count, size[3])

@@ -32,10 +32,10 @@ from ..interleave import input_grad
 from . import packing
 from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
-from .packing import Quad, Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
+from .packing import OFFSET, Quad, Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, data, multiply, pointer, shift
-from .weight_grad import Sums, add_products, pack_gradient, task_of, weight_grad
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, flat, multiply, pointer, shift
+from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
 
 
 def conv_forward(
@@ -46,14 +46,16 @@ def conv_forward(
     plan = im2col_plan(dims, dtype.itemsize, threads)
     filters = _as_rows(weight)
     all_bias = contiguous_bias(bias, dims.out_channels, dtype)
-    boxes = plan.box_count * plan.groups
+    numbers, boxes = flat(plan), plan.box_count * plan.groups
     splits = min(-(-plan.filters // ROW_MULTIPLE), -(-threads // max(1, boxes)))  # few boxes: filters are shared
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), strided(filters), all_bias, strided(output), plan,
-            options.activation == "relu", workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
-            workspace("sums", CHUNK * plan.pitch + plan.panel.lanes, dtype), np.zeros(CHUNK + plan.channels, np.int64),
+            first, last, splits, strided(input), strided(filters), all_bias.ctypes.data, strided(output),
+            numbers.ctypes.data, options.activation == "relu",
+            workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
+            workspace("sums", CHUNK * plan.pitch + plan.panel.lanes, dtype),
+            workspace("offsets", CHUNK + plan.channels, OFFSET), dtype.type(0),
         )  # fmt: skip
 
     parallel(work, boxes * splits, threads)
@@ -95,35 +97,38 @@ def conv_weight_grad(
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, weight: Strided, bias: np.ndarray, output: Strided,
-    plan: Plan, relu: bool, patches: np.ndarray, sums: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, bias: int, output: Strided,
+    numbers: int, relu: bool, patches_address: int, sums_address: int, offsets: int, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is a part of the filters for one box of one group."""
-    rows, channels = data(offsets), shift(data(offsets), CHUNK)
+    plan = packing.read_plan(numbers)
+    rows = pointer(offsets, 0)
+    channels = shift(rows, CHUNK)
     for channel in range(plan.channels):
         channels[channel] = channel * weight.c
-    source, target = pointer(input.address, patches), pointer(output.address, patches)
-    filters = pointer(weight.address, patches)
+    source, target = pointer(input.address, like), pointer(output.address, like)
+    filters, biases = pointer(weight.address, like), pointer(bias, like)
+    patches, sums = pointer(patches_address, like), pointer(sums_address, like)
     for task in range(first, last):
         split, group, number = task % splits, task // splits % plan.groups, task // (splits * plan.groups)
         origin, size = packing.box_of(plan, number)
-        pack_patches(data(patches), source, input, plan, origin, size, group * plan.channels)
+        pack_patches(patches, source, input, plan, origin, size, group * plan.channels)
         pixels = size[0] * size[1] * size[2] * size[3]
         end = plan.filters * (split + 1) // splits
         for chunk in range(plan.filters * split // splits, end, CHUNK):
             count, filter0 = min(CHUNK, end - chunk), group * plan.filters + chunk
             for row in range(count):
                 rows[row] = (filter0 + row) * weight.n
-                _start_row(shift(data(sums), row * plan.pitch), bias[filter0 + row], pixels)
+                _start_row(shift(sums, row * plan.pitch), biases[filter0 + row], pixels)
             packing.repeat_last(rows, count)
-            _multiply_chunk(data(sums), filters, weight, rows, count, channels, patches, pixels, plan)
-            _store(shift(target, filter0 * output.c), output, data(sums), plan, origin, size, count, relu)
+            _multiply_chunk(sums, filters, weight, rows, count, channels, patches, pixels, plan)
+            _store(shift(target, filter0 * output.c), output, sums, plan, origin, size, count, relu)
 
 
 @jit
 def _multiply_chunk(
     sums: Any, filters: Any, weight: Strided, rows: Any, count: int, channels: Any,
-    patches: np.ndarray, pixels: int, plan: Plan,
+    patches: Any, pixels: int, plan: Plan,
 ) -> None:  # fmt: skip
     """Add the whole reduction to the sums of a chunk of filters and all pixels, block by block of channels."""
     most = max(1, BLOCK_BYTES // (plan.taps * WIDE_BYTES))  # whatever the panel, which must not change the result
@@ -135,7 +140,7 @@ def _multiply_chunk(
         for pixel in range(0, pixels, plan.panel.lanes):
             multiply(
                 shift(sums, pixel), plan.pitch, filters, rows, count, shift(channels, channel), runs, depth, step,
-                shift(data(patches), channel * plan.taps * plan.pitch + pixel), plan.pitch, plan.panel,
+                shift(patches, channel * plan.taps * plan.pitch + pixel), depth * plan.pitch, plan.pitch, plan.panel,
             )  # fmt: skip
 
 
@@ -164,17 +169,23 @@ def _store(
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, plan: Plan,
-    sums: Sums, patches: np.ndarray, pixels: np.ndarray, offsets: np.ndarray,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
+    addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and all pixels of a box are one line."""
-    rows, only_line = data(offsets), shift(data(offsets), plan.sum_rows)
-    image, gradient = pointer(input.address, patches), pointer(grad_output.address, patches)
+    plan = packing.read_plan(numbers)
+    rows = pointer(addresses.offsets, 0)
+    only_line = shift(rows, plan.sum_rows)
+    only_line[0] = 0
+    image, gradient = pointer(input.address, like), pointer(grad_output.address, like)
+    sums = Sums(pointer(addresses.sums, like), pointer(addresses.bias, like))
+    patches, pixels = pointer(addresses.cells, like), pointer(addresses.pixels, like)
     for number in range(first, last):
         task = task_of(number, tasks, plan)
+        start_task(sums, task, plan)
         for box_number in range(task.box0, task.box1):
             origin, size = packing.box_of(plan, box_number)
-            pack_patches(data(patches), image, input, plan, origin, size, task.group * plan.channels)
+            pack_patches(patches, image, input, plan, origin, size, task.group * plan.channels)
             pack_gradient(pixels, gradient, grad_output, plan, task, sums, origin, size)
             count = size[0] * size[1] * size[2] * size[3]
             for row in range(plan.reduction):

@@ -40,14 +40,23 @@ from ..interleave import input_grad
 from . import conv_direct, packing
 from .blocking import Plan, winograd_plans
 from .compile import jit, kernel
-from .packing import Quad, Strided, strided
+from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, data, multiply, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, flat, multiply, pointer, shift
 
 POINTS = 16
 BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
+
+
+class Weights(NamedTuple):
+    """The weights as compiled code needs them; its pointers are to numbers of their type."""
+
+    source: Any  #: the caller's
+    weight: Strided
+    part: Any  #: room for a panel's weights of some channels, not yet transformed
+    rows: Any  #: room for ``pack_part``
 
 
 class Steps(NamedTuple):
@@ -92,11 +101,15 @@ def _convolve(
     steps = Steps(
         tiles.channels * lanes + line, tiles.blocks * most_tiles * tiles.block + line, most_tiles * lanes + line
     )
-    refused, packed = np.zeros(dims.batch, np.bool_), None
+    tile_numbers, pixel_numbers = flat(tiles), flat(pixels)
+    refused, packed, limit = np.zeros(dims.batch, OFFSET), 0, dtype.type(LIMIT)
 
     def transform(first: int, last: int) -> None:
         part = workspace("part", tiles.block * dims.taps * lanes, dtype)
-        if not _transform_weight(first, last, strided(weight), part, packed, steps, pixels):
+        rows = workspace("rows", SQUARE * dims.taps, OFFSET)
+        if not _transform_weight(
+            first, last, strided(weight), packed, part, rows, steps, pixel_numbers.ctypes.data, limit
+        ):
             refused.fill(True)
 
     if once:
@@ -113,11 +126,13 @@ def _convolve(
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), strided(weight), once,
-            workspace("weight", PANELS * POINTS * steps.weight, dtype) if packed is None else packed,
-            all_bias, strided(output), tiles, pixels, options.activation == "relu", refused, steps,
-            workspace("box", tiles.box_block, dtype), workspace("part", tiles.block * dims.taps * lanes, dtype),
+            packed or workspace("weight", PANELS * POINTS * steps.weight, dtype),
+            all_bias.ctypes.data, strided(output), tile_numbers.ctypes.data, pixel_numbers.ctypes.data,
+            options.activation == "relu", refused.ctypes.data, steps,
+            workspace("part", tiles.block * dims.taps * lanes, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
+            workspace("box", tiles.box_block, dtype),
             workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
-            workspace("pixels", 2 * CHUNK * lanes, dtype), np.zeros(most_tiles + 1, np.int64),
+            workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", 1 + most_tiles, OFFSET), limit,
         )  # fmt: skip
 
     parallel(work, boxes * splits, threads)
@@ -182,39 +197,44 @@ _transform_sums = _make_transform(_OUTPUT)
 
 @kernel
 def _transform_weight(
-    first: int, last: int, weight: Strided, part: np.ndarray, packed: np.ndarray, steps: Steps, pixels: Plan
+    first: int, last: int, weight: Strided, packed: int, part: int, rows: int, steps: Steps, numbers: int, limit: float
 ) -> bool:
-    """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below LIMIT."""
+    """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below the limit."""
+    pixels = packing.read_plan(numbers)
+    weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(rows, 0))
     below = True
     for number in range(first, last):
-        target = shift(data(packed), number * POINTS * steps.weight)
+        target = shift(pointer(packed, limit), number * POINTS * steps.weight)
         group, panel = number // pixels.panels, number % pixels.panels
-        below &= _transform_panel(target, weight, part, group, panel, 0, pixels.channels, steps, pixels)
+        below &= _transform_panel(target, weights, group, panel, 0, pixels.channels, steps, pixels, limit)
     return below
 
 
 @jit
 def _transform_panel(
-    target: Any, weight: Strided, part: np.ndarray, group: int, panel: int, first: int, channels: int, steps: Steps,
-    pixels: Plan,
+    target: Any, weights: Weights, group: int, panel: int, first: int, channels: int, steps: Steps, pixels: Plan,
+    limit: float,
 ) -> bool:  # fmt: skip
-    """Pack and transform some channels of one panel; return whether all are below LIMIT."""
-    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // part.itemsize, True
+    """Pack and transform some channels of one panel; return whether all are below the limit."""
+    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize, True
+    part = weights.part
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
-        packing.pack_part(data(part), weight, part, pixels, group, panel, first + channel, depth)
-        below &= _all_below(data(part), pixels.taps * depth * lanes, part)
+        packing.pack_part(
+            part, weights.source, weights.weight, weights.rows, pixels, group, panel, first + channel, depth
+        )
+        below &= _all_below(part, pixels.taps * depth * lanes, limit)
         tap = depth * lanes
         for i in range(0, depth * lanes, width):
             to = shift(target, channel * lanes + i)
-            _transform_filter(to, 4 * steps.weight, steps.weight, shift(data(part), i), 3 * tap, tap)
+            _transform_filter(to, 4 * steps.weight, steps.weight, shift(part, i), 3 * tap, tap)
     return below
 
 
 @jit
-def _all_below(numbers: Any, count: int, like: np.ndarray) -> bool:
-    """Whether all numbers are below LIMIT in magnitude, which a NaN is not."""
-    limit, below = like.dtype.type(LIMIT), True
+def _all_below(numbers: Any, count: int, limit: float) -> bool:
+    """Whether all numbers are below the limit in magnitude, which a NaN is not."""
+    below = True
     for i in range(count):
         below &= (numbers[i] < limit) & (numbers[i] > -limit)
     return below
@@ -227,13 +247,26 @@ def _all_below(numbers: Any, count: int, like: np.ndarray) -> bool:
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, weight: Strided, once: bool, packed: np.ndarray,
-    bias: np.ndarray, output: Strided, tiles: Plan, pixels: Plan, relu: bool, refused: np.ndarray, steps: Steps,
-    box: np.ndarray, part: np.ndarray, inputs: np.ndarray, sums: np.ndarray, rows_of_pixels: np.ndarray,
-    offsets: np.ndarray,
+    first: int, last: int, splits: int, input: Strided, weight: Strided, once: bool, packed: int, bias: int,
+    output: Strided, tile_numbers: int, pixel_numbers: int, relu: bool, refused: int, steps: Steps, part: int,
+    part_rows: int, box_address: int, inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int,
+    limit: float,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group."""
-    source, rows, only_tap = pointer(input.address, box), data(offsets), shift(data(offsets), len(offsets) - 1)
+    """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group.
+
+    ``limit`` is LIMIT in the type of all numbers.
+    """
+    tiles, pixels = packing.read_plan(tile_numbers), packing.read_plan(pixel_numbers)
+    source, target, box = pointer(input.address, limit), pointer(output.address, limit), pointer(box_address, limit)
+    inputs, sums, some_rows = (
+        pointer(inputs_address, limit),
+        pointer(sums_address, limit),
+        pointer(rows_of_pixels, limit),
+    )
+    own_weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(part_rows, 0))
+    only_tap, refused_images = pointer(offsets, 0), pointer(refused, 0)
+    rows = shift(only_tap, 1)
+    only_tap[0] = 0
     for task in range(first, last):
         split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
         origin, size = packing.box_of(tiles, number)
@@ -241,11 +274,11 @@ def _forward(
         packing.pixel_offsets(rows, tiles, size, 0, count, 1)
         for block in range(tiles.blocks):
             end = min((block + 1) * tiles.block, tiles.channels)
-            packing.pack_box(data(box), source, input, tiles, origin, size, group, block * tiles.block, end)
+            packing.pack_box(box, source, input, tiles, origin, size, group, block * tiles.block, end)
             for n in range(size[0]):
-                if not _all_below(shift(data(box), n * tiles.plane), tiles.plane, box):
-                    refused[origin[0] + n] = True
-            _transform_box(shift(data(inputs), block * count * tiles.block), box, rows, count, steps, tiles)
+                if not _all_below(shift(box, n * tiles.plane), tiles.plane, limit):
+                    refused_images[origin[0] + n] = 1
+            _transform_box(shift(inputs, block * count * tiles.block), box, rows, count, steps, tiles)
         for tile in range(count):
             rows[tile] = tile * tiles.block
         packing.repeat_last(rows, count)
@@ -254,31 +287,34 @@ def _forward(
             panels = min(PANELS, last_panel - panel)
             for i in range(panels):
                 filters = packing.filters_of(tiles, group, panel + i)
-                _start(shift(data(sums), i * POINTS * steps.sums), data(bias), filters, count, steps, tiles)
+                _start(shift(sums, i * POINTS * steps.sums), pointer(bias, limit), filters, count, steps, tiles)
             for channel in range(0, tiles.channels, tiles.block):
                 depth = min(tiles.block, tiles.channels - channel)
                 place = (group * tiles.panels + panel) * POINTS * steps.weight + channel * tiles.panel.lanes
-                weights = shift(data(packed), 0 if once else place)
+                weights = shift(pointer(packed, limit), 0 if once else place)
                 if once:
                     for i in range(panels):
                         to = shift(weights, i * POINTS * steps.weight)
-                        if not _transform_panel(to, weight, part, group, panel + i, channel, depth, steps, pixels):
-                            refused[:] = True
-                cells = shift(data(inputs), channel * count)
-                _multiply(data(sums), cells, rows, count, only_tap, depth, weights, panels, steps, tiles.panel)
+                        if not _transform_panel(
+                            to, own_weights, group, panel + i, channel, depth, steps, pixels, limit
+                        ):
+                            for n in range(pixels.batch):
+                                refused_images[n] = 1
+                cells = shift(inputs, channel * count)
+                _multiply(sums, cells, rows, count, only_tap, depth, weights, panels, steps, tiles.panel)
             for i in range(panels):
-                some_sums = shift(data(sums), i * POINTS * steps.sums)
+                some_sums = shift(sums, i * POINTS * steps.sums)
                 filters = packing.filters_of(pixels, group, panel + i)
-                _store(output, some_sums, rows_of_pixels, origin, size, filters, relu, steps, pixels)
+                _store(target, output, some_sums, some_rows, origin, size, filters, relu, steps, pixels)
 
 
 @jit
-def _transform_box(target: Any, box: np.ndarray, rows: Any, count: int, steps: Steps, tiles: Plan) -> None:
+def _transform_box(target: Any, box: Any, rows: Any, count: int, steps: Steps, tiles: Plan) -> None:
     """Transform one block of channels of a packed box, tile by tile."""
-    width = MACHINE.vector_bytes // box.itemsize
+    width = MACHINE.vector_bytes // tiles.itemsize
     for tile in range(count):
         for i in range(0, tiles.block, width):
-            to, source = shift(target, tile * tiles.block + i), shift(data(box), rows[tile] + i)
+            to, source = shift(target, tile * tiles.block + i), shift(box, rows[tile] + i)
             _transform_input(to, 4 * steps.input, steps.input, source, tiles.tap_step[1], tiles.tap_step[2])
 
 
@@ -301,29 +337,28 @@ def _multiply(
             number = i * POINTS + point
             multiply(
                 shift(sums, number * steps.sums), panel.lanes, shift(inputs, point * steps.input), rows, count,
-                only_tap, 1, depth, 1, shift(weights, number * steps.weight), panel.lanes, panel,
+                only_tap, 1, depth, 1, shift(weights, number * steps.weight), 0, panel.lanes, panel,
             )  # fmt: skip
 
 
 @jit
 def _store(
-    output: Strided, sums: Any, rows_of_pixels: np.ndarray, origin: Quad, size: Quad, filters: tuple[int, int, int],
+    target: Any, output: Strided, sums: Any, some_rows: Any, origin: Quad, size: Quad, filters: tuple[int, int, int],
     relu: bool, steps: Steps, pixels: Plan,
 ) -> None:  # fmt: skip
     """Transform one panel's sums and store them, two output rows at a time."""
-    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // rows_of_pixels.itemsize
+    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize
     n0, d0, h0, w0 = origin[0], origin[1], 2 * origin[2], 2 * origin[3]
     high, wide = min(2 * size[2], pixels.output_size[1] - h0), min(2 * size[3], pixels.output_size[2] - w0)
-    target, some = pointer(output.address, rows_of_pixels), data(rows_of_pixels)
     for line in range(size[0] * size[1] * size[2]):
         # From right to left: where the width is odd, the tile's second column falls on the start of the next row.
         for tile in range(size[3] - 1, -1, -1):
             for i in range(0, lanes, width):
                 source = shift(sums, (line * size[3] + tile) * lanes + i)
-                to = shift(some, 2 * tile * lanes + i)
+                to = shift(some_rows, 2 * tile * lanes + i)
                 _transform_sums(to, wide * lanes, lanes, source, 4 * steps.sums, steps.sums)
         image, row = line // size[2], line % size[2] * 2
         packing.store_chunk(
-            target, output, some, pixels, (n0, d0, h0, w0), (size[0], size[1], high, wide),
+            target, output, some_rows, pixels, (n0, d0, h0, w0), (size[0], size[1], high, wide),
             (image * high + row) * wide, min(2, high - row) * wide, filters, relu,
         )  # fmt: skip

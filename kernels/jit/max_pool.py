@@ -4,10 +4,12 @@
     winners[n, c, o] = the first t that reaches it, one byte
     grad_input[n, c, cell of winners[n, c, o]] += grad_output[n, c, o]
 
-Windows are taken in lines, and one tap of all windows of a line at a time:
-
-    along the row where columns are neighbours in memory (NCHW)       best    [o0 o1 o2 o3 ...]
-    along the channels where these are neighbours (NHWC)              winner  [t  t  t  t  ...]
+    for each row of windows (forward: a task; backward, where windows overlap: all rows of some channels are one):
+        for each run of windows that have the same taps inside the input:        w  [first | most of them | last]
+            list these taps
+            for each vector of windows:   along the row where columns are neighbours in memory (NCHW),
+                                          along the channels where these are (NHWC)
+                best, winner = the first tap; let the other taps compete         in registers
 
 The rules: the first maximum wins a tie; a NaN wins over numbers, and the last NaN over earlier ones; cells in the
 padding never win, so that a window of -inf has its first cell inside the input as winner.
@@ -19,11 +21,15 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .compile import jit, kernel
-from .packing import Strided, fill, strided
+from .packing import OFFSET, Strided, fill, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import data, pointer, shift
+from .tile import MACHINE, flat, pointer, reader, shift, shuffle, splat
 
 Triple = tuple[int, int, int]
 
@@ -31,6 +37,7 @@ Triple = tuple[int, int, int]
 class Pool(NamedTuple):
     """One pooling; triples are (depth, height, width)."""
 
+    itemsize: int
     channels: int
     input_size: Triple
     kernel_size: Triple
@@ -38,19 +45,28 @@ class Pool(NamedTuple):
     pad: Triple
     dilation: Triple
     output_size: Triple
-    lanes: int  #: channels of a task: 1 where lines run along the row, several where they run along the channels
-    lane_parts: int
+    taps: int
+    channels_last: bool  #: channels are nearer to each other in memory than columns: vectors run along them
+    part: int  #: channels of a task
+    parts: int
 
 
-CHANNEL_LANES = 256  #: most channels of one line: their sums stay in the L1 cache
+_read_pool = reader(Pool)
+
+MOST_CHANNELS = 256  #: of a task where vectors run along them
+SOME_CHANNELS, SOME_BYTES = 8, 1024  #: of a task where they don't, and of their rows: they share the lists of taps
 
 
-def _pool(dims: Any, image: np.ndarray) -> Pool:
-    channels_last = abs(image.strides[1]) < abs(image.strides[4]) and dims.channels > 1
-    lanes = min(dims.channels, CHANNEL_LANES) if channels_last else 1
+def _pool(dims: Any, image: np.ndarray, threads: int) -> Pool:
+    channels_last = abs(image.strides[1]) < abs(image.strides[4])
+    if channels_last:
+        part = max(SOME_CHANNELS, min(MOST_CHANNELS, -(-dims.channels * dims.batch // threads)))
+    else:
+        part = max(1, min(SOME_CHANNELS, SOME_BYTES // (dims.input_size[2] * image.itemsize)))
+    part = min(dims.channels, part)
     return Pool(
-        dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation, dims.output_size,
-        lanes, -(-dims.channels // lanes),
+        image.itemsize, dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation,
+        dims.output_size, dims.taps, channels_last, part, -(-dims.channels // part),
     )  # fmt: skip
 
 
@@ -62,32 +78,81 @@ def max_pool_forward(
     input: np.ndarray, output: np.ndarray, winners: np.ndarray | None, dims: Any, options: Any
 ) -> None:
     """Fill ``output``, and ``winners`` where it is wanted."""
-    pool = _pool(dims, input)
-    wanted = winners is not None
+    threads, wanted = worthwhile(options.threads, _comparisons(dims)), winners is not None
+    pool = _pool(dims, input, threads)
+    pool_numbers = flat(pool)
     to = winners if winners is not None else np.zeros((1,) * 5, np.uint8 if dims.taps <= 256 else np.uint16)
 
     def work(first: int, last: int) -> None:
-        count = max(pool.lanes, pool.output_size[2])
-        best, winner = workspace("best", count, output.dtype), workspace("winner", count, np.dtype(np.int32))
+        taps = workspace("offsets", 2 * dims.taps, OFFSET)
         _forward(
-            first, last, strided(input), strided(output), strided(to), wanted, pool, best, winner, to[:0, 0, 0, 0, 0]
-        )
+            first, last, strided(input), strided(output), strided(to), wanted, pool_numbers.ctypes.data, taps,
+            input.dtype.type(0), to.dtype.type(0),
+        )  # fmt: skip
 
-    parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
+    parallel(work, dims.batch * pool.parts * dims.output_size[0] * dims.output_size[1], threads)
 
 
 def max_pool_backward(
     grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, dims: Any, options: Any
 ) -> None:
     """Fill ``grad_input``; winners that point outside the input are ignored."""
-    pool = _pool(dims, grad_input)
-    taps = np.indices(dims.kernel_size).reshape(3, -1) * np.array(dims.dilation)[:, None]  # (3, taps): each tap's cell
-    types = np.empty(0, grad_input.dtype), np.empty(0, winners.dtype)
+    threads = worthwhile(options.threads, _comparisons(dims))
+    pool = _pool(dims, grad_input, threads)
+    pool_numbers = flat(pool)
 
     def work(first: int, last: int) -> None:
-        _backward(first, last, strided(grad_output), strided(winners), strided(grad_input), pool, taps, *types)
+        taps = workspace("offsets", 2 * dims.taps, OFFSET)
+        _backward(
+            first, last, strided(grad_output), strided(winners), strided(grad_input), pool_numbers.ctypes.data, taps,
+            grad_input.dtype.type(0), winners.dtype.type(0),
+        )  # fmt: skip
 
-    parallel(work, dims.batch * pool.lane_parts, worthwhile(options.threads, _comparisons(dims)))
+    parallel(work, dims.batch * pool.parts, threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _whole_windows(pool: Pool) -> tuple[int, int]:
+    """Return the range of windows of a row whose columns are all inside the input."""
+    step, reach = pool.stride[2], (pool.kernel_size[2] - 1) * pool.dilation[2]
+    begin = min(pool.output_size[2], -(-pool.pad[2] // step))
+    end = (pool.input_size[2] - 1 - reach + pool.pad[2]) // step + 1
+    return begin, max(begin, min(pool.output_size[2], end))
+
+
+class Taps(NamedTuple):
+    """The taps of a window that are inside the input; two tables of numbers."""
+
+    cells: Any  #: where they are in the image
+    numbers: Any
+    size: int
+
+
+@jit
+def _taps_inside(table: Any, pool: Pool, image: Strided, d: int, h: int, w: int) -> Taps:
+    """Return the taps of a window that are inside the input; the table has room for two numbers a tap."""
+    cells, numbers = table, shift(table, pool.taps)
+    (kd, kh, kw), (depth, height, width), (step_d, step_h, step_w) = pool.kernel_size, pool.input_size, pool.dilation
+    d0, h0, w0 = d * pool.stride[0] - pool.pad[0], h * pool.stride[1] - pool.pad[1], w * pool.stride[2] - pool.pad[2]
+    count = 0
+    for tap_d in range(kd):
+        cell_d = d0 + tap_d * step_d
+        for tap_h in range(kh):
+            cell_h = h0 + tap_h * step_h
+            if not (0 <= cell_d < depth and 0 <= cell_h < height):
+                continue
+            row, tap = cell_d * image.d + cell_h * image.h, (tap_d * kh + tap_h) * kw
+            for tap_w in range(kw):
+                cell_w = w0 + tap_w * step_w
+                if 0 <= cell_w < width:
+                    cells[count], numbers[count] = row + cell_w * image.w, tap + tap_w
+                    count += 1
+    return Taps(cells, numbers, count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,122 +160,144 @@ def max_pool_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _make_compete(step: int | None) -> Any:
+    """Return the function that finds the maxima of a vector of windows, ``step`` cells apart (None: any)."""
+
+    @intrinsic
+    def compete(
+        typingctx: Any, target: Any, winners: Any, wanted: Any, source: Any, apart: Any, cells: Any, taps: Any,
+        count: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            number = context.get_value_type(target.dtype)
+            _emit_compete(builder, step, number, target.dtype.bitwidth, winners.dtype.bitwidth, *args)
+            return context.get_dummy_value()
+
+        offsets, size = types.CPointer(types.int64), types.intp
+        return types.void(target, winners, types.boolean, source, size, offsets, offsets, size), generate
+
+    return compete
+
+
+def _emit_compete(
+    builder: ir.IRBuilder, step: int | None, number: Any, bits: int, winner_bits: int,
+    target: Any, winners: Any, wanted: Any, source: Any, apart: Any, cells: Any, taps: Any, count: Any,
+) -> None:  # fmt: skip
+    """Emit the loop over the taps."""
+    lanes, index = MACHINE.vector_bytes * 8 // bits, ir.IntType(64)
+    vector, position = ir.VectorType(number, lanes), ir.VectorType(ir.IntType(bits), lanes)
+
+    def load(start: Any, offset: int) -> Any:
+        place = builder.bitcast(builder.gep(start, [index(offset)]), vector.as_pointer())
+        return builder.load(place, align=bits // 8)
+
+    def values(tap: Any) -> Any:
+        start = builder.gep(source, [builder.load(builder.gep(cells, [tap]))])
+        if step == 1:
+            return load(start, 0)
+        if step == 2:  # the second vector begins a cell early, lest it end behind the row
+            picked = [2 * lane if 2 * lane < lanes else 2 * lane + 1 for lane in range(lanes)]
+            return shuffle(builder, load(start, 0), load(start, lanes - 1), picked)
+        gathered = ir.Constant(vector, ir.Undefined)
+        for lane in range(lanes):
+            cell = builder.load(builder.gep(start, [builder.mul(apart, index(lane))]))
+            gathered = builder.insert_element(gathered, cell, ir.IntType(32)(lane))
+        return gathered
+
+    def numbers(tap: Any) -> Any:
+        return splat(builder, builder.load(builder.gep(taps, [tap])), position)
+
+    # LLVM turns these variables into registers.
+    best = cgutils.alloca_once_value(builder, values(index(0)))
+    winner = cgutils.alloca_once_value(builder, numbers(index(0)))
+    with cgutils.for_range(builder, builder.sub(count, index(1))) as loop:
+        tap = builder.add(loop.index, index(1))
+        value, old = values(tap), builder.load(best)
+        wins = builder.or_(builder.fcmp_ordered(">", value, old), builder.fcmp_unordered("uno", value, value))
+        builder.store(builder.select(wins, value, old), best)
+        builder.store(builder.select(wins, numbers(tap), builder.load(winner)), winner)
+    builder.store(builder.load(best), builder.bitcast(target, vector.as_pointer()), align=bits // 8)
+    with builder.if_then(wanted):
+        small = ir.VectorType(ir.IntType(winner_bits), lanes)
+        place = builder.bitcast(winners, small.as_pointer())
+        builder.store(builder.trunc(builder.load(winner), small), place, align=winner_bits // 8)
+
+
+_neighbours_compete = _make_compete(1)
+_every_other_competes = _make_compete(2)
+_distant_compete = _make_compete(None)
+
+
 @kernel
 def _forward(
-    first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool: Pool,
-    best: np.ndarray, winner: np.ndarray, like_winners: np.ndarray,
+    first: int, last: int, input: Strided, output: Strided, winners: Strided, wanted: bool, pool_numbers: int,
+    taps: int, like: float, like_winners: int,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is ``lanes`` channels of one image."""
-    source, target = pointer(input.address, best), pointer(output.address, best)
-    to = pointer(winners.address, like_winners)
-    depth, height, width = pool.output_size
+    """Do the tasks ``first`` to ``last``: a task is one row of windows in some channels of one image."""
+    pool = _read_pool(pool_numbers)
+    source, target, table = pointer(input.address, like), pointer(output.address, like), pointer(taps, 0)
+    won_by = pointer(winners.address, like_winners)
+    (depth, height, width), stride = pool.output_size, pool.stride[2]
+    lanes = MACHINE.vector_bytes // pool.itemsize
+    begin, end = _whole_windows(pool)
     for task in range(first, last):
-        n, channel = task // pool.lane_parts, task % pool.lane_parts * pool.lanes
-        lanes = min(pool.lanes, pool.channels - channel)
+        h, d, group = task % height, task // height % depth, task // (height * depth)
+        n, channel = group // pool.parts, group % pool.parts * pool.part
+        channels = min(pool.part, pool.channels - channel)
         image = shift(source, n * input.n + channel * input.c)
-        for row in range(depth * height):
-            d, h = row // height, row % height
-            out = n * output.n + channel * output.c + d * output.d + h * output.h
-            won = n * winners.n + channel * winners.c + d * winners.d + h * winners.h
-            if pool.lanes == 1:
-                _row(image, input, pool, d, h, data(best), data(winner))
-                _store(shift(target, out), output.w, data(best), width)
-                if wanted:
-                    _store(shift(to, won), winners.w, data(winner), width)
+        out = shift(target, n * output.n + channel * output.c + d * output.d + h * output.h)
+        won = shift(won_by, n * winners.n + channel * winners.c + d * winners.d + h * winners.h)
+        w = 0
+        while w < width:
+            run = end - w if begin <= w < end else 1
+            inside = _taps_inside(table, pool, input, d, h, w)
+            out_w, won_w = shift(out, w * output.w), shift(won, w * winners.w)
+            if pool.channels_last:
+                for i in range(run):
+                    cell = shift(image, i * stride * input.w)
+                    to, to_won = shift(out_w, i * output.w), shift(won_w, i * winners.w)
+                    _line(to, output.c, to_won, winners.c, wanted, cell, input.c, inside, channels, lanes)
             else:
-                for w in range(width):
-                    _channels(image, input, pool, d, h, w, lanes, data(best), data(winner))
-                    _store(shift(target, out + w * output.w), output.c, data(best), lanes)
-                    if wanted:
-                        _store(shift(to, won + w * winners.w), winners.c, data(winner), lanes)
+                for c in range(channels):
+                    cell = shift(image, c * input.c)
+                    to, to_won = shift(out_w, c * output.c), shift(won_w, c * winners.c)
+                    _line(to, output.w, to_won, winners.w, wanted, cell, stride * input.w, inside, run, lanes)
+            w += run
 
 
 @jit
-def _inside(pool: Pool, axis: int, output: int) -> tuple[int, int, int]:
-    """Return the window's first cell along an axis, and the range of its taps that are inside the input."""
-    start, step = output * pool.stride[axis] - pool.pad[axis], pool.dilation[axis]
-    first = max(0, -(start // step))
-    return start, first, max(first, min(pool.kernel_size[axis], (pool.input_size[axis] - 1 - start) // step + 1))
+def _line(
+    target: Any, to_step: int, winners: Any, won_step: int, wanted: bool, source: Any, step: int, inside: Taps,
+    windows: int, lanes: int,
+) -> None:  # fmt: skip
+    """Find the maxima of a line of windows that are ``step`` cells apart; the last vectors may overlap."""
+    cells, taps, count = inside
+    if windows < lanes or count == 0 or to_step != 1 or (wanted and won_step != 1):
+        for i in range(windows):
+            to, won = shift(target, i * to_step), shift(winners, i * won_step if wanted else 0)
+            _one(to, won, wanted, shift(source, i * step), cells, taps, count)
+        return
+    for i_vector in range(0, windows, lanes):
+        i = min(i_vector, windows - lanes)
+        to, won, start = shift(target, i), shift(winners, i if wanted else 0), shift(source, i * step)
+        if step == 1:
+            _neighbours_compete(to, won, wanted, start, step, cells, taps, count)
+        elif step == 2:
+            _every_other_competes(to, won, wanted, start, step, cells, taps, count)
+        else:
+            _distant_compete(to, won, wanted, start, step, cells, taps, count)
 
 
 @jit
-def _row(image: Any, input: Strided, pool: Pool, d: int, h: int, best: Any, winner: Any) -> None:
-    """Find the maxima of one row of windows."""
-    (_, kh, kw), width = pool.kernel_size, pool.output_size[2]
-    d_start, d_first, d_last = _inside(pool, 0, d)
-    h_start, h_first, h_last = _inside(pool, 1, h)
-    empty = d_first == d_last or h_first == h_last
-    for w in range(width):
-        _, w_first, w_last = _inside(pool, 2, w)
-        best[w] = -np.inf
-        winner[w] = 0 if empty or w_first == w_last else (d_first * kh + h_first) * kw + w_first
-    step, stride = pool.dilation[2], pool.stride[2]
-    for tap_d in range(d_first, d_last):
-        for tap_h in range(h_first, h_last):
-            line = (d_start + tap_d * pool.dilation[0]) * input.d + (h_start + tap_h * pool.dilation[1]) * input.h
-            for tap_w in range(kw):
-                # The windows whose cell of this tap is inside: 0 <= w * stride + start < width of the input.
-                start = tap_w * step - pool.pad[2]
-                begin = min(width, max(0, -(start // stride)))
-                end = max(begin, min(width, (pool.input_size[2] - 1 - start) // stride + 1))
-                cells = shift(image, line + (start + begin * stride) * input.w)
-                tap = (tap_d * kh + tap_h) * kw + tap_w
-                _compare(shift(best, begin), shift(winner, begin), cells, stride * input.w, end - begin, tap)
-
-
-@jit
-def _channels(
-    image: Any, input: Strided, pool: Pool, d: int, h: int, w: int, lanes: int, best: Any, winner: Any
-) -> None:
-    """Find the maxima of one window in several channels."""
-    _, kh, kw = pool.kernel_size
-    d_start, d_first, d_last = _inside(pool, 0, d)
-    h_start, h_first, h_last = _inside(pool, 1, h)
-    w_start, w_first, w_last = _inside(pool, 2, w)
-    empty = d_first == d_last or h_first == h_last or w_first == w_last
-    for lane in range(lanes):
-        best[lane] = -np.inf
-        winner[lane] = 0 if empty else (d_first * kh + h_first) * kw + w_first
-    for tap_d in range(d_first, d_last):
-        for tap_h in range(h_first, h_last):
-            line = (d_start + tap_d * pool.dilation[0]) * input.d + (h_start + tap_h * pool.dilation[1]) * input.h
-            for tap_w in range(w_first, w_last):
-                cells = shift(image, line + (w_start + tap_w * pool.dilation[2]) * input.w)
-                _compare(best, winner, cells, input.c, lanes, (tap_d * kh + tap_h) * kw + tap_w)
-
-
-@jit
-def _compare(best: Any, winner: Any, cells: Any, step: int, count: int, tap: int) -> None:
-    """Let one tap compete in a line of windows; steps of 1 and 2 as constants, for the compiler to make vectors."""
-    if step == 1:
-        for i in range(count):
-            _compete(best, winner, cells[i], i, tap)
-    elif step == 2:
-        for i in range(count):
-            _compete(best, winner, cells[2 * i], i, tap)
-    else:
-        for i in range(count):
-            _compete(best, winner, cells[step * i], i, tap)
-
-
-@jit
-def _compete(best: Any, winner: Any, value: float, i: int, tap: int) -> None:
-    """Take the value if it is larger, or NaN."""
-    old, old_winner = best[i], winner[i]
-    wins = (value > old) | (value != value)
-    best[i] = value if wins else old
-    winner[i] = tap if wins else old_winner
-
-
-@jit
-def _store(target: Any, step: int, line: Any, count: int) -> None:
-    """Store a line."""
-    if step == 1:
-        for i in range(count):
-            target[i] = line[i]
-    else:
-        for i in range(count):
-            target[i * step] = line[i]
+def _one(target: Any, winner: Any, wanted: bool, source: Any, cells: Any, taps: Any, count: int) -> None:
+    """Find the maximum of one window; one without a cell inside the input has -inf."""
+    target[0], first = -np.inf, 0
+    for i in range(count):
+        value = source[cells[i]]
+        if i == 0 or value > target[0] or value != value:
+            target[0], first = value, taps[i]
+    if wanted:
+        winner[0] = first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,59 +305,169 @@ def _store(target: Any, step: int, line: Any, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _make_add(step: int) -> Any:
+    """Return the function that adds a vector of gradients to the cells of those windows that a tap has won."""
+
+    @intrinsic
+    def add(typingctx: Any, target: Any, gradient: Any, winners: Any, tap: Any, skip: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            number = context.get_value_type(target.dtype)
+            _emit_add(builder, step, number, target.dtype.bitwidth, winners.dtype.bitwidth, *args)
+            return context.get_dummy_value()
+
+        return types.void(target, gradient, winners, types.int64, types.int64), generate
+
+    return add
+
+
+def _emit_add(
+    builder: ir.IRBuilder, step: int, number: Any, bits: int, winner_bits: int,
+    target: Any, gradient: Any, winners: Any, tap: Any, skip: Any,
+) -> None:  # fmt: skip
+    """Emit the addition of one vector, but of its first ``skip`` lanes."""
+    lanes = MACHINE.vector_bytes * 8 // bits
+    vector, small = ir.VectorType(number, lanes), ir.VectorType(ir.IntType(winner_bits), lanes)
+    zeros, lane_numbers = ir.Constant(vector, None), ir.Constant(small, list(range(lanes)))
+
+    def place(start: Any, kind: Any, offset: int = 0) -> Any:
+        return builder.bitcast(builder.gep(start, [ir.IntType(64)(offset)]), kind.as_pointer())
+
+    won = builder.icmp_unsigned(
+        "==", builder.load(place(winners, small), align=winner_bits // 8), splat(builder, tap, small)
+    )
+    wanted = builder.icmp_unsigned(">=", lane_numbers, splat(builder, skip, small))
+    gradients = builder.load(place(gradient, vector), align=bits // 8)
+    values = builder.select(builder.and_(won, wanted), gradients, zeros)
+    if step == 1:
+        parts = {0: values}
+    else:  # a zero between every two; the second part begins a cell early, lest it end behind the row
+        low = [lane // 2 if lane % 2 == 0 else lanes for lane in range(lanes)]
+        high = [(lane + lanes - 1) // 2 if lane % 2 == 1 else lanes for lane in range(lanes)]
+        parts = {0: shuffle(builder, values, zeros, low), lanes - 1: shuffle(builder, values, zeros, high)}
+    sums = {
+        offset: builder.fadd(builder.load(place(target, vector, offset), align=bits // 8), part)
+        for offset, part in parts.items()
+    }
+    for offset, total in sums.items():
+        builder.store(total, place(target, vector, offset), align=bits // 8)
+
+
+_add_to_neighbours = _make_add(1)
+_add_to_every_other = _make_add(2)
+
+
 @kernel
 def _backward(
-    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool: Pool, taps: np.ndarray,
-    like: np.ndarray, like_winners: np.ndarray,
+    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool_numbers: int, taps: int,
+    like: float, like_winners: int,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is ``lanes`` channels of one image, its windows in order."""
+    """Do the tasks ``first`` to ``last``: a task is some channels of one image, their windows in order."""
+    pool = _read_pool(pool_numbers)
     source, target = pointer(grad_output.address, like), pointer(grad_input.address, like)
-    won = pointer(winners.address, like_winners)
+    won_by, table = pointer(winners.address, like_winners), pointer(taps, 0)
+    (depth, height, width), stride = pool.output_size, pool.stride[2]
+    lanes = MACHINE.vector_bytes // pool.itemsize
+    begin, end = _whole_windows(pool)
     for task in range(first, last):
-        n, channel = task // pool.lane_parts, task % pool.lane_parts * pool.lanes
-        lanes = min(pool.lanes, pool.channels - channel)
-        image = shift(target, n * grad_input.n + channel * grad_input.c)
-        _zero(image, grad_input, pool, lanes)
-        for d in range(pool.output_size[0]):
-            for h in range(pool.output_size[1]):
-                from_row = n * grad_output.n + channel * grad_output.c + d * grad_output.d + h * grad_output.h
-                won_row = n * winners.n + channel * winners.c + d * winners.d + h * winners.h
-                _scatter_row(
-                    image, grad_input, shift(source, from_row), grad_output, shift(won, won_row), winners,
-                    pool, d, h, lanes, taps,
-                )  # fmt: skip
+        n, channel = task // pool.parts, task % pool.parts * pool.part
+        channels = min(pool.part, pool.channels - channel)
+        image, zeroed = shift(target, n * grad_input.n + channel * grad_input.c), 0
+        for row in range(depth * height):
+            d, h = row // height, row % height
+            zeroed = _zero(image, grad_input, pool, zeroed, _reach(pool, d, h), channels)
+            gradient = shift(
+                source, n * grad_output.n + channel * grad_output.c + d * grad_output.d + h * grad_output.h
+            )
+            won = shift(won_by, n * winners.n + channel * winners.c + d * winners.d + h * winners.h)
+            w = 0
+            while w < width:
+                run = end - w if begin <= w < end else 1
+                inside = _taps_inside(table, pool, grad_input, d, h, w)
+                from_w, won_w = shift(gradient, w * grad_output.w), shift(won, w * winners.w)
+                columns = Steps(stride * grad_input.w, grad_output.w, winners.w)
+                along_channels = Steps(grad_input.c, grad_output.c, winners.c)
+                if pool.channels_last:
+                    for i in range(run):
+                        cell, of, by = _start(image, from_w, won_w, columns, i)
+                        _scatter(cell, of, by, columns, 1, along_channels, channels, inside, lanes)
+                else:
+                    _scatter(image, from_w, won_w, along_channels, channels, columns, run, inside, lanes)
+                w += run
+        _zero(image, grad_input, pool, zeroed, pool.input_size[0] * pool.input_size[1], channels)
+
+
+class Steps(NamedTuple):
+    """Elements between neighbours."""
+
+    target: int
+    gradient: int
+    winners: int
 
 
 @jit
-def _scatter_row(
-    image: Any, grad_input: Strided, gradient: Any, grad_output: Strided, won: Any, winners: Strided,
-    pool: Pool, d: int, h: int, lanes: int, taps: np.ndarray,
+def _start(target: Any, gradient: Any, winners: Any, steps: Steps, i: int) -> tuple[Any, Any, Any]:
+    """Return where the i-th neighbour is."""
+    return shift(target, i * steps.target), shift(gradient, i * steps.gradient), shift(winners, i * steps.winners)
+
+
+@jit
+def _scatter(
+    target: Any, gradient: Any, winners: Any, line_steps: Steps, line_count: int, steps: Steps, windows: int,
+    inside: Taps, lanes: int,
 ) -> None:  # fmt: skip
-    """Add the gradients of one row of windows to the cells that won."""
-    (depth, height, width), kernel = pool.input_size, taps.shape[1]
-    d_start, h_start = d * pool.stride[0] - pool.pad[0], h * pool.stride[1] - pool.pad[1]
-    for w in range(pool.output_size[2]):
-        w_start = w * pool.stride[2] - pool.pad[2]
-        for lane in range(lanes):
-            tap = won[w * winners.w + lane * winners.c]
-            if tap >= kernel:
-                continue
-            cell_d, cell_h, cell_w = d_start + taps[0, tap], h_start + taps[1, tap], w_start + taps[2, tap]
-            if 0 <= cell_d < depth and 0 <= cell_h < height and 0 <= cell_w < width:
-                cell = cell_d * grad_input.d + cell_h * grad_input.h + cell_w * grad_input.w + lane * grad_input.c
-                image[cell] += gradient[w * grad_output.w + lane * grad_output.c]
+    """Add the gradients of lines of windows to the cells that won.
+
+    One tap of all lines at a time: a cell that was just stored could only be loaded with a delay. From the last tap to
+    the first, so that a cell is reached by its windows in order.
+    """
+    vectors = windows >= lanes and steps.gradient == 1 and steps.winners == 1
+    for i_tap in range(inside.size - 1, -1, -1):
+        tap = inside.numbers[i_tap]
+        for line in range(line_count):
+            to, of, by = _start(shift(target, inside.cells[i_tap]), gradient, winners, line_steps, line)
+            if vectors and steps.target == 1:
+                for i_vector in range(0, windows, lanes):
+                    i = min(i_vector, windows - lanes)
+                    _add_to_neighbours(shift(to, i), shift(of, i), shift(by, i), tap, i_vector - i)
+            elif vectors and steps.target == 2:
+                for i_vector in range(0, windows, lanes):
+                    i = min(i_vector, windows - lanes)
+                    _add_to_every_other(shift(to, 2 * i), shift(of, i), shift(by, i), tap, i_vector - i)
+            else:
+                for i in range(windows):
+                    if by[i * steps.winners] == tap:
+                        to[i * steps.target] += of[i * steps.gradient]
 
 
 @jit
-def _zero(image: Any, grad_input: Strided, pool: Pool, lanes: int) -> None:
-    """Store zeros in ``lanes`` channels of an image."""
-    depth, height, width = pool.input_size
-    for d in range(depth):
-        for h in range(height):
-            row = shift(image, d * grad_input.d + h * grad_input.h)
-            if lanes == 1 and grad_input.w == 1:
-                fill(row, width)
-                continue
+def _reach(pool: Pool, d: int, h: int) -> int:
+    """Return how many rows of the input it takes to hold all cells of this row of windows and those before it."""
+    (kd, kh, _), (depth, height, _) = pool.kernel_size, pool.input_size
+    last_d = min(depth - 1, d * pool.stride[0] - pool.pad[0] + (kd - 1) * pool.dilation[0])
+    last_h = min(height - 1, h * pool.stride[1] - pool.pad[1] + (kh - 1) * pool.dilation[1])
+    return last_d * height + last_h + 1
+
+
+@jit
+def _zero(image: Any, grad_input: Strided, pool: Pool, first: int, last: int, channels: int) -> int:
+    """Store zeros in the rows ``first`` to ``last`` of some channels of an image; return the next row."""
+    height, width = pool.input_size[1:]
+    for number in range(first, last):
+        row = shift(image, number // height * grad_input.d + number % height * grad_input.h)
+        if pool.channels_last:
             for w in range(width):
-                for lane in range(lanes):
-                    row[w * grad_input.w + lane * grad_input.c] = 0
+                _fill(shift(row, w * grad_input.w), grad_input.c, channels)
+        else:
+            for c in range(channels):
+                _fill(shift(row, c * grad_input.c), grad_input.w, width)
+    return max(first, last)
+
+
+@jit
+def _fill(target: Any, step: int, count: int) -> None:
+    """Store ``count`` zeros, ``step`` elements apart."""
+    if step == 1:
+        fill(target, count)
+    else:
+        for i in range(count):
+            target[i * step] = 0

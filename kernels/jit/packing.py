@@ -22,9 +22,11 @@ from numba.extending import intrinsic
 from .blocking import Plan
 from .compile import jit, kernel
 from .threads import parallel, workspace
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, data, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, flat, pointer, reader, shift, shuffle
 
+read_plan = reader(Plan)
 Quad = tuple[int, int, int, int]  #: n, d, h, w
+OFFSET = np.dtype(np.int64)  #: of the tables of offsets, which compiled code knows as ``pointer(address, 0)``
 
 
 class Strided(NamedTuple):
@@ -40,7 +42,8 @@ class Strided(NamedTuple):
 
 def strided(array: np.ndarray) -> Strided:
     """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array."""
-    return Strided(array.ctypes.data, *(s // array.itemsize for s in array.strides))
+    (n, c, d, h, w), size = array.strides, array.itemsize
+    return Strided(array.ctypes.data, n // size, c // size, d // size, h // size, w // size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,17 +68,16 @@ def transpose(typingctx: Any, target: Any, rows: Any, source: Any, source_stride
             offset = builder.load(builder.gep(step, [index])) if table else builder.mul(step, index)
             return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
-        def pick(a: Any, b: Any, lanes: list[int]) -> Any:
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes))
-
         # Exchange one bit of the row number with the same bit of the column number, for each bit: of every 2 x 2 blocks
         # of side ``bit`` the upper right and the lower left change places.
         vectors = [builder.load(row(start, stride, i), align=align) for i in range(SQUARE)]
         for bit in (1 << b for b in range(SQUARE.bit_length() - 1)):
             for i in (i for i in range(SQUARE) if not i & bit):
                 above, below = vectors[i], vectors[i + bit]
-                vectors[i] = pick(above, below, [j - bit + SQUARE if j & bit else j for j in range(SQUARE)])
-                vectors[i + bit] = pick(above, below, [j + SQUARE if j & bit else j + bit for j in range(SQUARE)])
+                vectors[i] = shuffle(builder, above, below, [j - bit + SQUARE if j & bit else j for j in range(SQUARE)])
+                vectors[i + bit] = shuffle(
+                    builder, above, below, [j + SQUARE if j & bit else j + bit for j in range(SQUARE)]
+                )
         for i in range(SQUARE):
             builder.store(vectors[i], row(to, to_rows, i), align=align)
         return context.get_dummy_value()
@@ -225,11 +227,17 @@ def repeat_last(rows: Any, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def packed_weight(weight: np.ndarray, plan: Plan, dtype: np.dtype, threads: int) -> np.ndarray:
-    """Return the weights in panels."""
+def packed_weight(weight: np.ndarray, plan: Plan, threads: int) -> int:
+    """Return the address of the weights in panels."""
     panels = plan.groups * plan.panels
-    packed = workspace("weight", panels * plan.reduction * plan.panel.lanes, dtype)
-    parallel(lambda first, last: pack_weight(first, last, strided(weight), packed, plan), panels, threads)
+    packed = workspace("weight", panels * plan.reduction * plan.panel.lanes, weight.dtype)
+
+    def work(first: int, last: int) -> None:
+        rows = workspace("rows", SQUARE * plan.taps, OFFSET)
+        pack_weight(first, last, strided(weight), packed, rows, numbers.ctypes.data, weight.dtype.type(0))
+
+    numbers = flat(plan)
+    parallel(work, panels, threads)
     return packed
 
 
@@ -239,40 +247,46 @@ def contiguous_bias(bias: np.ndarray | None, channels: int, dtype: np.dtype) -> 
 
 
 @kernel
-def pack_weight(first: int, last: int, weight: Strided, packed: np.ndarray, plan: Plan) -> None:
+def pack_weight(first: int, last: int, weight: Strided, packed: int, rows: int, numbers: int, like: float) -> None:
     """Pack the panels numbered ``first`` to ``last``, counted over all groups."""
+    plan = read_plan(numbers)
     channels, lanes = plan.reduction // plan.taps, plan.panel.lanes
+    source = pointer(weight.address, like)
     for number in range(first, last):
-        panel = shift(data(packed), number * plan.reduction * lanes)
+        panel = shift(pointer(packed, like), number * plan.reduction * lanes)
         for channel in range(0, channels, plan.block):
             depth = min(plan.block, channels - channel)
             target = shift(panel, channel * plan.taps * lanes)
-            pack_part(target, weight, packed, plan, number // plan.panels, number % plan.panels, channel, depth)
+            group, number_in_group = number // plan.panels, number % plan.panels
+            pack_part(target, source, weight, pointer(rows, 0), plan, group, number_in_group, channel, depth)
 
 
 @jit
 def pack_part(
-    target: Any, weight: Strided, like: np.ndarray, plan: Plan, group: int, panel: int, channel0: int, depth: int
-) -> None:
-    """Pack one panel's weights [tap][channel][lane] for ``depth`` channels; unused lanes are zero."""
+    target: Any, source: Any, weight: Strided, rows: Any, plan: Plan,
+    group: int, panel: int, channel0: int, depth: int,
+) -> None:  # fmt: skip
+    """Pack one panel's weights [tap][channel][lane] for ``depth`` channels; unused lanes are zero.
+
+    ``rows`` has room for SQUARE * taps offsets.
+    """
     (_, kh, kw), taps, lanes = plan.kernel_size, plan.taps, plan.panel.lanes
     filter0, filter_step, count = filters_of(plan, group, panel)
     stride = filter_step * weight.n
-    start = shift(pointer(weight.address, like), filter0 * weight.n + channel0 * weight.c)
+    start = shift(source, filter0 * weight.n + channel0 * weight.c)
     if count < lanes:
         fill(target, taps * depth * lanes)
     row_follows_row = weight.h == kw * weight.w and weight.d == kh * kw * weight.w
     if taps > 1 and abs(weight.w) == 1 and row_follows_row:  # OIHW, rotated or not: a filter's cells are neighbours
         start = shift(start, min(0, (taps - 1) * weight.w))
         together = min(SQUARE, depth) if weight.c == taps else 1  # channels that are neighbours, too
-        rows = np.empty((together, taps), np.int64)
         for channel in range(together):
             for tap in range(taps):
-                rows[channel, tap if weight.w > 0 else taps - 1 - tap] = (tap * depth + channel) * lanes
+                rows[channel * taps + (tap if weight.w > 0 else taps - 1 - tap)] = (tap * depth + channel) * lanes
         for first in range(0, depth, together):
             channel = min(first, depth - together)
             to, cells = shift(target, channel * lanes), shift(start, channel * weight.c)
-            _transpose_to_rows(to, data(rows), cells, stride, together * taps, count)
+            _transpose_to_rows(to, rows, cells, stride, together * taps, count)
         return
     for tap in range(taps):
         cell_of_tap = tap // (kh * kw) * weight.d + tap // kw % kh * weight.h + tap % kw * weight.w

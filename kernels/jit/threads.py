@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,23 +42,29 @@ def parallel(work: Callable[[int, int], None], tasks: int, threads: int) -> None
         other.result()
 
 
+LINE = 64  #: bytes of a cache line
 _arena = threading.local()
 
 
-def workspace(name: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """Return room for ``count`` numbers, with whatever they hold: this thread's own, and the same at the next call.
+class Room(NamedTuple):
+    """Memory of an arena: so many bytes from the address on."""
 
-    Fresh memory would cost a page fault every 4 KB, which is as much as packing an image into it.
+    memory: np.ndarray
+    size: int
+    address: int
+
+
+def workspace(name: str, count: int, dtype: np.dtype) -> int:
+    """Return the address of room for ``count`` numbers, whatever they hold: this thread's own, until it asks again.
+
+    The next call of a kernel gets the same memory: fresh memory would cost a page fault every 4 KB, which is as much as
+    packing an image into it.
     """
-    memory: np.ndarray | None = getattr(_arena, name, None)
-    if memory is None or memory.nbytes < count * dtype.itemsize:
-        memory = aligned(count, dtype).view(np.uint8)
-        setattr(_arena, name, memory)
-    return memory[: count * dtype.itemsize].view(dtype)
-
-
-def aligned(count: int, dtype: np.dtype) -> np.ndarray:
-    """Return room for ``count`` numbers that starts on a cache line, so that no vector load straddles two."""
-    memory = np.empty(count * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count * dtype.itemsize].view(dtype)
+    size = count * dtype.itemsize
+    room: Room | None = getattr(_arena, name, None)
+    if room is None or room.size < size:
+        memory = np.empty(size + LINE, np.uint8)
+        address = int(memory.ctypes.data)
+        room = Room(memory, size, address + -address % LINE)  # no vector load shall straddle two cache lines
+        setattr(_arena, name, room)
+    return room.address

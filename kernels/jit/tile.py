@@ -1,8 +1,8 @@
 """The register tile: the one place where the multiplications of every convolution happen.
 
-    C[m, n]  +=  sum over taps t and k < depth of  A[rows[m] + taps[t] + k * step] * B[t, k, n]
+    C[m, n]  +=  sum over taps t and k < depth of  A[rows[m] + taps[t] + k * step] * B[b_taps[t] + k * b_step + n]
 
-    A: reached by offsets                             B: rows side by side in memory, a panel of them wide
+    A: reached by offsets                             B: rows of neighbours in memory, a panel of them wide
 
      rows[m] + taps[t] + k*step                        n ->
      +--+                                             +----------------+
@@ -16,7 +16,8 @@ A compiler that sees plain loops keeps C in memory, and then moves three numbers
 in registers over the whole sum, so that ``rows + vectors`` loads feed ``rows * vectors`` fused multiply-adds: that is
 all there is to a fast matrix product. Since ``rows`` and ``taps`` are arbitrary offsets, the same tile serves a
 convolution without a column matrix (rows are pixels, taps are the filter's cells), the gradient of its weights (rows
-are the filter's cells, "taps" are rows of the image) and an ordinary matrix product. (Georganas et al., arXiv
+are the filter's cells, "taps" are rows of the image), an ordinary matrix product, and a convolution whose lanes are the
+pixels of an image in place (rows are filters, ``b_taps`` the filter's cells). (Georganas et al., arXiv
 1906.06440: a "batch-reduce GEMM".)
 
 Numba has no vector types, so the tile is written in LLVM's language, as an ``intrinsic``: a function that emits
@@ -28,7 +29,10 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count, product
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from llvmlite import ir
@@ -53,13 +57,14 @@ class Machine(NamedTuple):
     vector_bytes: int
     wide: Shape
     narrow: Shape  #: half as many lanes, for few channels
+    flat: Shape  #: for few rows: C beside a vector of A for each row, and one of B at a time
 
 
 # Rows divide ROW_MULTIPLE. More than 12 rows would leave too few of x86's integer registers for the addresses.
-_AVX512 = Machine(64, Shape(12, 2), Shape(12, 1))  # 32 registers
-_AVX2 = Machine(32, Shape(6, 2), Shape(8, 1))  # 16 registers
-_NEON = Machine(16, Shape(6, 4), Shape(8, 2))  # 32 registers
-_SSE = Machine(16, Shape(4, 2), Shape(8, 1))  # 16 registers
+_AVX512 = Machine(64, Shape(12, 2), Shape(12, 1), Shape(3, 8))  # 32 registers
+_AVX2 = Machine(32, Shape(6, 2), Shape(8, 1), Shape(3, 4))  # 16 registers
+_NEON = Machine(16, Shape(6, 4), Shape(8, 2), Shape(3, 8))  # 32 registers
+_SSE = Machine(16, Shape(4, 2), Shape(8, 1), Shape(3, 4))  # 16 registers
 ROW_MULTIPLE = 24
 
 
@@ -105,18 +110,12 @@ def panel_for(count: int, elementwise: bool, itemsize: int) -> Panel:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """Return ``address`` as a pointer to elements of the type that array ``like`` has; ``p[i]`` reads and writes."""
+    """Return ``address`` as a pointer to numbers of the type of ``like``; ``p[i]`` reads and writes."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like.dtype)(types.intp, like), generate
-
-
-@jit
-def data(array: np.ndarray) -> Any:
-    """Return a pointer to the first element of a contiguous array."""
-    return pointer(array.ctypes.data, array)
+    return types.CPointer(types.unliteral(like))(types.intp, like), generate
 
 
 @intrinsic
@@ -127,6 +126,67 @@ def shift(typingctx: Any, start: Any, elements: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return start(start, types.intp), generate
+
+
+def reader(kind: type) -> Any:
+    """Return the function that reads a named tuple of this kind from the address where ``flat`` has put it.
+
+    As arguments of a kernel its many numbers would be checked and unpacked at every call.
+    """
+    numba_kind = _numba_type(kind)
+
+    @intrinsic
+    def read(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            start, positions = builder.inttoptr(args[0], ir.IntType(64).as_pointer()), count()
+
+            def value(part: Any) -> Any:
+                if isinstance(part, types.BaseTuple):
+                    return context.make_tuple(builder, part, [value(field) for field in part.types])
+                number = builder.load(builder.gep(start, [ir.IntType(64)(next(positions))]))
+                return builder.trunc(number, context.get_value_type(part)) if part == types.boolean else number
+
+            return value(numba_kind)
+
+        return numba_kind(types.intp), generate
+
+    return read
+
+
+def _numba_type(hint: Any) -> Any:
+    """Return Numba's type for int, bool, tuples and named tuples of them."""
+    if hint in (int, bool):
+        return types.int64 if hint is int else types.boolean
+    fields = get_type_hints(hint).values() if hasattr(hint, "_fields") else get_args(hint)
+    named = hint if hasattr(hint, "_fields") else None
+    return types.BaseTuple.from_types([_numba_type(field) for field in fields], named)
+
+
+@lru_cache(maxsize=512)
+def flat(values: tuple[Any, ...]) -> np.ndarray:
+    """Return the numbers of nested tuples one after the other."""
+    return np.array([*_numbers(values)], np.int64)
+
+
+def _numbers(values: tuple[Any, ...]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        else:
+            yield value
+
+
+def shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Emit the choice of lanes: those of ``a`` are numbered from 0 on, those of ``b`` follow."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def splat(builder: ir.IRBuilder, value: Any, vector: Any) -> Any:
+    """Emit a vector with ``value`` in all lanes; integers are cut to its width."""
+    if value.type != vector.element:
+        value = builder.trunc(value, vector.element)
+    undefined = ir.Constant(vector, ir.Undefined)
+    return shuffle(builder, builder.insert_element(undefined, value, ir.IntType(64)(0)), undefined, [0] * vector.count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +200,7 @@ def _make_tile(shape: Shape, elementwise: bool) -> Any:
     @intrinsic
     def tile(
         typingctx: Any, c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any,
-        b: Any, b_step: Any,
+        b: Any, b_taps: Any, b_step: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             _emit_tile(context, builder, shape, elementwise, c.dtype, *args)
@@ -148,14 +208,15 @@ def _make_tile(shape: Shape, elementwise: bool) -> Any:
 
         offsets = types.CPointer(types.int64)
         size = types.intp
-        return types.void(c, size, a, offsets, offsets, size, size, size, b, size), generate
+        return types.void(c, size, a, offsets, offsets, size, size, size, b, b_taps, size), generate
 
     return tile
 
 
 def _emit_tile(
     context: Any, builder: ir.IRBuilder, shape: Shape, elementwise: bool, dtype: Any,
-    c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any, b: Any, b_step: Any,
+    c: Any, c_step: Any, a: Any, rows: Any, taps: Any, tap_count: Any, depth: Any, step: Any,
+    b: Any, b_taps: Any, b_step: Any,
 ) -> None:  # fmt: skip
     """Emit the loops over taps and depth around ``rows * vectors`` multiply-adds."""
     width = MACHINE.vector_bytes * 8 // dtype.bitwidth
@@ -164,33 +225,31 @@ def _emit_tile(
     name = f"llvm.fmuladd.v{width}f{dtype.bitwidth}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
     index, align = ir.IntType(64), dtype.bitwidth // 8
-    all_lanes_0 = ir.Constant(ir.VectorType(ir.IntType(32), width), None)
-    undefined = ir.Constant(vector, ir.Undefined)
     tile_rows, columns = range(shape.rows), range(shape.vectors)
+    order = sorted(product(tile_rows, columns), key=lambda cell: cell if shape.rows > shape.vectors else cell[::-1])
 
     def load(start: Any, offset: Any) -> Any:
         return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=align)
 
-    def broadcast(scalar: Any) -> Any:
-        return builder.shuffle_vector(builder.insert_element(undefined, scalar, index(0)), undefined, all_lanes_0)
-
     # LLVM turns these variables into registers.
     sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in columns] for _ in tile_rows]
     starts = [builder.gep(a, [builder.load(builder.gep(rows, [index(m)]))]) for m in tile_rows]
-    panel = cgutils.alloca_once_value(builder, b)
     with cgutils.for_range(builder, tap_count) as tap:
+        table = isinstance(b_taps.type, ir.PointerType)
+        b_start = builder.load(builder.gep(b_taps, [tap.index])) if table else builder.mul(b_taps, tap.index)
+        panel = cgutils.alloca_once_value(builder, builder.gep(b, [b_start]))
         position = cgutils.alloca_once_value(builder, builder.load(builder.gep(taps, [tap.index])))
         with cgutils.for_range(builder, depth):
             here, b_row = builder.load(position), builder.load(panel)
-            b_vectors = [load(b_row, index(v * width)) for v in columns]
-            for m in tile_rows:
-                if elementwise:
-                    a_start = builder.gep(starts[m], [here])
-                    a_vectors = [load(a_start, index(v * width)) for v in columns]
-                else:
-                    a_vectors = [broadcast(builder.load(builder.gep(starts[m], [here])))] * shape.vectors
-                for v, (a_vector, b_vector) in enumerate(zip(a_vectors, b_vectors, strict=True)):
-                    builder.store(builder.call(fma, [a_vector, b_vector, builder.load(sums[m][v])]), sums[m][v])
+            a_rows, a_vectors, b_vectors = {}, {}, {}
+            for m, v in order:  # each vector is loaded when it is first needed
+                if m not in a_rows:
+                    a_rows[m] = builder.gep(starts[m], [here])
+                    a_vectors[m] = None if elementwise else splat(builder, builder.load(a_rows[m]), vector)
+                if v not in b_vectors:
+                    b_vectors[v] = load(b_row, index(v * width))
+                a_vector = load(a_rows[m], index(v * width)) if elementwise else a_vectors[m]
+                builder.store(builder.call(fma, [a_vector, b_vectors[v], builder.load(sums[m][v])]), sums[m][v])
             builder.store(builder.add(here, step), position)
             builder.store(builder.gep(b_row, [b_step]), panel)
 
@@ -206,14 +265,15 @@ _wide = _make_tile(MACHINE.wide, elementwise=False)
 _narrow = _make_tile(MACHINE.narrow, elementwise=False)
 _wide_elementwise = _make_tile(MACHINE.wide, elementwise=True)
 _narrow_elementwise = _make_tile(MACHINE.narrow, elementwise=True)
+flat_tile = _make_tile(MACHINE.flat, elementwise=False)
 
 
 @jit
 def multiply(
     c: Any, c_step: int, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int,
-    b: Any, b_step: int, panel: Panel,
+    b: Any, b_taps: Any, b_step: int, panel: Panel,
 ) -> None:  # fmt: skip
-    """Add the formula above to ``count`` rows of C, tile after tile.
+    """Add the formula above to ``count`` rows of C, tile after tile; a number as ``b_taps`` means t * b_taps.
 
     Rows of B and C are ``b_step`` and ``c_step`` apart. The last tile may be taller than what is left: ``rows`` and C
     go on up to a multiple of ROW_MULTIPLE.
@@ -222,10 +282,10 @@ def multiply(
     for row in range(0, count, tile_rows):
         c_row, a_rows = shift(c, row * c_step), shift(rows, row)
         if panel.elementwise and panel.narrow:
-            _narrow_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
+            _narrow_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_taps, b_step)
         elif panel.elementwise:
-            _wide_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
+            _wide_elementwise(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_taps, b_step)
         elif panel.narrow:
-            _narrow(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
+            _narrow(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_taps, b_step)
         else:
-            _wide(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_step)
+            _wide(c_row, c_step, a, a_rows, taps, tap_count, depth, step, b, b_taps, b_step)

@@ -16,9 +16,9 @@ import numpy as np
 
 from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
-from .packing import Quad, Strided, copy_block, filters_of, pack_pixels, strided
+from .packing import OFFSET, Quad, Strided, copy_block, fill, filters_of, pack_pixels, read_plan, strided
 from .threads import parallel, workspace
-from .tile import BLOCK_BYTES, CHUNK, data, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
 
 
 class Task(NamedTuple):
@@ -34,34 +34,45 @@ class Task(NamedTuple):
     box1: int
 
 
-class Sums(NamedTuple):
-    """Where the tasks add up."""
+class Addresses(NamedTuple):
+    """The workspace of a task, as the kernels get it."""
 
-    weight: np.ndarray  #: [split][group][panel][(c, tap)][lane]
-    bias: np.ndarray  #: [split][group][panel][lane]
+    sums: int  #: those of ``Sums``: of all tasks
+    bias: int
+    cells: int  #: the packed input
+    pixels: int  #: the packed gradient of the output, a box of it
+    offsets: int
+
+
+class Sums(NamedTuple):
+    """Where the tasks add up: pointers to numbers."""
+
+    weight: Any  #: [split][group][panel][(c, tap)][lane]
+    bias: Any  #: [split][group][panel][lane]
 
 
 def weight_grad(
-    accumulate: Callable[..., None], boxes: int, input: np.ndarray, grad_output: np.ndarray,
+    accumulate: Callable[..., None], elements: int, input: np.ndarray, grad_output: np.ndarray,
     grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, threads: int,
 ) -> None:  # fmt: skip
-    """Fill ``grad_weight`` and ``grad_bias``; ``accumulate`` does a range of tasks, packing ``boxes`` elements."""
+    """Fill ``grad_weight`` and ``grad_bias``; ``accumulate`` does a range of tasks, packing ``elements`` at a time."""
     dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
     tasks = grad_tasks(plan, threads)
     columns = tasks.splits * panels * lanes
-    sums = Sums(workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype))
-    for array in sums:
-        array.fill(0)
-    bias = np.empty(grad_weight.shape[0], dtype)
+    sums, bias_sums = workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype)
+    bias, like, numbers = np.empty(grad_weight.shape[0], dtype), dtype.type(0), flat(plan)
 
     def work(first: int, last: int) -> None:
-        offsets = np.zeros(plan.sum_rows + plan.taps + math.prod(plan.box[:3]), np.int64)
-        pixels = workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype)
-        box = workspace("box", boxes, dtype)
-        accumulate(first, last, tasks, strided(input), strided(grad_output), plan, sums, box, pixels, offsets)
+        addresses = Addresses(
+            sums, bias_sums, workspace("box", elements, dtype),
+            workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype),
+            workspace("offsets", plan.sum_rows + plan.taps + math.prod(plan.box[:3]), OFFSET),
+        )  # fmt: skip
+        accumulate(first, last, tasks, strided(input), strided(grad_output), numbers.ctypes.data, addresses, like)
 
     def store(first: int, last: int) -> None:
-        _store(first, last, tasks.splits, sums, strided(grad_weight), bias, plan)
+        target, target_bias = strided(grad_weight), bias.ctypes.data
+        _store(first, last, tasks.splits, sums, bias_sums, target, target_bias, numbers.ctypes.data, like)
 
     parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, threads)
     parallel(store, panels, threads)
@@ -84,17 +95,29 @@ def task_of(number: int, tasks: GradTasks, plan: Plan) -> Task:
 
 
 @jit
+def start_task(sums: Sums, task: Task, plan: Plan) -> None:
+    """Let the sums of a task start at zero."""
+    lanes, row0 = plan.panel.lanes, task.block0 * plan.block * plan.taps
+    row1 = plan.sum_rows if task.block1 == plan.blocks else task.block1 * plan.block * plan.taps
+    for panel in range(task.panel0, task.panel1):
+        number = (task.split * plan.groups + task.group) * plan.panels + panel
+        fill(shift(sums.weight, (number * plan.sum_rows + row0) * lanes), (row1 - row0) * lanes)
+        if task.block0 == 0:
+            fill(shift(sums.bias, number * lanes), lanes)
+
+
+@jit
 def pack_gradient(
-    pixels: np.ndarray, source: Any, grad_output: Strided, plan: Plan, task: Task, sums: Sums,
+    pixels: Any, source: Any, grad_output: Strided, plan: Plan, task: Task, sums: Sums,
     origin: Quad, size: Quad,
 ) -> None:  # fmt: skip
     """Pack the panels of grad_output for one box, and add them to the gradient of the bias (one of the tasks does)."""
     count, lanes = size[0] * size[1] * size[2] * size[3], plan.panel.lanes
     for panel in range(task.panel0, task.panel1):
-        target = shift(data(pixels), panel * count * lanes)
+        target = shift(pixels, panel * count * lanes)
         pack_pixels(target, source, grad_output, plan, origin, size, filters_of(plan, task.group, panel))
         if task.block0 == 0:
-            bias = shift(data(sums.bias), ((task.split * plan.groups + task.group) * plan.panels + panel) * lanes)
+            bias = shift(sums.bias, ((task.split * plan.groups + task.group) * plan.panels + panel) * lanes)
             _add_rows(bias, target, count, lanes)
 
 
@@ -107,40 +130,45 @@ def _add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
 
 @jit
 def add_products(
-    sums: Sums, cells: np.ndarray, rows: Any, row0: int, row_count: int,
-    lines: Any, line_count: int, width: int, step: int, pixels: np.ndarray, plan: Plan, task: Task,
+    sums: Sums, cells: Any, rows: Any, row0: int, row_count: int,
+    lines: Any, line_count: int, width: int, step: int, pixels: Any, plan: Plan, task: Task,
 ) -> None:  # fmt: skip
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
-    most_lines = max(1, BLOCK_BYTES // (width * (lanes + step) * pixels.itemsize))  # of the pixels and of their cells
+    most_lines = max(1, BLOCK_BYTES // (width * (lanes + step) * plan.itemsize))  # of the pixels and of their cells
     for line in range(0, line_count, most_lines):
         some_lines = min(most_lines, line_count - line)
         for row in range(0, row_count, CHUNK):
             for panel in range(task.panel0, task.panel1):
                 place = ((task.split * plan.groups + task.group) * plan.panels + panel) * plan.sum_rows + row0 + row
-                b = shift(data(pixels), (panel * line_count + line) * width * lanes)
+                b = shift(pixels, (panel * line_count + line) * width * lanes)
                 multiply(
-                    shift(data(sums.weight), place * lanes), lanes, data(cells), shift(rows, row),
-                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step, b, lanes, plan.panel,
+                    shift(sums.weight, place * lanes), lanes, cells, shift(rows, row),
+                    min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step,
+                    b, width * lanes, lanes, plan.panel,
                 )  # fmt: skip
 
 
 @kernel
 def _store(
-    first: int, last: int, splits: int, sums: Sums, grad_weight: Strided, grad_bias: np.ndarray, plan: Plan
-) -> None:
+    first: int, last: int, splits: int, sums: int, bias_sums: int, grad_weight: Strided, grad_bias: int, numbers: int,
+    like: float,
+) -> None:  # fmt: skip
     """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order."""
+    plan = read_plan(numbers)
     lanes, panels, elements = plan.panel.lanes, plan.groups * plan.panels, plan.sum_rows * plan.panel.lanes
+    target, target_bias = pointer(grad_weight.address, like), pointer(grad_bias, like)
     for number in range(first, last):
         filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
-        weight, bias = shift(data(sums.weight), number * elements), shift(data(sums.bias), number * lanes)
+        weight, bias = shift(pointer(sums, like), number * elements), shift(pointer(bias_sums, like), number * lanes)
         for split in range(1, splits):
             _add(weight, shift(weight, split * panels * elements), elements)
             _add(bias, shift(bias, split * panels * lanes), lanes)
         for lane in range(count):
-            grad_bias[filter0 + lane * filter_step] = bias[lane]
-        start = shift(pointer(grad_weight.address, grad_bias), filter0 * grad_weight.n)
-        _store_panel(start, grad_weight, weight, plan, filter_step * grad_weight.n, count)
+            target_bias[filter0 + lane * filter_step] = bias[lane]
+        _store_panel(
+            shift(target, filter0 * grad_weight.n), grad_weight, weight, plan, filter_step * grad_weight.n, count
+        )
 
 
 @jit

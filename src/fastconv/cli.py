@@ -1,4 +1,4 @@
-"""The command ``fastconv demo | bench | info``."""
+"""The command ``fastconv demo | bench | warmup | info``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__
+from .arrays import DTYPES
 from .runtime import ENGINES, config_context, get_config, show_config
 
 
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser("fastconv", description="Convolution and pooling for NumPy arrays on a CPU.")
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,warmup,info}", required=True)
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="train a network on digits and time its layers")
     demo.add_argument("--epochs", type=_positive, default=15, help="times through the digits (default: %(default)s)")
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("bench", allow_abbrev=False, help="measure the named layers on every engine")
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.run)
+
+    warmup = commands.add_parser("warmup", allow_abbrev=False, help="compile the Numba engine's kernels ahead of time")
+    warmup.add_argument("--dtype", choices=list(map(str, DTYPES)), help="only the kernels for this type (default: all)")
+    warmup.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    warmup.set_defaults(run=_warmup)
 
     info = commands.add_parser("info", allow_abbrev=False, help="show versions, engines, CPU and threads")
     info.set_defaults(run=_info)
@@ -76,6 +82,13 @@ def _demo(args: argparse.Namespace) -> int:
 
     with config_context(engine=args.engine, num_threads=args.threads):
         run(epochs=args.epochs, seed=args.seed, progress=args.progress)
+    return 0
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from .warmup import run
+
+    run([dtype for dtype in DTYPES if args.dtype in (None, dtype)], args.progress)
     return 0
 
 

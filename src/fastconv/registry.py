@@ -111,6 +111,7 @@ CONVOLUTIONS = (
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd),
+    Row("planar", "numba", _planar),
     Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),
