@@ -109,8 +109,10 @@ class _Kernel(JITCodeLibrary):  # type: ignore[misc]
 
     def _get_module_for_linking(self) -> ModuleRef:
         """Return the names without the code: it would go into the cache, and nobody links with a kernel."""
-        functions = [f.name for f in self._final_module.functions if f.linkage != Linkage.internal]
-        variables = [v.name for v in self._final_module.global_variables if v.linkage != Linkage.internal]
+        functions, variables = (
+            [value.name for value in values if not value.is_declaration and value.linkage != Linkage.internal]
+            for values in (self._final_module.functions, self._final_module.global_variables)
+        )
         return parse_assembly(
             "".join(f'define void @"{name}"() {{ ret void }}\n' for name in functions)
             + "".join(f'@"{name}" = common global i64 0\n' for name in variables)
