@@ -14,6 +14,7 @@ reduction; then it is [panel][tap][channel].) Every copy is one call of the micr
 """
 
 cimport numpy as cnp
+from cython.parallel cimport prange
 from libc.string cimport memset
 
 from fastconv.kernels.native.machine cimport fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads
@@ -80,6 +81,20 @@ cdef void split_numbers(Conv *c, str precision):
     depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
     if products * depth <= SPLIT_RATE * c.channels:
         use_tile(c, kernels)
+
+
+cdef void run_tasks(Task task, const void *plan, Py_ssize_t tasks, int threads) except *:
+    """Do all tasks of a plan, on so many threads; a task returns 1 if it lacks memory."""
+    cdef Py_ssize_t number, failures = 0
+    with nogil:
+        if threads == 1:  # a parallel region of one thread costs as much as a small convolution
+            for number in range(tasks):
+                failures += task(plan, number)
+        else:
+            for number in prange(tasks, num_threads=threads, schedule="dynamic"):
+                failures += task(plan, number)
+    if failures:
+        raise MemoryError("no memory for workspace")
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

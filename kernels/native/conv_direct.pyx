@@ -29,17 +29,17 @@ The gradient of the weights reduces over pixels: rows of the tile are (tap, chan
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
-    packed_weight_size, panel_vectors, part_cells, pixel_offsets, split_numbers, store, tap_offsets,
+    packed_weight_size, panel_vectors, part_cells, pixel_offsets, run_tasks, split_numbers, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_weight, sum_chunks, sum_pixels,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_bias, store_weight,
+    sum_chunks, sum_pixels, want_bias,
 )
 
 cdef enum:
@@ -100,7 +100,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, task, step, packed, failures = 0
+    cdef Py_ssize_t tasks, step, packed
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     if split:
@@ -122,22 +122,17 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     if once:
         plan.weights = NULL
     else:
-        with nogil:
-            for task in prange(c.groups * c.panels, num_threads=c.threads, schedule="static"):
-                failures += _pack_panel(&plan, task)
+        run_tasks(_pack_panel, &plan, c.groups * c.panels, c.threads)
     tasks = c.batch * c.groups * plan.blocks.count
     plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
     tasks *= plan.shares
-    with nogil:
-        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(&plan, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
-cdef int _pack_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
+cdef int _pack_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     """Pack all channel blocks of a panel."""
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t group = number // c.panels, panel = number % c.panels, b
     cdef char *floats = arena(FC_ARENA_BLOCK, plan.width * c.taps * c.panel * c.item)
@@ -188,7 +183,8 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
     return not sizes & FC_HUGE and sizes != FC_TINY
 
 
-cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t share = task % plan.shares
     cdef Py_ssize_t group = task // plan.shares % c.groups
@@ -302,7 +298,7 @@ cdef void _depthwise(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray ou
     """One filter for each channel: weight (C, 1, ...), output (N, C, ...)."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, b, tasks, failures = 0
+    cdef Py_ssize_t b, tasks
     cdef char *weights
     make_conv(c, input, weight, output, dims, options)
     plan.width = CHANNELS
@@ -317,11 +313,7 @@ cdef void _depthwise(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray ou
     plan.bias = pack_bias(c, bias, weights + plan.channel_blocks * CHANNELS * c.taps * c.item)
     plan.relu = options.activation == "relu"
     tasks = c.batch * plan.blocks.count * plan.channel_blocks
-    with nogil:
-        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _depthwise_task(&plan, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    run_tasks(_depthwise_task, &plan, tasks, c.threads)
 
 
 cdef void _pack_depthwise(const Conv *c, Py_ssize_t first, char *out) noexcept nogil:
@@ -338,7 +330,8 @@ cdef void _pack_depthwise(const Conv *c, Py_ssize_t first, char *out) noexcept n
             out += c.kernel[2] * CHANNELS * c.item
 
 
-cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _depthwise_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t first = task % plan.channel_blocks * CHANNELS
     cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
@@ -376,20 +369,18 @@ cdef int _depthwise_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
 cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, failures = 0
     make_conv(c, input, grad_weight, grad_output, dims, options)
     plan.width = min(<Py_ssize_t>CHANNELS, c.channels)
     plan.channel_blocks = max(1, WEIGHT_ROWS // (c.taps * plan.width))
     cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, PIXELS, &plan.blocks)
     plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
-    with nogil:
-        for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _weight_task(&plan, task)
-    sum_chunks(&plan, failures)
+    run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)
+    sum_chunks(&plan)
 
 
-cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units for one task's channels and filters."""
+    cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef const Conv *c = &plan.c
     cdef WeightTask t
     if start_task(plan, task, &t):
@@ -467,25 +458,17 @@ cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors,
 cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, cnp.ndarray grad_bias,
                             dims, options):
     """One filter for each channel: a task has a block of channels and all images."""
-    cdef Plan plan
+    cdef WeightPlan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, failures = 0, bias_stride = 0
-    cdef char *bias = NULL
     make_conv(c, input, grad_weight, grad_output, dims, options)
-    plan.width = CHANNELS
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
-    if grad_bias is not None:
-        bias = cnp.PyArray_BYTES(grad_bias)
-        bias_stride = cnp.PyArray_STRIDE(grad_bias, 0) // c.item
-    with nogil:
-        for task in prange(plan.channel_blocks, num_threads=c.threads, schedule="dynamic"):
-            failures += _depthwise_weight_task(&plan, task, bias, bias_stride)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    want_bias(&plan, grad_bias)
+    run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)
 
 
-cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task, char *bias, Py_ssize_t bias_stride) noexcept nogil:
+cdef int _depthwise_weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t first = task * CHANNELS
     cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
@@ -511,7 +494,7 @@ cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task, char *bias, P
         tap_offsets(c, &block, CHANNELS, taps)
         pack_image(c, &block, first, channels, CHANNELS, part)
         pack_pixels(c, &block, first, channels, CHANNELS, 0, block.rows * block.columns, grads)
-        if bias != NULL:
+        if plan.bias != NULL:
             sum_pixels(c, grads, block.rows * block.columns, CHANNELS, bias_sums)
         for r in range(block.rows):
             c.kernels.depthwise_weight(
@@ -519,6 +502,5 @@ cdef int _depthwise_weight_task(const Plan *plan, Py_ssize_t task, char *bias, P
                 grads + r * block.columns * CHANNELS * c.item, block.columns, CHANNELS, accumulators,
             )
     store_weight(c, first, 0, channels, 1, 1, CHANNELS, accumulators)
-    if bias != NULL:
-        c.kernels.transpose(bias_sums, 1, 1, 1, channels, bias + first * bias_stride * c.item, bias_stride)
+    store_bias(plan, first, channels, bias_sums)
     return 0

@@ -26,12 +26,12 @@ The gradient of the weights gathers the same patches: grad_weight[r][k] = sum ov
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, pack_pixels, panel_vectors, start_sums,
+    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
+    start_sums,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
 from fastconv.kernels.native.weight_chunks cimport (
@@ -113,7 +113,7 @@ cdef void join_rows(Conv *c) noexcept nogil:
 cdef void _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options):
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, task, pixels, failures = 0
+    cdef Py_ssize_t tasks, pixels
     make_conv(c, input, weight, output, dims, options)
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
@@ -129,14 +129,11 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     plan.relu = options.activation == "relu"
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
     plan.shares = max(ceil_div(c.filters, SHARE), min(ceil_div(c.filters, CHUNK), 2 * c.threads // max(tasks, 1)))
-    with nogil:
-        for task in prange(tasks * plan.shares, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(&plan, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)
 
 
-cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t share = task % plan.shares, group = task // plan.shares % c.groups
     cdef Py_ssize_t number = task // (plan.shares * c.groups)
@@ -286,20 +283,18 @@ cdef void _gather_run(const Conv *c, const Block *block, Py_ssize_t channel, Py_
 cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, failures = 0
     make_conv(c, input, grad_weight, grad_output, dims, options)
     plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
     plan.channel_blocks = 1
     plan.blocks.count = (c.out[1] * c.out[2] + c.chunk - 1) // c.chunk
     plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count, grad_bias)
-    with nogil:
-        for task in prange(plan.chunks * plan.tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _weight_task(&plan, task)
-    sum_chunks(&plan, failures)
+    run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)
+    sum_chunks(&plan)
 
 
-cdef int _weight_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units, which are runs of output pixels, for one task's channels and filters."""
+    cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef const Conv *c = &plan.c
     cdef WeightTask t
     if start_task(plan, task, &t):

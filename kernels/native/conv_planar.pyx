@@ -22,12 +22,12 @@ three channels, is such a convolution.
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, part_cells, start_sums, tap_offsets,
+    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, part_cells, run_tasks, start_sums,
+    tap_offsets,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_FLAT_ROWS, arena, fc_epilogue, fc_reduction,
@@ -63,20 +63,16 @@ ctypedef struct Plan:
 cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t task, failures = 0
     make_conv(c, input, weight, output, dims, options)
     cut(c, c.channels * c.item, PLANE_BYTES, c.out[2], &plan.blocks)
     plan.together = max(1, SHARE_BYTES // (c.kernel[0] * c.kernel[1] * 3 * LINE_BYTES))
     plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
     plan.relu = options.activation == "relu"
-    with nogil:
-        for task in prange(c.batch * c.groups * plan.blocks.count, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(&plan, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    run_tasks(_forward_task, &plan, c.batch * c.groups * plan.blocks.count, c.threads)
 
 
-cdef int _forward_task(const Plan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t group = task % c.groups
     cdef Block block

@@ -21,10 +21,9 @@ runs over the windows in their order.
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.blocking cimport View, ceil_div, make_view
+from fastconv.kernels.native.blocking cimport View, ceil_div, make_view, run_tasks
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, arena, fc_cells, fc_runs, fc_ukernels, ukernels, usable_threads,
 )
@@ -127,7 +126,7 @@ def max_pool_forward(input, output, winners, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
     cdef Pool *p = &pool
-    cdef Py_ssize_t task, tasks, failures = 0, reach
+    cdef Py_ssize_t tasks, reach
     cdef int axis
     _make_pool(p, input, output, winners, dims, options)
     for axis in range(3):
@@ -135,14 +134,11 @@ def max_pool_forward(input, output, winners, dims, options):
         p.first[axis] = min(ceil_div(p.pad[axis], p.stride[axis]), p.y.size[2 + axis])
         p.last[axis] = max(p.first[axis], min(ceil_div(reach, p.stride[axis]), p.y.size[2 + axis]))
     tasks = _share_out(p, p.y.size[2], p.y.size[3], p.y.size[4] * p.taps)
-    with nogil:
-        for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
-            failures += _forward_task(p, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a pooling")
+    run_tasks(_forward_task, p, tasks, p.threads)
 
 
-cdef int _forward_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Pool *p = <const Pool *>shared
     cdef Py_ssize_t *offsets = <Py_ssize_t *>arena(
         FC_ARENA_BLOCK, p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
     )
@@ -208,21 +204,15 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     cdef Pool pool
     cdef Pool *p = &pool
-    cdef Py_ssize_t task, tasks, failures = 0
+    cdef Py_ssize_t tasks
     _make_pool(p, grad_input, grad_output, winners, dims, options)
     if _can_gather(p):
         _make_classes(p)
         tasks = _share_out(p, p.x.size[2], ceil_div(p.x.size[3], p.stride[1]), p.y.size[4] * p.taps)
-        with nogil:
-            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
-                failures += _gather_task(p, task)
+        run_tasks(_gather_task, p, tasks, p.threads)
     else:
         tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
-        with nogil:
-            for task in prange(tasks, num_threads=p.threads, schedule="dynamic"):
-                failures += _scatter_task(p, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a pooling")
+        run_tasks(_scatter_task, p, tasks, p.threads)
 
 
 # Workspace of a task that gathers. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
@@ -261,7 +251,8 @@ cdef void _make_classes(Pool *p) noexcept nogil:
             p.first[axis] = p.last[axis] = 0
 
 
-cdef int _gather_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Pool *p = <const Pool *>shared
     cdef Listing listing
     cdef Py_ssize_t index = task * p.task_rows, end = min(index + p.task_rows, p.rows), r
     cdef Rows rows
@@ -379,7 +370,8 @@ ctypedef fused index:
     ushort
 
 
-cdef int _scatter_task(const Pool *p, Py_ssize_t task) noexcept nogil:
+cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Pool *p = <const Pool *>shared
     cdef Py_ssize_t most = CHANNELS if p.along_channels else 1, parts = ceil_div(p.x.size[1], most), d, h, w
     cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
     cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.taps * <Py_ssize_t>sizeof(Cell))

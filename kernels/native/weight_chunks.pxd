@@ -27,11 +27,13 @@ ctypedef struct WeightTask:
     char *accumulators
 
 cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *
+cdef void want_bias(WeightPlan *plan, cnp.ndarray grad_bias)
 cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil
 cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads,
                    Py_ssize_t pixels) noexcept nogil
 cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil
-cdef void sum_chunks(const WeightPlan *plan, Py_ssize_t failures) except *
+cdef void store_bias(const WeightPlan *plan, Py_ssize_t first, Py_ssize_t filters, const char *sums) noexcept nogil
+cdef void sum_chunks(const WeightPlan *plan) except *
 cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil
 cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
                        Py_ssize_t block_channels, Py_ssize_t width, const char *accumulators) noexcept nogil

@@ -9,10 +9,9 @@
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors
+from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors, run_tasks
 from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue
 
 cdef enum:
@@ -34,14 +33,20 @@ cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias)
     plan.chunks = max(1, min(units, WEIGHT_TASKS // plan.tasks))
     plan.bias_bytes = WEIGHT_PANELS * c.panel * plan.channel_blocks * plan.width * c.taps * c.item
     plan.task_bytes = plan.bias_bytes + WEIGHT_PANELS * c.panel * c.item
-    plan.accumulators = plan.bias = NULL
-    if grad_bias is not None:
-        plan.bias = cnp.PyArray_BYTES(grad_bias)
-        plan.bias_stride = cnp.PyArray_STRIDE(grad_bias, 0) // c.item
+    plan.accumulators = NULL
+    want_bias(plan, grad_bias)
     if plan.chunks > 1:
         plan.accumulators = arena(FC_ARENA_WEIGHTS, plan.chunks * plan.tasks * plan.task_bytes)
         if plan.accumulators == NULL:
             raise MemoryError("no memory for the gradient of the weights")
+
+
+cdef void want_bias(WeightPlan *plan, cnp.ndarray grad_bias):
+    """Note where the gradient of the bias goes, if it is wanted."""
+    plan.bias = NULL
+    if grad_bias is not None:
+        plan.bias = cnp.PyArray_BYTES(grad_bias)
+        plan.bias_stride = cnp.PyArray_STRIDE(grad_bias, 0) // plan.c.item
 
 
 cdef void _locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
@@ -100,24 +105,21 @@ cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
         _store_task(plan, t)
 
 
-cdef void sum_chunks(const WeightPlan *plan, Py_ssize_t failures) except *:
+cdef void sum_chunks(const WeightPlan *plan) except *:
     """Add up the chunks in their order and store the sums, if no task has stored its own."""
-    cdef Py_ssize_t task
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
     if plan.accumulators != NULL:
-        with nogil:
-            for task in prange(plan.tasks, num_threads=plan.c.threads, schedule="static"):
-                _sum_task(plan, task)
+        run_tasks(_sum_task, plan, plan.tasks, plan.c.threads)
 
 
-cdef void _sum_task(const WeightPlan *plan, Py_ssize_t task) noexcept nogil:
+cdef int _sum_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef WeightTask t
     cdef Py_ssize_t chunk
     _locate_task(plan, task, &t)
     for chunk in range(1, plan.chunks):
         _add(plan.c.item, t.accumulators, t.accumulators + chunk * plan.tasks * plan.task_bytes, plan.task_bytes)
     _store_task(plan, &t)
+    return 0
 
 
 cdef void _store_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
@@ -133,11 +135,15 @@ cdef void _store_task(const WeightPlan *plan, const WeightTask *t) noexcept nogi
                 plan.width, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
                 t.accumulators + (panel * plan.channel_blocks + b) * c.panel * c.taps * plan.width * c.item,
             )
-        if plan.bias != NULL and t.channel == 0:
-            c.kernels.transpose(
-                t.accumulators + plan.bias_bytes + panel * c.panel * c.item, 1, 1, 1, filters,
-                plan.bias + first * plan.bias_stride * c.item, plan.bias_stride,
-            )
+        if t.channel == 0:
+            store_bias(plan, first, filters, t.accumulators + plan.bias_bytes + panel * c.panel * c.item)
+
+
+cdef void store_bias(const WeightPlan *plan, Py_ssize_t first, Py_ssize_t filters, const char *sums) noexcept nogil:
+    """Store the gradient of the bias of some filters, if it is wanted."""
+    cdef const Conv *c = &plan.c
+    if plan.bias != NULL:
+        c.kernels.transpose(sums, 1, 1, 1, filters, plan.bias + first * plan.bias_stride * c.item, plan.bias_stride)
 
 
 cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
