@@ -18,8 +18,6 @@ __all__ = ["Buffers", "empty", "reuse"]
 
 LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
 
-_thread = threading.local()
-
 
 class Buffers:
     """Memory that was given out once, and is given out again when no array uses it any more.
@@ -48,10 +46,17 @@ class Buffers:
         return Buffers, ()  # a copy of a model has its own
 
 
+class _Thread(threading.local):
+    buffers: Buffers | None = None
+
+
+_thread = _Thread()
+
+
 @contextmanager
 def reuse(buffers: Buffers | None) -> Iterator[None]:
     """Let results of this thread be stored in ``buffers``, or, with None, in fresh memory."""
-    before = getattr(_thread, "buffers", None)
+    before = _thread.buffers
     _thread.buffers = buffers
     try:
         yield
@@ -61,7 +66,7 @@ def reuse(buffers: Buffers | None) -> Iterator[None]:
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """Return an array with arbitrary content, from the buffers in use if it is large."""
-    buffers: Buffers | None = getattr(_thread, "buffers", None)
+    buffers = _thread.buffers
     if buffers is None or math.prod(shape) * dtype.itemsize < LARGE:
         return np.empty(shape, dtype)
     return buffers.empty(shape, dtype)

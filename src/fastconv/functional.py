@@ -127,7 +127,7 @@ def _conv(
     )  # fmt: skip
     b = None if bias is None else as_bias(bias, x, plan.dims.out_channels)
     batched = is_batched(input, spatial)
-    result = allocate(out, plan.shape, batched, x, w, b)
+    result = empty(plan.shape, x.dtype) if out is None else allocate(out, plan.shape, batched, x, w, b)
     plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, plan.options)
     return result if out is None and batched else deliver(result, out, batched)
 
