@@ -25,8 +25,10 @@ The contract
 - **Results are preallocated and overwritten completely**, whatever they held. They overlap no input.
 - ``dims`` is a ``ConvDims`` or ``PoolDims`` (plain named tuples of ints and 3-tuples). Sizes may be zero for the
   batch only.
-- ``options`` is ``Options(activation, precision, threads)``. ``activation`` is None or "relu" and is applied, after
-  the bias, in the same pass that stores the result. ``threads`` is the largest number of threads to use.
+- ``options`` is ``Options(activation, precision, threads, packed)``. ``activation`` is None or "relu" and is applied,
+  after the bias, in the same pass that stores the result. ``threads`` is the largest number of threads to use.
+  ``packed`` is None, or a dict that comes with every call that has the same weights: a kernel may keep them there as it
+  has packed them, under a key that tells the form.
 - ``bias`` of ``conv_input_grad`` is (C,): a transposed convolution is the gradient of the input plus a bias.
   ``grad_bias`` is (K,) or None where nobody wants it.
 - ``winners`` holds each maximum's position in its window, ``(kd * KH + kh) * KW + kw``, as uint8 (uint16 when the

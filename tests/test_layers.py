@@ -562,3 +562,30 @@ def test_forward_says_what_does_not_fit(layer: Layer, x: Any, error: type[Except
 def test_output_shape_says_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"input_shape must have 4 dimensions \(or 3 without a batch\), got \(8, 8\)"):
         Conv2d(3, 4, 3).output_shape((8, 8))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, (1, 7)])
+def test_weights_packed_for_evaluation_give_the_same_bits(rng: np.random.Generator, kernel_size: Any) -> None:
+    layer = fc.layers.Conv2d(20, 33, kernel_size, padding="same", rng=0)
+    images = [rng.standard_normal((n, 20, size, size), np.float32) for n, size in ((1, 12), (2, 12), (1, 40), (1, 7))]
+    wanted = [layer(x) for x in images]
+    layer.eval()
+    for _ in range(2):  # packs, and uses what is packed
+        for x, y in zip(images, wanted, strict=True):
+            np.testing.assert_array_equal(layer(x), y)
+    twin = copy.deepcopy(layer)
+    layer.train().params["weight"] = -layer.params["weight"]
+    layer.params["bias"] = -layer.params["bias"]
+    layer.eval()
+    np.testing.assert_array_equal(layer(images[0]), -wanted[0])
+    np.testing.assert_array_equal(twin(images[0]), wanted[0])
+
+
+@pytest.mark.skipif(bool(why_missing("cython")), reason="needs the native engine")
+def test_evaluation_packs_weights_once(rng: np.random.Generator) -> None:
+    layer = fc.layers.Conv2d(32, 32, 5, rng=0).eval()
+    layer(rng.standard_normal((1, 32, 30, 30), np.float32))
+    packs = dict(layer._packed)
+    assert packs
+    layer(rng.standard_normal((2, 32, 30, 30), np.float32))
+    assert layer._packed == packs

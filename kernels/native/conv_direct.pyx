@@ -36,7 +36,9 @@ from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
     packed_weight_size, panel_vectors, part_cells, pixel_offsets, run_tasks, split_numbers, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, Memory, arena, fc_reduction,
+)
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_bias, store_weight,
     sum_chunks, sum_pixels, want_bias,
@@ -100,7 +102,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, step, packed
+    cdef Py_ssize_t tasks, step
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     if split:
@@ -113,21 +115,40 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
-    once = c.batch * c.out[0] * c.out[1] * c.out[2] <= c.chunk  # weights are used once: packed where they are used
-    packed = 0 if once else c.groups * packed_weight_size(c) * c.packed
-    plan.weights = arena(FC_ARENA_WEIGHTS, packed + c.groups * c.filters * c.item + 64)
-    if plan.weights == NULL:
-        raise MemoryError("no memory for packed weights")
-    plan.bias = pack_bias(c, bias, plan.weights + packed)
-    if once:
-        plan.weights = NULL
-    else:
-        run_tasks(_pack_panel, &plan, c.groups * c.panels, c.threads)
+    _pack_weights(&plan, bias, options.packed)
     tasks = c.batch * c.groups * plan.blocks.count
     plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _pack_weights(Plan *plan, bias, kept) except *:
+    """Pack bias and weights; what is ``kept`` from call to call is packed once, what is used once only where it is used."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t weight_bytes = c.groups * packed_weight_size(c) * c.packed
+    cdef bint once = kept is None and c.batch * c.out[0] * c.out[1] * c.out[2] <= c.chunk
+    cdef bint here = kept is None and not once
+    cdef char *memory = arena(FC_ARENA_WEIGHTS, (weight_bytes if here else 0) + c.groups * c.filters * c.item + 64)
+    cdef Memory mine
+    cdef tuple form
+    if memory == NULL:
+        raise MemoryError("no memory for packed weights")
+    plan.bias = pack_bias(c, bias, memory + (weight_bytes if here else 0))
+    plan.weights = memory if here else NULL
+    if kept is not None:
+        form = ("direct", c.item, c.kernels.pieces, plan.width)
+        mine = kept.get(form)
+        if mine is None:
+            mine = Memory(weight_bytes)
+            plan.weights = mine.data
+            run_tasks(_pack_panel, plan, c.groups * c.panels, c.threads)
+            mine.refused = plan.refused[c.batch]
+            kept[form] = mine
+        plan.weights = mine.data
+        plan.refused[c.batch] = mine.refused
+    elif here:
+        run_tasks(_pack_panel, plan, c.groups * c.panels, c.threads)
 
 
 cdef int _pack_panel(const void *shared, Py_ssize_t number) noexcept nogil:

@@ -60,3 +60,8 @@ cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil
 cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil
 cdef int usable_threads(int wanted) noexcept nogil
+
+# Weights that a driver keeps for the next call, and whether it found numbers among them that it can't use.
+cdef class Memory:
+    cdef char *data
+    cdef bint refused

@@ -2,6 +2,11 @@
 
 import os
 
+from libc.stdlib cimport free
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 cdef extern from "ukernels.h" nogil:
     size_t fc_built_isas(const char **names, size_t capacity)
     size_t fc_available_isas(const fc_isa **isas, size_t capacity)
@@ -35,6 +40,18 @@ cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcep
 
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
     return <char *>fc_arena(slot, <size_t>bytes)
+
+
+cdef class Memory:
+    """Memory that outlives a call, 64-byte aligned, for packed weights."""
+
+    def __cinit__(self, Py_ssize_t bytes):
+        self.data = <char *>aligned_alloc(64, <size_t>(bytes + 63) // 64 * 64)
+        if self.data == NULL:
+            raise MemoryError("no memory for packed weights")
+
+    def __dealloc__(self):
+        free(self.data)
 
 
 cdef int usable_threads(int wanted) noexcept nogil:

@@ -1,4 +1,4 @@
-"""Memory that the large results of a training step leave to those of the next.
+"""What a call leaves to later calls: memory of large results in training, packed weights in evaluation.
 
 The system clears every page of fresh memory when it is first touched, which takes about as long as storing a result.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Buffers", "empty", "reuse"]
+__all__ = ["Buffers", "Packed", "empty", "keep", "packed", "reuse"]
 
 LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
 
@@ -46,8 +46,16 @@ class Buffers:
         return Buffers, ()  # a copy of a model has its own
 
 
+class Packed(dict[Any, Any]):
+    """Weights as kernels have packed them, by whatever names the kernels give them."""
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()  # a copy of a model packs its own
+
+
 class _Thread(threading.local):
     buffers: Buffers | None = None
+    packed: Packed | None = None
 
 
 _thread = _Thread()
@@ -70,3 +78,21 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dt
     if buffers is None or math.prod(shape) * dtype.itemsize < LARGE:
         return np.empty(shape, dtype)
     return buffers.empty(shape, dtype)
+
+
+@contextmanager
+def keep(weights: Packed) -> Iterator[None]:
+    """Let a convolution of this thread keep its packed weights, or use what it finds.
+
+    Whoever owns ``weights`` answers for its being used with the same weights only, and these not changing.
+    """
+    _thread.packed = weights
+    try:
+        yield
+    finally:
+        _thread.packed = None
+
+
+def packed() -> Packed | None:
+    """Return where to keep packed weights, if anywhere."""
+    return _thread.packed

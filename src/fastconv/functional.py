@@ -18,7 +18,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape
-from .buffers import empty
+from .buffers import empty, packed
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
 from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, threads_of
@@ -128,7 +128,10 @@ def _conv(
     b = None if bias is None else as_bias(bias, x, plan.dims.out_channels)
     batched = is_batched(input, spatial)
     result = empty(plan.shape, x.dtype) if out is None else allocate(out, plan.shape, batched, x, w, b)
-    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, plan.options)
+    how, kept = plan.options, packed()
+    if kept is not None:
+        how = how._replace(packed=kept)
+    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, how)
     return result if out is None and batched else deliver(result, out, batched)
 
 

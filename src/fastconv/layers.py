@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
@@ -37,7 +38,7 @@ from numpy.typing import DTypeLike
 
 from . import functional, grad
 from .arrays import DTYPES, check_array, check_same_dtype, first_shape
-from .buffers import Buffers, reuse
+from .buffers import Buffers, Packed, keep, reuse
 from .dims import Padding, channels_last, conv_dims, conv_transpose_shape, integer, per_dimension, pool_dims
 from .functional import Array, Ints
 
@@ -134,7 +135,10 @@ class Layer:
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation mode: nothing is kept for ``backward`` and ``params`` are read-only. Return self."""
+        """Switch to evaluation mode: nothing is kept for ``backward``, ``params`` are read-only and packed only once.
+
+        Return self.
+        """
         for param in self.params.values():
             param.setflags(write=False)
         self.training = False
@@ -349,7 +353,16 @@ class _Conv(_Filters):
     def activated(self, input: Array, activation: str | None) -> Array:
         """Return the output after an activation, which is computed where it is stored; it has a backward of its own."""
         self._keep(input)
-        return self._conv(input, **self.params, activation=activation, **self._how())
+        with nullcontext() if self.training else keep(self._packed):
+            return self._conv(input, **self.params, activation=activation, **self._how())
+
+    def train(self) -> Self:
+        self._packed = Packed()
+        return super().train()
+
+    def eval(self) -> Self:
+        self._packed = Packed()  # filled by the first call that has a use for it
+        return super().eval()
 
     def _backward(self, grad_output: Array, needs: tuple[str, ...]) -> Any:
         (input,) = self._recall()

@@ -17,6 +17,8 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+from .buffers import Packed
+
 ENGINES = ("cython", "numba", "numpy")  #: fastest first
 PRECISIONS = ("highest", "high", "medium")
 ACTIVATIONS = (None, "relu")
@@ -37,6 +39,7 @@ class Options(NamedTuple):
     activation: str | None
     precision: str
     threads: int
+    packed: Packed | None = None  #: where a kernel may keep weights as it has packed them, for later calls
 
 
 _context: ContextVar[Config] = ContextVar("fastconv_config")
