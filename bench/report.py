@@ -140,7 +140,10 @@ def footnotes(groups: Sequence[Sequence[Result]]) -> list[str]:
         "error: RMS of the error over RMS of the result, against float64.",
     ]
     if any(result.peer for result in results):
-        notes.append("x peers: how many times faster than the fastest peer.")
+        notes += [
+            "x peers: how many times faster than the fastest peer.",
+            "Weights are packed at every call by fastconv and torch, once and untimed by onnxruntime and openvino.",
+        ]
     if any(result.chosen for result in results):
         notes.append("*: what fastconv takes when no algorithm is named.")
     if any(result.timed < 1 for result in results):

@@ -252,6 +252,12 @@ def test_ratios_and_rates() -> None:
     assert not any(note.startswith("~") for note in report.footnotes([group[:2]]))
 
 
+def test_who_packs_weights_in_the_time_is_said_of_every_peer() -> None:
+    (note,) = (note for note in report.footnotes([[result_of("peer", 1.0, peer=True)]]) if note.startswith("Weights"))
+    assert all(name in note for name in ("fastconv", *peers.PEERS))
+    assert not any(note.startswith("Weights") for note in report.footnotes([[result_of("cython/direct", 1.0)]]))
+
+
 def test_without_a_baseline_there_is_no_ratio() -> None:
     alone = result_of("cython/direct", 0.5)
     assert report.ratio(alone, [alone], report.is_naive) is None
@@ -268,7 +274,7 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
         (["--engine", "numpy,fortran"], "expected some of cython, numba, numpy, got 'fortran'"),
         (["--algorithm", "magic"], "got 'magic'"),
         (["--ops", "backward"], "expected some of forward, input, weight, got 'backward'"),
-        (["--peers", "tensorflow"], "expected some of torch, onnxruntime, got 'tensorflow'"),
+        (["--peers", "tensorflow"], "expected some of torch, onnxruntime, openvino, got 'tensorflow'"),
         (["--threads", "0"], "expected a positive integer, got '0'"),
         (["--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
         (["--repeat", "many"], "expected a positive integer, got 'many'"),
