@@ -230,7 +230,7 @@ def test_the_tile_to_compare_with_is_the_fastest_of_the_precision(precision: str
 def test_the_tiles_are_described_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "isa", lambda: "amx")
     assert tile.describe([tile.Tile(0, 97e9, 99e9), tile.Tile(3, 540e9, 560e9)]) == (
-        "amx 97 GFLOP/s of 99, split in 3 540 GFLOP/s of 560 (ceiling of fused multiply-adds), one thread"
+        "amx 97 GFLOP/s of 99, split in 3 540 GFLOP/s of 560 (ceiling of multiply-adds alone), one thread"
     )
 
 

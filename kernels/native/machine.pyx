@@ -129,7 +129,7 @@ def run_tile(int pieces, Py_ssize_t calls) -> int:
 
 
 def run_ceiling(int pieces, Py_ssize_t rounds) -> int:
-    """Run fused multiply-adds in registers, nothing loaded; return the operations that a tile makes of so many."""
+    """Run multiply-adds in registers, nothing loaded; return the operations that a tile makes of so many."""
     cdef const fc_ukernels *kernels = _tile(pieces)
     cdef char *sums = _ordinary_numbers(1024)
     cdef Py_ssize_t made

@@ -59,7 +59,7 @@ typedef struct {
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
-    /* What limits brgemm: `rounds` of fused multiply-adds on numbers in registers, nothing loaded. Reads and writes 1 KiB at
+    /* What limits brgemm: `rounds` of multiply-adds on numbers in registers, nothing loaded. Reads and writes 1 KiB at
      * `sums`, 64-byte aligned; returns how many multiplications and additions, of pieces where the tile multiplies pieces. */
     ptrdiff_t (*saturate)(ptrdiff_t rounds, void *sums);
 
