@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fastconv import registry, runtime
 
-from . import engines, peers, report, startup, timing
+from . import engines, peers, report, startup, tile, timing
 from .layers import LAYERS, Layer, find_layers, split_words
 from .report import Result
 from .training import NETWORKS, Batch, Network, reference, steps
@@ -70,12 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
     groups: list[list[Result]] = []
     with timing.pinned_threads(args.threads), tqdm(total=len(jobs), unit="op", file=sys.stderr) as bar:
-        machine = _machine(args, others)
+        tiles = tile.measure()
+        peak = tile.best(tiles) * args.threads
+        machine = _machine(args, others) | {"tile": tile.describe(tiles)}
         tqdm.write("\n".join([*(f"{key:<16} {value}" for key, value in machine.items()), "", *report.header()]))
         for layer, op in jobs:
             bar.set_postfix_str(f"{layer.name} {op}")
             measured = _train(layer, args, others) if isinstance(layer, Network) else _measure(layer, op, args, others)
-            groups.append(measured)
+            groups.append([result._replace(peak=peak) for result in measured])
             tqdm.write("\n".join(report.lines(groups[-1])))
             bar.update()
     print("", *report.means(groups), "", *report.footnotes(groups), sep="\n")

@@ -1,7 +1,7 @@
 """Who else: other libraries, each optional and imported when asked for, on the same arrays in the same process.
 
 Who packs the weights at every call is timed with the packing (PyTorch, like fastconv's functions), who packs them once
-is timed without it (ONNX Runtime). The allocation of the output is timed for all.
+is timed without it (ONNX Runtime, OpenVINO). The allocation of the output is timed for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from fastconv.dims import per_dimension
 
-from .engines import Candidate, Problem
+from .engines import Array, Candidate, Problem
 from .layers import ConvLayer, Layer, PoolLayer
 from .training import CLASSES, LEARNING_RATE, Batch, Step, build
 
@@ -198,7 +198,59 @@ class OnnxRuntime:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
-PEERS: dict[str, type[Peer]] = {"torch": Torch, "onnxruntime": OnnxRuntime}
+class OpenVino:
+    """OpenVINO, channels first and forward only. The model is a single operation with its weights inside."""
+
+    PACKAGES = "openvino"
+
+    def __init__(self, threads: int) -> None:
+        import openvino
+        from openvino import opset1
+
+        self.openvino, self.opset = openvino, opset1
+        self.core = openvino.Core()
+        self.options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # it would pin those whose turn is next, too
+        }
+        version = openvino.__version__.split("-")[0]
+        self.title = f"openvino {version}, threads {threads}"
+
+    def candidates(self, problem: Problem, op: str) -> list[Candidate]:
+        """Return the forward operation; there are no gradients."""
+        if op != "forward":
+            return []
+        request = self.core.compile_model(self._model(problem), "CPU", self.options).create_infer_request()
+        request.set_input_tensor(self.openvino.Tensor(problem.input, shared_memory=True))
+
+        def call() -> Array:
+            output = np.empty(problem.layer.output_size, np.float32)
+            request.set_output_tensor(self.openvino.Tensor(output, shared_memory=True))
+            request.infer()
+            return output
+
+        return [Candidate("openvino", problem, call, np.asarray, peer=True)]
+
+    def steps(self, batch: Batch) -> list[Step]:
+        """Return nothing: it does not train."""
+        return []
+
+    def _model(self, problem: Problem) -> Any:
+        layer, opset = problem.layer, self.opset
+        kernel, stride, padding, dilation = Geometry.of(layer)
+        input = opset.parameter(layer.input_size, np.float32)
+        if isinstance(layer, PoolLayer):
+            return self.openvino.Model([opset.max_pool(input, stride, padding, padding, kernel)], [input])
+        weight, convolve = problem.weight, opset.convolution
+        if layer.groups > 1:  # (groups, K/groups, C/groups, *kernel)
+            weight, convolve = weight.reshape(layer.groups, -1, *weight.shape[1:]), opset.group_convolution
+        node = convolve(input, opset.constant(weight), stride, padding, padding, dilation)
+        return self.openvino.Model([node], [input])
+
+
+PEERS: dict[str, type[Peer]] = {"torch": Torch, "onnxruntime": OnnxRuntime, "openvino": OpenVino}
 
 
 def load_peers(names: Sequence[str], threads: int) -> list[Peer]:

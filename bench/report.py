@@ -31,6 +31,7 @@ class Result(NamedTuple):
     flops: int  #: 0 for a pooling
     bytes: int  #: of all arrays, each read or written once; 0 for a training step
     error: float  #: RMS of the error over RMS of the result, against float64
+    peak: float = 0.0  #: operations per second of the bare tile, times threads; 0 without the native engine
 
 
 class Column(NamedTuple):
@@ -72,6 +73,11 @@ def ratio(result: Result, group: Iterable[Result], is_baseline: Callable[[Result
     return min(baselines) / result.minimum if baselines else None
 
 
+def tile_share(result: Result) -> float | None:
+    """Return the speed as a share of what the bare tile does on all threads."""
+    return result.flops / result.minimum / result.peak if result.flops and result.peak else None
+
+
 def is_naive(result: Result) -> bool:
     """Whether this is the baseline of "x naive"."""
     return result.name == "numpy/naive"
@@ -107,6 +113,7 @@ COLUMNS = (
     Column("ms min", 9, ">", lambda r, group: _milliseconds(r.minimum, r)),
     Column("ms median", 9, ">", lambda r, group: _milliseconds(r.median, r)),
     Column("GFLOP/s", 7, ">", lambda r, group: _number(r.flops / r.minimum / 1e9)),
+    Column("% tile", 6, ">", lambda r, group: f"{100 * share:.0f}" if (share := tile_share(r)) else ""),
     Column("GB/s", 6, ">", lambda r, group: _number(r.bytes / r.minimum / 1e9)),
     Column("x naive", 7, ">", lambda r, group: _number(ratio(r, group, is_naive))),
     Column("x NumPy", 7, ">", lambda r, group: _number(ratio(r, group, is_plain))),
@@ -139,8 +146,15 @@ def footnotes(groups: Sequence[Sequence[Result]]) -> list[str]:
         "x NumPy: how many times faster than numpy/im2col; for pooling, numpy/windows.",
         "error: RMS of the error over RMS of the result, against float64.",
     ]
+    if any(tile_share(result) for result in results):
+        notes.append(
+            "% tile: GFLOP/s over the bare tile's (above) times threads; winograd multiplies less and may pass 100."
+        )
     if any(result.peer for result in results):
-        notes.append("x peers: how many times faster than the fastest peer.")
+        notes += [
+            "x peers: how many times faster than the fastest peer.",
+            "Weights are packed at every call by fastconv and torch, once and untimed by onnxruntime and openvino.",
+        ]
     if any(result.chosen for result in results):
         notes.append("*: what fastconv takes when no algorithm is named.")
     if any(result.timed < 1 for result in results):
@@ -172,7 +186,7 @@ def write_json(path: Path, machine: dict[str, str], groups: Sequence[Sequence[Re
     """Write everything measured: times in seconds, ratios null where there was no baseline."""
     results = [
         result._asdict()
-        | {"gflops": result.flops / result.minimum / 1e9}
+        | {"gflops": result.flops / result.minimum / 1e9, "tile_share": tile_share(result)}
         | {f"x_{name}": ratio(result, group, baseline) for name, baseline in BASELINES.items()}
         for group in groups
         for result in group

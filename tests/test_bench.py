@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import registry, runtime
-from fastconv.bench import cli, engines, peers, report, timing, training
+from fastconv.bench import cli, engines, peers, report, tile, timing, training
 from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_layers, slice_layer
 
 pytest.importorskip("threadpoolctl")
@@ -21,6 +21,13 @@ pytest.importorskip("tqdm")
 TINY = ConvLayer("tiny", (2, 3, 6, 7), (4, 3, 3, 3), stride=2, padding=1)
 TINY_POOL = PoolLayer("tiny_pool", (2, 3, 8, 8), kernel=2, stride=2)
 TINY_NETWORK = training.Network("tiny_net", (5, 2, 8, 8), (3, 4, 0, 5, 0))
+
+
+@pytest.fixture(autouse=True)
+def _short_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the bare tile only once: nobody reads the speed here, and where AMX is modelled it would take minutes."""
+    for name in ("TURNS", "CALLS", "ROUNDS"):
+        monkeypatch.setattr(tile, name, 1)
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -195,6 +202,38 @@ def test_training_is_measured_in_place_of_layers(
     assert "vgg" not in out
 
 
+# The bare tile
+
+
+def test_the_bare_tile_and_its_ceiling_count_their_operations() -> None:
+    native = runtime.native_module()
+    if native is None:
+        assert tile.measure() == []
+        assert tile.best([]) == 0
+        return
+    assert [each.pieces for each in tile.measure()] == native.tiles()
+    for pieces in native.tiles():
+        for run in (native.run_tile, native.run_ceiling):
+            assert run(pieces, 12) == 2 * run(pieces, 6) > 0
+    with pytest.raises(ValueError, match=r"pieces must be one of \[0.*\], got 4"):
+        native.run_tile(4, 1)
+
+
+@pytest.mark.parametrize(("precision", "speed"), [("highest", 500.0), ("high", 900.0), ("medium", 2000.0)])
+def test_the_tile_to_compare_with_is_the_fastest_of_the_precision(precision: str, speed: float) -> None:
+    tiles = [tile.Tile(0, 200.0, 220.0), tile.Tile(1, 2000.0, 2200.0), tile.Tile(2, 900.0, 950.0)]
+    with runtime.config_context(precision=precision):
+        assert tile.best([*tiles, tile.Tile(3, 500.0, 550.0)]) == speed
+        assert tile.best(tiles[:1]) == 200.0
+
+
+def test_the_tiles_are_described_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "isa", lambda: "amx")
+    assert tile.describe([tile.Tile(0, 97e9, 99e9), tile.Tile(3, 540e9, 560e9)]) == (
+        "amx 97 GFLOP/s of 99, split in 3 540 GFLOP/s of 560 (ceiling of multiply-adds alone), one thread"
+    )
+
+
 # Timing and report
 
 
@@ -234,7 +273,7 @@ def test_times_of_a_slice_are_extrapolated_by_outputs() -> None:
 
 def test_ratios_and_rates() -> None:
     group = [
-        result_of("cython/direct", 0.5, chosen=True),
+        result_of("cython/direct", 0.5, chosen=True, peak=5e9),
         result_of("numpy/im2col", 2.0),
         result_of("numpy/naive", 800.0, timed=0.01),
         result_of("torch NCHW", 1.0, peer=True),
@@ -245,11 +284,20 @@ def test_ratios_and_rates() -> None:
     assert table[0]["who"] == "cython/direct *"
     assert (table[0]["ms min"], table[0]["GFLOP/s"], table[0]["GB/s"]) == ("500", "4.00", "2.00")
     assert (table[0]["x naive"], table[0]["x NumPy"], table[0]["x peers"]) == ("1600", "4.00", "1.50")
+    assert (table[0]["% tile"], table[1]["% tile"]) == ("80", "")
     assert table[2]["ms min"] == "~800000"
     assert report.means([group])[0].startswith("convolution forward")
     assert "numpy/im2col: 4.00 (1)" in report.means([group])[0]
     assert any(note.startswith("~") for note in report.footnotes([group]))
     assert not any(note.startswith("~") for note in report.footnotes([group[:2]]))
+    assert any(note.startswith("% tile") for note in report.footnotes([group]))
+    assert not any(note.startswith("% tile") for note in report.footnotes([group[1:]]))
+
+
+def test_who_packs_weights_in_the_time_is_said_of_every_peer() -> None:
+    (note,) = (note for note in report.footnotes([[result_of("peer", 1.0, peer=True)]]) if note.startswith("Weights"))
+    assert all(name in note for name in ("fastconv", *peers.PEERS))
+    assert not any(note.startswith("Weights") for note in report.footnotes([[result_of("cython/direct", 1.0)]]))
 
 
 def test_without_a_baseline_there_is_no_ratio() -> None:
@@ -268,7 +316,7 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
         (["--engine", "numpy,fortran"], "expected some of cython, numba, numpy, got 'fortran'"),
         (["--algorithm", "magic"], "got 'magic'"),
         (["--ops", "backward"], "expected some of forward, input, weight, got 'backward'"),
-        (["--peers", "tensorflow"], "expected some of torch, onnxruntime, got 'tensorflow'"),
+        (["--peers", "tensorflow"], "expected some of torch, onnxruntime, openvino, got 'tensorflow'"),
         (["--threads", "0"], "expected a positive integer, got '0'"),
         (["--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
         (["--repeat", "many"], "expected a positive integer, got 'many'"),
@@ -329,6 +377,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     assert "3/3" in printed.err, "the progress bar"
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["machine"]["numpy"] == np.__version__
+    assert written["machine"]["tile"].startswith(runtime.isa())
     found = {(r["layer"], r["op"], r["name"]) for r in written["results"]}
     assert found == {
         ("tiny", "forward", "numpy/im2col"),
@@ -343,3 +392,4 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
         assert result["error"] < 1e-6
         assert result["x_naive"] > 0
         assert result["x_peers"] is None
+        assert (result["tile_share"] is not None) == (result["layer"] == "tiny" and runtime.isa() != "none")

@@ -30,6 +30,7 @@ from fastconv.layers import (
     Sequential,
     Softmax,
 )
+from fastconv.runtime import why_missing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 F64: dict[str, Any] = {"rng": 0, "dtype": np.float64}

@@ -1,7 +1,7 @@
 """Engine "cython": drivers in Cython (blocking, packing, threads) around microkernels in plain C (``ukernels/``).
 
 =================  ==================================================================================
-``machine``        the instruction set in use, what else there is, threads
+``machine``        the instruction set in use, what else there is, threads; the tile, bare, to time it
 ``blocking``       what the drivers share: views, packing, the store of a finished chunk
 ``weight_chunks``  how the gradient of the weights is shared out
 ``conv_direct``    convolution on packed channel blocks; depthwise; weight gradient

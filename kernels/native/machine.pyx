@@ -3,6 +3,7 @@
 import os
 
 from libc.stdlib cimport free
+from libc.string cimport memset
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -24,6 +25,12 @@ cdef extern from *:
     #endif
     """
     const char *FC_COMPILER
+
+cdef enum:
+    TAPS = 9        # what run_tile sums over: as a 3x3 convolution of 64 channels
+    DEPTH = 64
+    MOST_ROWS = 32  # of any tile
+    ORDINARY = 0x3c # each byte of a number near 0.01, float32 or bf16
 
 cdef bytes _cap = os.environ.get("FASTCONV_ISA", "").encode()
 cdef const fc_isa *_isa = fc_select_isa(_cap)
@@ -85,3 +92,67 @@ def max_threads() -> int:
 def compiler() -> str:
     """Return the version of the compiler that built this engine."""
     return "built with " + FC_COMPILER.decode()
+
+
+def tiles() -> list[int]:
+    """Return into how many pieces the tiles of float32 split a number; 0 is the tile that does not."""
+    return [0] + [pieces for pieces in range(1, 4) if _isa.split[pieces - 1] != NULL]
+
+
+cdef const fc_ukernels *_tile(int pieces) except NULL:
+    if pieces not in tiles():
+        raise ValueError(f"pieces must be one of {tiles()}, got {pieces}")
+    return split_ukernels(4, pieces) if pieces else _isa.f32
+
+
+cdef char *_ordinary_numbers(Py_ssize_t size) except NULL:
+    """Return so many bytes of workspace, full of numbers whose sums and products are neither subnormal nor infinite."""
+    cdef char *memory = arena(FC_ARENA_BLOCK, size)
+    if memory == NULL:
+        raise MemoryError
+    memset(memory, ORDINARY, size)
+    return memory
+
+
+def run_tile(int pieces, Py_ssize_t calls) -> int:
+    """Run the register tile of float32, whole and on operands that stay in L1; return the operations that it made.
+
+        image [tile_rows][DEPTH]   weights [DEPTH][two vectors], the same for each tap   sums [tile_rows][two vectors]
+    """
+    cdef const fc_ukernels *kernels = _tile(pieces)
+    cdef int height = kernels.tile_rows, width = 2 * kernels.lanes, m
+    cdef Py_ssize_t item = 2 * pieces if pieces else 4
+    cdef Py_ssize_t[TAPS] taps
+    cdef Py_ssize_t[MOST_ROWS] rows
+    cdef fc_reduction reduction
+    cdef char *image = _ordinary_numbers((height + width) * DEPTH * item + height * width * 4)
+    cdef char *weights = image + height * DEPTH * item
+    cdef char *sums = weights + width * DEPTH * item
+    memset(taps, 0, sizeof(taps))
+    memset(&reduction, 0, sizeof(reduction))
+    reduction.taps, reduction.n_taps, reduction.depth = taps, TAPS, DEPTH
+    reduction.a_step, reduction.b_step = 1, width
+    for m in range(height):
+        rows[m] = m * DEPTH
+    with nogil:
+        if pieces:
+            kernels.enter()
+        for _ in range(calls):
+            kernels.brgemm(&reduction, image, rows, height, weights, 2, sums, 0)
+        if pieces:
+            kernels.leave()
+    return 2 * calls * height * width * TAPS * DEPTH
+
+
+def run_ceiling(int pieces, Py_ssize_t rounds) -> int:
+    """Run multiply-adds in registers, nothing loaded; return the operations that a tile makes of so many."""
+    cdef const fc_ukernels *kernels = _tile(pieces)
+    cdef char *sums = _ordinary_numbers(1024)
+    cdef Py_ssize_t made
+    with nogil:
+        if pieces:
+            kernels.enter()
+        made = kernels.saturate(rounds, sums)
+        if pieces:
+            kernels.leave()
+    return made // max(1, pieces * (pieces + 1) // 2)  # products of pieces for each product of numbers: 1, 3, 6

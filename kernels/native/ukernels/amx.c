@@ -183,6 +183,24 @@ static void fc_f32_brgemm_x6__amx(const fc_reduction *r, const void *a, const pt
     brgemm(r, a, rows, n_rows, b, vectors, 3, c, accumulate);
 }
 
+static ptrdiff_t fc_f32_saturate__amx(ptrdiff_t rounds, void *sums)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, sums, ROW_BYTES);
+    _tile_loadd(5, sums, ROW_BYTES);
+    for (ptrdiff_t round = 0; round < rounds; round++) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 5);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, sums, ROW_BYTES);
+    return rounds * 4 * ROWS * LANES * CHANNELS * 2;
+}
+
 /* -------------------------------------------------------------------------------------------------------- splitting */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
@@ -325,6 +343,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].tile_rows = 2 * ROWS;
             tables[p].depth_step = CHANNELS;
             tables[p].pieces = p + 1;
+            tables[p].saturate = fc_f32_saturate__amx;
             tables[p].split_image = fc_f32_split_image__amx;
             tables[p].split_weights = fc_f32_split_weights__amx;
             tables[p].enter = fc_enter__amx;

@@ -73,6 +73,22 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
 #undef TILE_CASE
 #undef TILE
 
+/* Each sum is a factor of its next product, or the compiler would take the product out of the loop. */
+static ptrdiff_t FC(saturate)(ptrdiff_t rounds, void *sums)
+{
+    enum { CHAINS = 12 }; /* enough to hide the latency, few enough for 16 registers */
+    V *memory = sums, acc[CHAINS];
+    const V scale = memory[CHAINS], shift = memory[CHAINS + 1];
+    UNROLL for (int i = 0; i < CHAINS; i++)
+        acc[i] = memory[i];
+    for (ptrdiff_t round = 0; round < rounds; round++)
+        UNROLL for (int i = 0; i < CHAINS; i++)
+            acc[i] = acc[i] * scale + shift;
+    UNROLL for (int i = 0; i < CHAINS; i++)
+        memory[i] = acc[i];
+    return rounds * CHAINS * LANES * 2;
+}
+
 /* ---------------------------------------------------------------------------------------------- transpose, epilogue */
 
 #define SIDE 4
@@ -412,6 +428,7 @@ static const fc_ukernels FC(table) = {
     .tile_rows = TILE_ROWS,
     .depth_step = 1,
     .brgemm = FC(brgemm),
+    .saturate = FC(saturate),
     .epilogue = FC(epilogue),
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),

@@ -59,6 +59,10 @@ typedef struct {
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
+    /* What limits brgemm: `rounds` of multiply-adds on numbers in registers, nothing loaded. Reads and writes 1 KiB at
+     * `sums`, 64-byte aligned; returns how many multiplications and additions, of pieces where the tile multiplies pieces. */
+    ptrdiff_t (*saturate)(ptrdiff_t rounds, void *sums);
+
     /* out[i * channel_stride + p * pixel_stride] = activation(c[p][i] + bias[i]); rows of c are `c_stride` apart. */
     void (*epilogue)(const fc_epilogue *epilogue, const void *c, ptrdiff_t c_stride, ptrdiff_t pixels,
                      ptrdiff_t channels, void *out);
@@ -102,8 +106,8 @@ typedef struct {
 
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
-     * b_step the width of the tile, b_tap the depth times that; brgemm is called between `enter` and `leave`, which are
-     * for one thread. Both return the size of the largest number, 0 if all are zero.
+     * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
+     * which are for one thread. Both return the size of the largest number, 0 if all are zero.
      * image:   [n / depth_step][depth_step]
      * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step */
     int pieces;
