@@ -64,13 +64,17 @@ def _direct(op: str, dims: ConvDims) -> str:
 
 
 def _direct_numba(op: str, dims: ConvDims) -> str:
+    if op != "conv_forward" or dims.depthwise:
+        return ""
     row = dims.group_in_channels * dims.kernel_size[2]  # products in one row of taps: an inner loop
-    if op == "conv_forward" and not dims.depthwise and row < 16 and dims.group_out_channels >= 32:
+    pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
+    if row < 16 and dims.group_out_channels >= 32:
         return (
             f"slower than im2col: {row} products in a row of taps, {dims.group_out_channels} filters to share patches"
         )
-    pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    if op == "conv_forward" and dims.taps > 1 and pixels < 64 and weights > 2**18:
+    if dims.taps == 1 and weights <= 2**15:
+        return f"slower than im2col, which leaves the output's layout, for {weights} weights of 1x1 filters"
+    if dims.taps > 1 and pixels < 64 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     return ""
 
