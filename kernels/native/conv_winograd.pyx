@@ -45,6 +45,7 @@ cdef enum:
     TILES = 64                  # tiles of a block, about; fewer where there are many channels
     INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
+    WEIGHT_BYTES = 1 << 18      # transformed weights of those panels, where they are used once: half of L2
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
     LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
 
@@ -72,13 +73,31 @@ ctypedef struct Plan:
     Blocks blocks               # rows and columns are even
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
+    bint once                   # each panel's weights are used by one task: it transforms them itself
+    Py_ssize_t together         # channel blocks whose weights are transformed together
     Py_ssize_t first_panel      # of a pass: the panels whose weights are transformed
     Py_ssize_t end_panel
+    Py_ssize_t shares           # tasks that share the panels of one block
     Py_ssize_t panel_bytes      # of transformed weights
     char *weights               # [group][panel of the pass][point][channel][filter]
     const char *bias
     int relu
-    unsigned char *refused      # images with numbers that are not below FC_SUM_LIMIT
+    unsigned char *refused      # images with numbers that are not below FC_SUM_LIMIT; the last one stands for the weights
+
+# One task: its block, and where its arrays are in the workspace.
+ctypedef struct Task:
+    Block block
+    Py_ssize_t group
+    Py_ssize_t tiles, across
+    Py_ssize_t point_bytes      # of transformed inputs
+    Py_ssize_t product_bytes    # of a point and a panel
+    Py_ssize_t *offsets         # of each tile
+    Py_ssize_t *taps            # of each channel block
+    char *inputs                # [point][channel block][tile][width]
+    char *weights               # [panel][point][channel][filter]: its own, if they are used once
+    char *products              # [panel][point][tile][filter]
+    char *floats                # transformed numbers that are yet to be split
+    char *part                  # of the image, of the weights, or of the output: not yet, or no longer, transformed
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
@@ -90,12 +109,12 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(c, input, weight, output, dims, options)
     split_numbers(c, PRECISION[options.precision])
     _plan_blocks(&plan)
-    plan.panel_bytes = POINTS * (c.depth * c.panel * c.packed + LINE_BYTES)
+    _plan_weights(&plan)
     # Transformed weights are 16/9 of the weights, split ones 24/9. Where that is much, they come half by half.
     spare = c.groups * (c.panels * plan.panel_bytes - c.filters * c.channels * c.taps * c.item)
-    passes = 2 if c.panels > 1 and spare > SPARE_BYTES else 1
+    passes = 2 if c.panels > 1 and spare > SPARE_BYTES and not plan.once else 1
     bias_bytes = c.groups * c.filters * c.item
-    most = c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
+    most = 0 if plan.once else c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
     if plan.weights == NULL:
         raise MemoryError("no memory for packed weights")
@@ -106,31 +125,26 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     for number in range(passes):
         plan.first_panel = c.panels * number // passes
         plan.end_panel = c.panels * (number + 1) // passes
-        if not _run_pass(&plan):
-            return list(range(c.batch))
-    return [image for image in range(c.batch) if refused[image]]
+        _run_pass(&plan)
+    return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
-cdef bint _run_pass(const Plan *plan) except -1:
-    """Compute the panels of one pass; return whether the weights are below FC_SUM_LIMIT."""
+cdef void _run_pass(Plan *plan) except *:
+    """Compute the panels of one pass."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t panels = c.groups * (plan.end_panel - plan.first_panel)
-    cdef Py_ssize_t blocks = c.batch * c.groups * plan.blocks.count
-    cdef Py_ssize_t task, refused = 0, failures = 0
-    cdef Py_ssize_t shares = max(
-        1, min(ceil_div(plan.end_panel - plan.first_panel, PANELS), 2 * c.threads // max(blocks, 1))
-    )  # tasks that share the panels of one block
+    cdef Py_ssize_t panels = 0 if plan.once else c.groups * (plan.end_panel - plan.first_panel)
+    cdef Py_ssize_t tasks = c.batch * c.groups * plan.blocks.count
+    cdef Py_ssize_t task, failures = 0
     with nogil:
         for task in prange(panels, num_threads=c.threads, schedule="static"):
-            refused += _transform_panel(plan, task)
-    if refused:
-        return False
+            failures += _transform_panel(plan, task)
+    plan.shares = max(1, min(ceil_div(plan.end_panel - plan.first_panel, PANELS), 2 * c.threads // max(tasks, 1)))
+    tasks *= plan.shares
     with nogil:
-        for task in prange(blocks * shares, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(plan, task // shares, task % shares, shares)
+        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
+            failures += _forward_task(plan, task)
     if failures:
         raise MemoryError("no memory for the workspace of a convolution")
-    return True
 
 
 cdef void _plan_blocks(Plan *plan) noexcept nogil:
@@ -153,176 +167,228 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     blocks.count = c.out[0] * blocks.down * blocks.across
 
 
+cdef void _plan_weights(Plan *plan) noexcept nogil:
+    """Choose where weights are transformed: who does it and in which pieces, never what is summed in which order."""
+    cdef const Conv *c = &plan.c
+    plan.once = c.batch * plan.blocks.count == 1
+    plan.together = plan.channel_blocks
+    if plan.once:
+        plan.together = min(plan.together, max(1, WEIGHT_BYTES // (PANELS * POINTS * plan.width * c.panel * c.packed)))
+    plan.panel_bytes = POINTS * (min(c.depth, plan.together * plan.width) * c.panel * c.packed + LINE_BYTES)
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
 cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
-    """Pack and transform the weights of one panel; return 1 if they are not below FC_SUM_LIMIT (or no memory)."""
+    """Transform the weights of one panel of the pass; return 1 if there is no memory."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
-    cdef Py_ssize_t panel = plan.first_panel + number % pass_panels
-    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, point
-    cdef Py_ssize_t weight_bytes = c.channels * c.taps * width * c.item
-    cdef Py_ssize_t point_bytes = plan.panel_bytes // POINTS
-    cdef Py_ssize_t float_bytes = c.channels * width * c.item + LINE_BYTES if pieces else 0
-    cdef char *packed = arena(FC_ARENA_BLOCK, weight_bytes + POINTS * float_bytes)
-    cdef char *out = plan.weights + number * plan.panel_bytes
-    if packed == NULL:
+    cdef Py_ssize_t part_bytes = weight_part_bytes(plan)
+    cdef char *part = arena(FC_ARENA_BLOCK, part_bytes + POINTS * weight_float_bytes(plan))
+    if part == NULL:
         return 1
-    pack_panel(c, number // pass_panels, panel, 0, c.channels, packed)
-    if pieces == 0:
-        c.kernels.winograd_weight(packed, c.channels, width, out, point_bytes // c.item)
-    else:
-        c.kernels.winograd_weight(packed, c.channels, width, packed + weight_bytes, float_bytes // c.item)
-        for point in range(POINTS):
-            c.kernels.split_weights(
-                packed + weight_bytes + point * float_bytes, c.channels, 1, vectors, pieces, out + point * point_bytes
-            )
-    return not c.kernels.all_below(packed, c.channels * c.taps * width, FC_SUM_LIMIT)
-
-
-cdef int _forward_task(const Plan *plan, Py_ssize_t task, Py_ssize_t share, Py_ssize_t shares) noexcept nogil:
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t group = task % c.groups
-    cdef Block block, even
-    locate(c, &plan.blocks, task // c.groups, &block)
-    even = block  # whole tiles: an odd last row or column is computed, and not stored
-    even.rows += even.rows % 2
-    even.columns += even.columns % 2
-    even.high = even.rows + 2
-    even.wide = even.columns + 2
-
-    cdef Py_ssize_t across = even.columns // 2, tiles = across * even.rows // 2
-    cdef Py_ssize_t cells = even.high * even.wide
-    cdef Py_ssize_t offset_bytes = (tiles + plan.channel_blocks + 8) // 8 * 64
-    cdef Py_ssize_t point_bytes = plan.channel_blocks * tiles * plan.width * c.packed + LINE_BYTES
-    cdef Py_ssize_t input_bytes = POINTS * point_bytes
-    cdef Py_ssize_t product_bytes = PANELS * POINTS * point_product_bytes(c, tiles)
-    cdef Py_ssize_t part_bytes = plan.width * cells * c.item
-    cdef Py_ssize_t float_bytes = tiles * plan.width * c.item + LINE_BYTES if c.kernels.pieces else 0
-    cdef Py_ssize_t row_bytes = 4 * across * c.panel * c.item
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + input_bytes + product_bytes + POINTS * float_bytes + max(part_bytes, row_bytes)
+    _transform_weights(
+        plan, number // pass_panels, plan.first_panel + number % pass_panels, 0, part, part + part_bytes,
+        plan.weights + number * plan.panel_bytes,
     )
-    if memory == NULL:
-        return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *taps = offsets + tiles
-    cdef char *inputs = memory + offset_bytes
-    cdef char *products = inputs + input_bytes
-    cdef char *floats = products + product_bytes
-    cdef char *part = floats + POINTS * float_bytes
-    cdef Py_ssize_t b, p, panel
-    cdef int sizes = 0
-    for p in range(tiles):
-        offsets[p] = 2 * (p // across * even.wide + p % across) * plan.width
-    for b in range(plan.channel_blocks):
-        pack_image(
-            c, &even, group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, part
-        )
-        if not c.kernels.all_below(part, plan.width * cells, FC_SUM_LIMIT):
-            plan.refused[block.image] = 1
-            return 0
-        sizes |= _transform_inputs(plan, offsets, tiles, part, even.wide * plan.width, floats, float_bytes,
-                                   inputs + b * tiles * plan.width * c.packed, point_bytes)
-    if sizes == FC_TINY:
-        plan.refused[block.image] = 1
+    return 0
+
+
+cdef Py_ssize_t weight_part_bytes(const Plan *plan) noexcept nogil:
+    """What the weights of a panel take that are transformed together."""
+    return min(plan.c.channels, plan.together * plan.width) * plan.c.taps * plan.c.panel * plan.c.item
+
+
+cdef Py_ssize_t weight_float_bytes(const Plan *plan) noexcept nogil:
+    """What one point of them takes until it is split."""
+    if plan.c.kernels.pieces == 0:
         return 0
-    for p in range(tiles):
-        offsets[p] = p * plan.width
-    for b in range(plan.channel_blocks):
-        taps[b] = b * tiles * plan.width
-    cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
-    cdef Py_ssize_t first = plan.first_panel + pass_panels * share // shares
-    cdef Py_ssize_t end = plan.first_panel + pass_panels * (share + 1) // shares
+    return min(plan.c.channels, plan.together * plan.width) * plan.c.panel * plan.c.item + LINE_BYTES
+
+
+cdef void _transform_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *part, char *floats,
+                             char *out) noexcept nogil:
+    """Pack to ``part`` and transform one panel's weights from channel block ``b`` on; to be split, by way of ``floats``."""
+    cdef const Conv *c = &plan.c
+    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, first = b * plan.width, point
+    cdef Py_ssize_t channels = min(c.channels - first, plan.together * plan.width)
+    cdef Py_ssize_t point_bytes = plan.panel_bytes // POINTS, float_bytes = weight_float_bytes(plan)
+    pack_panel(c, group, panel, first, channels, part)
+    if not c.kernels.all_below(part, channels * c.taps * width, FC_SUM_LIMIT):
+        plan.refused[c.batch] = 1
+    if pieces == 0:
+        c.kernels.winograd_weight(part, channels, width, out, point_bytes // c.item)
+        return
+    c.kernels.winograd_weight(part, channels, width, floats, float_bytes // c.item)
+    for point in range(POINTS):
+        c.kernels.split_weights(floats + point * float_bytes, channels, 1, vectors, pieces, out + point * point_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+cdef int _forward_task(const Plan *plan, Py_ssize_t number) noexcept nogil:
+    """Compute a share of the panels for one block; return 1 if there is no memory."""
+    cdef const Conv *c = &plan.c
+    cdef Task t
+    cdef Py_ssize_t share = number % plan.shares, panels = plan.end_panel - plan.first_panel, panel
+    cdef Py_ssize_t end = plan.first_panel + panels * (share + 1) // plan.shares
+    if _start_task(plan, number // plan.shares, &t):
+        return 1
+    if plan.refused[t.block.image] or plan.refused[c.batch]:
+        return 0
+    if not _fill_inputs(plan, &t):
+        plan.refused[t.block.image] = 1
+        return 0
     if c.kernels.pieces:
         c.kernels.enter()
-    for panel from first <= panel < end by PANELS:
-        _panels(plan, &block, group, panel, min(panel + PANELS, end), tiles, across, offsets, taps, inputs, point_bytes,
-                products, part)
+    for panel from plan.first_panel + panels * share // plan.shares <= panel < end by PANELS:
+        _panels(plan, &t, panel, min(panel + PANELS, end))
     if c.kernels.pieces:
         c.kernels.leave()
     return 0
 
 
-cdef Py_ssize_t point_product_bytes(const Conv *c, Py_ssize_t tiles) noexcept nogil:
-    """What the products of one point and panel take: whole tiles of rows."""
-    return ceil_div(tiles, c.kernels.tile_rows) * c.kernels.tile_rows * c.panel * c.item + LINE_BYTES
+cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogil:
+    """Find the block of a task, and room for its arrays; return 1 if there is no memory."""
+    cdef const Conv *c = &plan.c
+    t.group = number % c.groups
+    locate(c, &plan.blocks, number // c.groups, &t.block)
+    t.across = ceil_div(t.block.columns, 2)
+    t.tiles = t.across * ceil_div(t.block.rows, 2)
+    t.point_bytes = plan.channel_blocks * t.tiles * plan.width * c.packed + LINE_BYTES
+    t.product_bytes = ceil_div(t.tiles, c.kernels.tile_rows) * c.kernels.tile_rows * c.panel * c.item + LINE_BYTES
+
+    cdef Py_ssize_t offset_bytes = (t.tiles + plan.channel_blocks + 8) // 8 * 64
+    cdef Py_ssize_t weight_bytes = PANELS * plan.panel_bytes if plan.once else 0
+    cdef Py_ssize_t float_bytes = POINTS * max(input_float_bytes(plan, t), weight_float_bytes(plan) if plan.once else 0)
+    cdef Py_ssize_t part_bytes = plan.width * (t.block.rows % 2 + t.block.high) * (t.block.columns % 2 + t.block.wide) * c.item
+    part_bytes = max(part_bytes, 4 * t.across * c.panel * c.item)
+    if plan.once:
+        part_bytes = max(part_bytes, weight_part_bytes(plan))
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK,
+        offset_bytes + POINTS * t.point_bytes + weight_bytes + PANELS * POINTS * t.product_bytes + float_bytes + part_bytes,
+    )
+    if memory == NULL:
+        return 1
+    t.offsets = <Py_ssize_t *>memory
+    t.taps = t.offsets + t.tiles
+    t.inputs = memory + offset_bytes
+    t.weights = t.inputs + POINTS * t.point_bytes
+    t.products = t.weights + weight_bytes
+    t.floats = t.products + PANELS * POINTS * t.product_bytes
+    t.part = t.floats + float_bytes
+    return 0
 
 
-cdef int _transform_inputs(const Plan *plan, const Py_ssize_t *offsets, Py_ssize_t tiles, const char *part,
-                           Py_ssize_t row_step, char *floats, Py_ssize_t float_bytes, char *out,
-                           Py_ssize_t point_bytes) noexcept nogil:
+cdef Py_ssize_t input_float_bytes(const Plan *plan, const Task *t) noexcept nogil:
+    """What one point of a channel block's inputs takes until it is split."""
+    return t.tiles * plan.width * plan.c.item + LINE_BYTES if plan.c.kernels.pieces else 0
+
+
+cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
+    """Pack and transform all inputs of the block; return whether their numbers can be summed (and split)."""
+    cdef const Conv *c = &plan.c
+    cdef Block even = t.block  # whole tiles: an odd last row or column is computed, and not stored
+    cdef Py_ssize_t b, p
+    cdef int sizes = 0
+    even.rows += even.rows % 2
+    even.columns += even.columns % 2
+    even.high = even.rows + 2
+    even.wide = even.columns + 2
+    for p in range(t.tiles):
+        t.offsets[p] = 2 * (p // t.across * even.wide + p % t.across) * plan.width
+    for b in range(plan.channel_blocks):
+        pack_image(
+            c, &even, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, t.part
+        )
+        if not c.kernels.all_below(t.part, plan.width * even.high * even.wide, FC_SUM_LIMIT):
+            return False
+        t.taps[b] = b * t.tiles * plan.width
+        sizes |= _transform_inputs(plan, t, even.wide * plan.width, t.inputs + t.taps[b] * c.packed)
+    for p in range(t.tiles):
+        t.offsets[p] = p * plan.width
+    return sizes != FC_TINY
+
+
+cdef int _transform_inputs(const Plan *plan, const Task *t, Py_ssize_t row_step, char *out) noexcept nogil:
     """Transform a channel block of the part; to be split, by way of ``floats``; then return its numbers' sizes."""
     cdef const Conv *c = &plan.c
     cdef int pieces = c.kernels.pieces, sizes = 0
-    cdef Py_ssize_t point
+    cdef Py_ssize_t float_bytes = input_float_bytes(plan, t), point
     if pieces == 0:
-        c.kernels.winograd_input(offsets, tiles, part, row_step, plan.width, out, point_bytes // c.item)
+        c.kernels.winograd_input(t.offsets, t.tiles, t.part, row_step, plan.width, out, t.point_bytes // c.item)
         return 0
-    c.kernels.winograd_input(offsets, tiles, part, row_step, plan.width, floats, float_bytes // c.item)
+    c.kernels.winograd_input(t.offsets, t.tiles, t.part, row_step, plan.width, t.floats, float_bytes // c.item)
     for point in range(POINTS):
         sizes |= c.kernels.split_image(
-            floats + point * float_bytes, tiles * plan.width, pieces, out + point * point_bytes
+            t.floats + point * float_bytes, t.tiles * plan.width, pieces, out + point * t.point_bytes
         )
     return sizes
 
 
-cdef void _panels(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
-                  Py_ssize_t tiles, Py_ssize_t across, const Py_ssize_t *offsets, const Py_ssize_t *taps,
-                  const char *inputs, Py_ssize_t point_bytes, char *products, char *pixels) noexcept nogil:
+cdef void _panels(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Compute and store the filters of some panels for all tiles of a block."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t product_bytes = point_product_bytes(c, tiles), point, panel
-    for point in range(POINTS):
-        for panel in range(first, end):
-            _multiply(
-                plan, group, panel, point, tiles, offsets, taps, inputs + point * point_bytes,
-                products + ((panel - first) * POINTS + point) * product_bytes,
-            )
+    cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel, b, point, panel
+    cdef char *weights = t.weights
+    if not plan.once:
+        weights = plan.weights + (t.group * pass_panels + first - plan.first_panel) * plan.panel_bytes
+    for b from 0 <= b < plan.channel_blocks by plan.together:
+        if plan.once:
+            for panel in range(first, end):
+                _transform_weights(
+                    plan, t.group, panel, b, t.part, t.floats, weights + (panel - first) * plan.panel_bytes
+                )
+        for point in range(POINTS):
+            for panel in range(first, end):
+                _multiply(
+                    plan, t, panel, b, t.inputs + point * t.point_bytes,
+                    weights + (panel - first) * plan.panel_bytes + point * (plan.panel_bytes // POINTS),
+                    t.products + ((panel - first) * POINTS + point) * t.product_bytes,
+                )
     for panel in range(first, end):
-        _store_panel(plan, block, group, panel, tiles, across, products + (panel - first) * POINTS * product_bytes,
-                     product_bytes, pixels)
+        _store_panel(plan, t, panel, t.products + (panel - first) * POINTS * t.product_bytes)
 
 
-cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t point, Py_ssize_t tiles,
-                    const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *inputs, char *products) noexcept nogil:
-    """Multiply the inputs of one point by one panel's weights."""
+cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_t first, const char *inputs,
+                    const char *weights, char *products) noexcept nogil:
+    """Multiply the inputs of one point by one panel's weights, which are of the channel blocks from ``first`` on."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, together = REDUCTION // plan.width, b, m, whole
-    cdef const char *weights = plan.weights + (
-        (group * (plan.end_panel - plan.first_panel) + panel - plan.first_panel) * plan.panel_bytes
-        + point * (plan.panel_bytes // POINTS)
-    )
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, b = first, m
+    cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks)
+    cdef Py_ssize_t whole = c.depth // plan.width  # full channel blocks; a last, narrower one is a reduction of its own
     cdef fc_reduction reduction
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_tap = plan.width * width
     reduction.b_step = width
-    whole = c.depth // plan.width  # full channel blocks; a last, narrower one is a reduction of its own
-    b = 0
-    while b < plan.channel_blocks:
-        reduction.taps = taps + b
-        reduction.n_taps = min(together, whole - b) if b < whole else 1
+    while b < end:
+        reduction.taps = t.taps + b
+        reduction.n_taps = min(REDUCTION // plan.width, min(end, whole) - b) if b < whole else 1
         reduction.depth = plan.width if b < whole else c.depth - whole * plan.width
-        for m from 0 <= m < tiles by tile_rows:
+        for m from 0 <= m < t.tiles by tile_rows:
             c.kernels.brgemm(
-                &reduction, inputs, offsets + m, <int>min(tile_rows, tiles - m),
-                weights + b * plan.width * width * c.packed, vectors, products + m * width * c.item, b > 0,
+                &reduction, inputs, t.offsets + m, <int>min(tile_rows, t.tiles - m),
+                weights + (b - first) * plan.width * width * c.packed, vectors, products + m * width * c.item, b > 0,
             )
         b += reduction.n_taps
 
 
-cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t tiles,
-                       Py_ssize_t across, const char *products, Py_ssize_t product_bytes, char *pixels) noexcept nogil:
+cdef void _store_panel(const Plan *plan, const Task *t, Py_ssize_t panel, const char *products) noexcept nogil:
     """Transform one panel's products back and store them, two output rows at a time."""
     cdef const Conv *c = &plan.c
+    cdef const Block *block = &t.block
     cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes, row, r
-    cdef Py_ssize_t first = group * c.filters + panel * c.panel
+    cdef Py_ssize_t first = t.group * c.filters + panel * c.panel
     cdef Py_ssize_t filters = min(width, c.filters - panel * c.panel)
-    for row in range(tiles // across):
-        c.kernels.winograd_output(products + row * across * width * c.item, product_bytes // c.item, across, width, pixels)
+    for row in range(t.tiles // t.across):
+        c.kernels.winograd_output(
+            products + row * t.across * width * c.item, t.product_bytes // c.item, t.across, width, t.part
+        )
         for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
             store(
-                c, block, (2 * row + r) * block.columns, block.columns, pixels + r * 2 * across * width * c.item, width,
+                c, block, (2 * row + r) * block.columns, block.columns, t.part + r * 2 * t.across * width * c.item, width,
                 first, filters, bias_at(plan.bias, first * c.item), plan.relu,
             )
