@@ -359,7 +359,7 @@ cdef void _panels(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t 
 
 cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_t first, const char *inputs,
                     const char *weights, char *products) noexcept nogil:
-    """Multiply the inputs of one point by one panel's weights, which are of the channel blocks from ``first`` on."""
+    """Multiply the inputs of one point by one panel's weights, of channel blocks from ``first`` on."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, b = first, m
