@@ -13,6 +13,7 @@ from fastconv.registry import Row
 CASES = [
     ConvCase("3x3", (4, 17, 10, 9), (18, 17, 3, 3), 1, 1),
     ConvCase("3x3 of many channels", (4, 40, 9, 8), (34, 40, 3, 3), 1, 1),
+    ConvCase("3x3 of several blocks of channels", (4, 150, 9, 8), (70, 150, 3, 3), 1, 1),
     ConvCase("few channels", (4, 3, 18, 17), (9, 3, 5, 5), 2, 2),
     ConvCase("one filter for each channel", (4, 19, 9, 8), (19, 1, 3, 3), 1, 1, 1, 19),
     ConvCase("1x1", (4, 40, 7, 7), (20, 40, 1, 1)),

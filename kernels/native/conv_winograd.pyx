@@ -2,12 +2,13 @@
 
     output tile (2x2) = At [ sum over channels of (G g Gt) * (Bt d B) ] A,     d: 4x4 inputs, g: 3x3 filter
 
-    transform the weights, all or (where they are large) half the panels at a time
+    transform the weights, all or (where they are large) half the panels at a time, unless each is used by one task
     for image, group, block of tiles, share of the panels:                 in parallel
         pack the part of the image that the block sees                     as conv_direct does
         transform it                                                       [point of 16][channel block][tile][width]
         for some panels of filters:
-            for point: for panel: for tile of rows: brgemm over channels   16 independent matrix products
+            for some channel blocks (all, or what fits L2):                transform weights that only this task uses
+                for point: for panel: for tile of rows: brgemm             16 independent matrix products
             for panel: transform back, store: bias, activation, layout
 
       inputs of a point          panel                products, [panel][point][tile][filter]
@@ -45,7 +46,7 @@ cdef enum:
     TILES = 64                  # tiles of a block, about; fewer where there are many channels
     INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
-    WEIGHT_BYTES = 1 << 18      # transformed weights of those panels, where they are used once: half of L2
+    WEIGHT_BYTES = 1 << 19      # transformed weights of those panels, where they are used once: mostly in L2
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
     LINE_BYTES = 64             # between the points of an array, lest all 16 fall into the same set of L1
 
@@ -97,7 +98,7 @@ ctypedef struct Task:
     char *weights               # [panel][point][channel][filter]: its own, if they are used once
     char *products              # [panel][point][tile][filter]
     char *floats                # transformed numbers that are yet to be split
-    char *part                  # of the image, of the weights, or of the output: not yet, or no longer, transformed
+    char *part                  # of the image, the weights or the output: not yet, or no longer, transformed
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
@@ -168,7 +169,10 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
 
 
 cdef void _plan_weights(Plan *plan) noexcept nogil:
-    """Choose where weights are transformed: who does it and in which pieces, never what is summed in which order."""
+    """Choose where weights are transformed: of one block of tiles, each panel is used by one task.
+
+    This may look at the batch, for brgemm adds to its sums in the order of the channels, however they are cut.
+    """
     cdef const Conv *c = &plan.c
     plan.once = c.batch * plan.blocks.count == 1
     plan.together = plan.channel_blocks
@@ -206,9 +210,9 @@ cdef Py_ssize_t weight_float_bytes(const Plan *plan) noexcept nogil:
     return min(plan.c.channels, plan.together * plan.width) * plan.c.panel * plan.c.item + LINE_BYTES
 
 
-cdef void _transform_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *part, char *floats,
-                             char *out) noexcept nogil:
-    """Pack to ``part`` and transform one panel's weights from channel block ``b`` on; to be split, by way of ``floats``."""
+cdef void _transform_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *part,
+                             char *floats, char *out) noexcept nogil:
+    """Pack and transform weights of a panel, from channel block ``b`` on; to be split, by way of ``floats``."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
     cdef Py_ssize_t width = vectors * c.kernels.lanes, first = b * plan.width, point
@@ -262,13 +266,14 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
     cdef Py_ssize_t offset_bytes = (t.tiles + plan.channel_blocks + 8) // 8 * 64
     cdef Py_ssize_t weight_bytes = PANELS * plan.panel_bytes if plan.once else 0
     cdef Py_ssize_t float_bytes = POINTS * max(input_float_bytes(plan, t), weight_float_bytes(plan) if plan.once else 0)
-    cdef Py_ssize_t part_bytes = plan.width * (t.block.rows % 2 + t.block.high) * (t.block.columns % 2 + t.block.wide) * c.item
-    part_bytes = max(part_bytes, 4 * t.across * c.panel * c.item)
+    cdef Py_ssize_t cells = (t.block.high + t.block.rows % 2) * (t.block.wide + t.block.columns % 2)
+    cdef Py_ssize_t part_bytes = max(plan.width * cells, 4 * t.across * c.panel) * c.item
     if plan.once:
         part_bytes = max(part_bytes, weight_part_bytes(plan))
     cdef char *memory = arena(
         FC_ARENA_BLOCK,
-        offset_bytes + POINTS * t.point_bytes + weight_bytes + PANELS * POINTS * t.product_bytes + float_bytes + part_bytes,
+        offset_bytes + POINTS * t.point_bytes + weight_bytes + PANELS * POINTS * t.product_bytes
+        + float_bytes + part_bytes,
     )
     if memory == NULL:
         return 1
@@ -301,7 +306,8 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
         t.offsets[p] = 2 * (p // t.across * even.wide + p % t.across) * plan.width
     for b in range(plan.channel_blocks):
         pack_image(
-            c, &even, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width, t.part
+            c, &even, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
+            t.part,
         )
         if not c.kernels.all_below(t.part, plan.width * even.high * even.wide, FC_SUM_LIMIT):
             return False
@@ -353,7 +359,7 @@ cdef void _panels(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t 
 
 cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_t first, const char *inputs,
                     const char *weights, char *products) noexcept nogil:
-    """Multiply the inputs of one point by one panel's weights, which are of the channel blocks from ``first`` on."""
+    """Multiply the inputs of one point by one panel's weights, of channel blocks from ``first`` on."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, b = first, m
@@ -389,6 +395,6 @@ cdef void _store_panel(const Plan *plan, const Task *t, Py_ssize_t panel, const 
         )
         for r in range(min(<Py_ssize_t>2, block.rows - 2 * row)):
             store(
-                c, block, (2 * row + r) * block.columns, block.columns, t.part + r * 2 * t.across * width * c.item, width,
-                first, filters, bias_at(plan.bias, first * c.item), plan.relu,
+                c, block, (2 * row + r) * block.columns, block.columns, t.part + r * 2 * t.across * width * c.item,
+                width, first, filters, bias_at(plan.bias, first * c.item), plan.relu,
             )
