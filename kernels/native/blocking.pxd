@@ -44,7 +44,7 @@ ctypedef struct Block:
     Py_ssize_t high, wide     # rows and columns of the packed part of the image
 
 # One task of a plan, whatever the plan is; returns 1 if there is no memory for it.
-ctypedef int (*Task)(const void *plan, Py_ssize_t number) noexcept nogil
+ctypedef int (*TaskFunction)(const void *plan, Py_ssize_t number) noexcept nogil
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
@@ -60,7 +60,7 @@ cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept no
 cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options)
 cdef void split_numbers(Conv *c, str precision)
-cdef void run_tasks(Task task, const void *plan, Py_ssize_t tasks, int threads) except *
+cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,

@@ -83,7 +83,7 @@ cdef void split_numbers(Conv *c, str precision):
         use_tile(c, kernels)
 
 
-cdef void run_tasks(Task task, const void *plan, Py_ssize_t tasks, int threads) except *:
+cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *:
     """Do all tasks of a plan, on so many threads; a task returns 1 if it lacks memory."""
     cdef Py_ssize_t number, failures = 0
     with nogil:

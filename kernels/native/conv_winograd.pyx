@@ -26,15 +26,14 @@ A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 15
 """
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors,
-    split_numbers, store,
+    run_tasks, split_numbers, store,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, FC_TINY, arena, fc_reduction,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, FC_TINY, Memory, arena, fc_reduction,
 )
 
 from fastconv.kernels.native import conv_direct
@@ -74,6 +73,7 @@ ctypedef struct Plan:
     Blocks blocks               # rows and columns are even
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
+    bint ready                  # the weights were kept from an earlier call
     bint once                   # each panel's weights are used by one task: it transforms them itself
     Py_ssize_t together         # channel blocks whose weights are transformed together
     Py_ssize_t first_panel      # of a pass: the panels whose weights are transformed
@@ -107,15 +107,18 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, bias_bytes
     cdef unsigned char[::1] refused
+    cdef Memory mine = None
+    cdef tuple form
     make_conv(c, input, weight, output, dims, options)
     split_numbers(c, PRECISION[options.precision])
     _plan_blocks(&plan)
     _plan_weights(&plan)
     # Transformed weights are 16/9 of the weights, split ones 24/9. Where that is much, they come half by half.
     spare = c.groups * (c.panels * plan.panel_bytes - c.filters * c.channels * c.taps * c.item)
-    passes = 2 if c.panels > 1 and spare > SPARE_BYTES and not plan.once else 1
+    kept = None if plan.once else options.packed
+    passes = 2 if c.panels > 1 and spare > SPARE_BYTES and not plan.once and kept is None else 1
     bias_bytes = c.groups * c.filters * c.item
-    most = 0 if plan.once else c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
+    most = 0 if plan.once or kept is not None else c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
     if plan.weights == NULL:
         raise MemoryError("no memory for packed weights")
@@ -123,29 +126,33 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
+    plan.ready = False
+    if kept is not None:
+        form = ("winograd", c.item, c.kernels.pieces, plan.width)
+        mine = kept.get(form)
+        plan.ready = mine is not None
+        if not plan.ready:
+            mine = Memory(c.groups * c.panels * plan.panel_bytes)
+        plan.weights = mine.data
+        refused[c.batch] = mine.refused
     for number in range(passes):
         plan.first_panel = c.panels * number // passes
         plan.end_panel = c.panels * (number + 1) // passes
         _run_pass(&plan)
+    if kept is not None and not plan.ready:
+        mine.refused = refused[c.batch]
+        kept[form] = mine
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
 cdef void _run_pass(Plan *plan) except *:
     """Compute the panels of one pass."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t panels = 0 if plan.once else c.groups * (plan.end_panel - plan.first_panel)
+    cdef Py_ssize_t panels = 0 if plan.once or plan.ready else c.groups * (plan.end_panel - plan.first_panel)
     cdef Py_ssize_t tasks = c.batch * c.groups * plan.blocks.count
-    cdef Py_ssize_t task, failures = 0
-    with nogil:
-        for task in prange(panels, num_threads=c.threads, schedule="static"):
-            failures += _transform_panel(plan, task)
+    run_tasks(_transform_panel, plan, panels, c.threads)
     plan.shares = max(1, min(ceil_div(plan.end_panel - plan.first_panel, PANELS), 2 * c.threads // max(tasks, 1)))
-    tasks *= plan.shares
-    with nogil:
-        for task in prange(tasks, num_threads=c.threads, schedule="dynamic"):
-            failures += _forward_task(plan, task)
-    if failures:
-        raise MemoryError("no memory for the workspace of a convolution")
+    run_tasks(_forward_task, plan, tasks * plan.shares, c.threads)
 
 
 cdef void _plan_blocks(Plan *plan) noexcept nogil:
@@ -183,8 +190,9 @@ cdef void _plan_weights(Plan *plan) noexcept nogil:
 
 # ---------------------------------------------------------------------------------------------------------- weights
 
-cdef int _transform_panel(const Plan *plan, Py_ssize_t number) noexcept nogil:
+cdef int _transform_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     """Transform the weights of one panel of the pass; return 1 if there is no memory."""
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
     cdef Py_ssize_t part_bytes = weight_part_bytes(plan)
@@ -231,8 +239,9 @@ cdef void _transform_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t pane
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 
-cdef int _forward_task(const Plan *plan, Py_ssize_t number) noexcept nogil:
+cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     """Compute a share of the panels for one block; return 1 if there is no memory."""
+    cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Task t
     cdef Py_ssize_t share = number % plan.shares, panels = plan.end_panel - plan.first_panel, panel
