@@ -136,9 +136,9 @@ def add_products(
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
     most_lines = max(1, BLOCK_BYTES // (width * (lanes + step) * plan.itemsize))  # of the pixels and of their cells
-    for line in range(0, line_count, most_lines):
-        some_lines = min(most_lines, line_count - line)
-        for row in range(0, row_count, CHUNK):
+    for row in range(0, row_count, CHUNK):  # its sums with all panels stay in the L2 cache
+        for line in range(0, line_count, most_lines):
+            some_lines = min(most_lines, line_count - line)
             for panel in range(task.panel0, task.panel1):
                 place = ((task.split * plan.groups + task.group) * plan.panels + panel) * plan.sum_rows + row0 + row
                 b = shift(pixels, (panel * line_count + line) * width * lanes)
