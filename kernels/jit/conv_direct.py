@@ -176,7 +176,7 @@ def _weights_of(weights: Weights, group: int, panel: int, channel: int, depth: i
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, grad_weight: Strided, numbers: int,
     addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and a "tap" is a row of output pixels."""
@@ -201,7 +201,7 @@ def _weight_grad(
             packing.pixel_offsets(lines, plan, size, 0, line_count, size[3])
             add_products(
                 sums, box, rows, channel0 * plan.taps, row_count, lines, line_count, size[3], plan.pixel_step[2],
-                pixels, plan, task,
+                pixels, grad_weight, like, plan, task,
             )  # fmt: skip
 
 

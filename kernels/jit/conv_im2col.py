@@ -169,7 +169,7 @@ def _store(
 
 @kernel
 def _weight_grad(
-    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, numbers: int,
+    first: int, last: int, tasks: GradTasks, input: Strided, grad_output: Strided, grad_weight: Strided, numbers: int,
     addresses: Addresses, like: float,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``; rows of C are (c, tap), and all pixels of a box are one line."""
@@ -191,4 +191,6 @@ def _weight_grad(
             for row in range(plan.reduction):
                 rows[row] = row * plan.pitch
             packing.repeat_last(rows, plan.reduction)
-            add_products(sums, patches, rows, 0, plan.reduction, only_line, 1, count, 1, pixels, plan, task)
+            add_products(
+                sums, patches, rows, 0, plan.reduction, only_line, 1, count, 1, pixels, grad_weight, like, plan, task
+            )

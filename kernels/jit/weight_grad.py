@@ -4,6 +4,8 @@
 
 The sums of a task are its own: a range of panels and of channels, over a range of the boxes. Ranges of boxes ("splits")
 change the order of additions, so their number comes from the shape alone; all else may depend on the number of threads.
+Where one small box is all there is, as in a network's last layers, a chunk of sums is stored as soon as it is complete,
+and all of them are never in memory.
 """
 
 from __future__ import annotations
@@ -68,7 +70,10 @@ def weight_grad(
             workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype),
             workspace("offsets", plan.sum_rows + plan.taps + math.prod(plan.box[:3]), OFFSET),
         )  # fmt: skip
-        accumulate(first, last, tasks, strided(input), strided(grad_output), numbers.ctypes.data, addresses, like)
+        target = strided(grad_weight)
+        accumulate(
+            first, last, tasks, strided(input), strided(grad_output), target, numbers.ctypes.data, addresses, like
+        )
 
     def store(first: int, last: int) -> None:
         target, target_bias = strided(grad_weight), bias.ctypes.data
@@ -95,13 +100,21 @@ def task_of(number: int, tasks: GradTasks, plan: Plan) -> Task:
 
 
 @jit
+def at_once(plan: Plan) -> bool:
+    """Whether one box, whose pixels fit into the L1 cache, is all there is: then its products are stored at once."""
+    pixels = plan.box[0] * plan.box[1] * plan.box[2] * plan.box[3]
+    return plan.box_count == 1 and pixels * plan.panel.lanes * plan.itemsize <= BLOCK_BYTES
+
+
+@jit
 def start_task(sums: Sums, task: Task, plan: Plan) -> None:
-    """Let the sums of a task start at zero."""
+    """Let the sums of a task start at zero, unless they are stored at once."""
     lanes, row0 = plan.panel.lanes, task.block0 * plan.block * plan.taps
     row1 = plan.sum_rows if task.block1 == plan.blocks else task.block1 * plan.block * plan.taps
     for panel in range(task.panel0, task.panel1):
         number = (task.split * plan.groups + task.group) * plan.panels + panel
-        fill(shift(sums.weight, (number * plan.sum_rows + row0) * lanes), (row1 - row0) * lanes)
+        if not at_once(plan):
+            fill(shift(sums.weight, (number * plan.sum_rows + row0) * lanes), (row1 - row0) * lanes)
         if task.block0 == 0:
             fill(shift(sums.bias, number * lanes), lanes)
 
@@ -131,10 +144,16 @@ def _add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
 @jit
 def add_products(
     sums: Sums, cells: Any, rows: Any, row0: int, row_count: int,
-    lines: Any, line_count: int, width: int, step: int, pixels: Any, plan: Plan, task: Task,
+    lines: Any, line_count: int, width: int, step: int, pixels: Any, grad_weight: Strided, like: float, plan: Plan,
+    task: Task,
 ) -> None:  # fmt: skip
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
+    if at_once(plan):
+        _store_products(
+            sums, cells, rows, row0, row_count, lines, line_count, width, step, pixels, grad_weight, like, plan, task
+        )
+        return
     most_lines = max(1, BLOCK_BYTES // (width * (lanes + step) * plan.itemsize))  # of the pixels and of their cells
     for row in range(0, row_count, CHUNK):  # its sums with all panels stay in the L2 cache
         for line in range(0, line_count, most_lines):
@@ -147,6 +166,31 @@ def add_products(
                     min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step,
                     b, width * lanes, lanes, plan.panel,
                 )  # fmt: skip
+
+
+@jit
+def _store_products(
+    sums: Sums, cells: Any, rows: Any, row0: int, row_count: int,
+    lines: Any, line_count: int, width: int, step: int, pixels: Any, grad_weight: Strided, like: float, plan: Plan,
+    task: Task,
+) -> None:  # fmt: skip
+    """Store the products of the only box, chunk by chunk, by way of room for one chunk of sums."""
+    lanes = plan.panel.lanes
+    place = ((task.split * plan.groups + task.group) * plan.panels + task.panel0) * plan.sum_rows + row0
+    chunk, target = shift(sums.weight, place * lanes), pointer(grad_weight.address, like)
+    for row in range(0, row_count, CHUNK):
+        some_rows = min(CHUNK, row_count - row)
+        for panel in range(task.panel0, task.panel1):
+            filter0, filter_step, count = filters_of(plan, task.group, panel)
+            fill(chunk, some_rows * lanes)
+            multiply(
+                chunk, lanes, cells, shift(rows, row), some_rows, lines, line_count, width, step,
+                shift(pixels, panel * line_count * width * lanes), width * lanes, lanes, plan.panel,
+            )  # fmt: skip
+            _store_rows(
+                shift(target, filter0 * grad_weight.n), grad_weight, chunk, row0 + row, some_rows, plan,
+                filter_step * grad_weight.n, count,
+            )  # fmt: skip
 
 
 @kernel
@@ -166,9 +210,11 @@ def _store(
             _add(bias, shift(bias, split * panels * lanes), lanes)
         for lane in range(count):
             target_bias[filter0 + lane * filter_step] = bias[lane]
-        _store_panel(
-            shift(target, filter0 * grad_weight.n), grad_weight, weight, plan, filter_step * grad_weight.n, count
-        )
+        if not at_once(plan):
+            _store_rows(
+                shift(target, filter0 * grad_weight.n), grad_weight, weight, 0, plan.reduction, plan,
+                filter_step * grad_weight.n, count,
+            )  # fmt: skip
 
 
 @jit
@@ -178,15 +224,17 @@ def _add(totals: Any, values: Any, count: int) -> None:
 
 
 @jit
-def _store_panel(target: Any, grad_weight: Strided, panel: Any, plan: Plan, filter_stride: int, count: int) -> None:
-    """Store a panel [(c, tap)][lane]."""
+def _store_rows(
+    target: Any, grad_weight: Strided, sums: Any, row0: int, row_count: int, plan: Plan, filter_stride: int, count: int
+) -> None:
+    """Store sums [(c, tap)][lane] of ``row_count`` rows from ``row0`` on."""
     (_, kh, kw), lanes = plan.kernel_size, plan.panel.lanes
     one_run = grad_weight.w == 1 and grad_weight.h == kw and grad_weight.d == kh * kw and grad_weight.c == plan.taps
     if one_run:  # OIHW: the gradient of a filter is a column of the panel
-        copy_block(target, filter_stride, 1, panel, 1, lanes, count, plan.reduction)
+        copy_block(shift(target, row0), filter_stride, 1, sums, 1, lanes, count, row_count)
         return
-    for row in range(plan.reduction):
-        c, tap = row // plan.taps, row % plan.taps
+    for row in range(row_count):
+        c, tap = (row0 + row) // plan.taps, (row0 + row) % plan.taps
         d, h, w = tap // (kh * kw), tap // kw % kh, tap % kw
         start = c * grad_weight.c + d * grad_weight.d + h * grad_weight.h + w * grad_weight.w
-        copy_block(shift(target, start), filter_stride, 1, shift(panel, row * lanes), 1, 1, count, 1)
+        copy_block(shift(target, start), filter_stride, 1, shift(sums, row * lanes), 1, 1, count, 1)
