@@ -83,12 +83,18 @@ def test_a_second_process_loads_what_the_first_compiled_and_no_compiler(tmp_path
     assert python(FIRST_CALL, tmp_path) == ["0", "1", "False", "4.0"]
 
 
-def test_an_edit_of_any_file_of_the_engine_recompiles(tmp_path: Path) -> None:
-    """max_pool.py is the same in both processes; only a function that it uses has changed."""
+def copy_package(folder: Path) -> Path:
+    """Copy fastconv into a folder, without what was compiled."""
     import fastconv
 
-    package = tmp_path / "fastconv"
+    package = folder / "fastconv"
     shutil.copytree(Path(fastconv.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return package
+
+
+def test_an_edit_of_any_file_of_the_engine_recompiles(tmp_path: Path) -> None:
+    """max_pool.py is the same in both processes; only a function that it uses has changed."""
+    package = copy_package(tmp_path)
     here = {"PYTHONPATH": str(tmp_path)}
     assert python(FIRST_CALL, tmp_path / "cache", **here) == ["1", "0", "True", "4.0"]
     with open(package / "kernels" / "jit" / "blocking.py", "a", encoding="utf-8") as file:
@@ -97,5 +103,11 @@ def test_an_edit_of_any_file_of_the_engine_recompiles(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written_kernels_are_compiled_in_every_process(tmp_path: Path) -> None:
+    """Numba tries the folder that it is told, then that of the source, then the user's: all are files here."""
+    package = copy_package(tmp_path)
+    (package / "kernels" / "jit" / "__pycache__").write_text("not a folder")
     (tmp_path / "file").write_text("not a folder")
-    assert python(FIRST_CALL, tmp_path / "file" / "cache") == ["1", "0", "True", "4.0"]
+    nowhere = tmp_path / "file" / "cache"
+    here = {"PYTHONPATH": str(tmp_path), "HOME": str(nowhere), "XDG_CACHE_HOME": str(nowhere)}
+    for _ in range(2):
+        assert python(FIRST_CALL, nowhere, **here) == ["1", "0", "True", "4.0"]
