@@ -41,9 +41,14 @@ class Strided(NamedTuple):
 
 
 def strided(array: np.ndarray) -> Strided:
-    """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array."""
-    (n, c, d, h, w), size = array.strides, array.itemsize
-    return Strided(array.ctypes.data, n // size, c // size, d // size, h // size, w // size)
+    """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array.
+
+    A depth or height of one, whose stride means nothing, gets the stride of one that continues what follows it.
+    """
+    n, c, d, h, w = (stride // array.itemsize for stride in array.strides)
+    _, _, depth, height, width = array.shape
+    h = w * width if height == 1 else h
+    return Strided(array.ctypes.data, n, c, h * height if depth == 1 else d, h, w)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
