@@ -105,6 +105,15 @@ static ptrdiff_t FC(saturate)(ptrdiff_t rounds, void *sums)
 #undef SIDE
 #endif
 
+/* `step` is a constant where this is inlined: loads and shuffles of whole vectors. */
+static inline __attribute__((always_inline)) void FC(copy_every)(const T *in, const ptrdiff_t step, ptrdiff_t j_stride,
+                                                                 ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
+{
+    for (ptrdiff_t j = 0; j < nj; j++)
+        for (ptrdiff_t i = 0; i < ni; i++)
+            out[j * out_stride + i] = in[i * step + j * j_stride];
+}
+
 static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj,
                           void *output, ptrdiff_t out_stride)
 {
@@ -131,9 +140,12 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         SQUARES(transpose, 4)(in, i_stride, ni, nj, out, out_stride);
         return;
     }
-    for (ptrdiff_t j = 0; j < nj; j++)
-        for (ptrdiff_t i = 0; i < ni; i++)
-            out[j * out_stride + i] = in[i * i_stride + j * j_stride];
+    if (i_stride == 2)
+        FC(copy_every)(in, 2, j_stride, ni, nj, out, out_stride);
+    else if (i_stride == 4)
+        FC(copy_every)(in, 4, j_stride, ni, nj, out, out_stride);
+    else
+        FC(copy_every)(in, i_stride, j_stride, ni, nj, out, out_stride);
 }
 
 static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
