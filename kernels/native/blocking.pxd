@@ -63,12 +63,14 @@ cdef void split_numbers(Conv *c, str precision)
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
+cdef bint taps_continue(const Conv *c) noexcept nogil
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil
 cdef char *pack_bias(const Conv *c, bias, char *out)
 cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil
 cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,
               Blocks *blocks) noexcept nogil
+cdef void divide(const Conv *c, Py_ssize_t rows, Py_ssize_t columns, Blocks *blocks) noexcept nogil
 cdef void locate(const Conv *c, const Blocks *blocks, Py_ssize_t index, Block *block) noexcept nogil
 cdef Py_ssize_t part_cells(const Conv *c, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil
 cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,

@@ -109,6 +109,13 @@ cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil:
     return 1 if c.filters - panel * c.panel <= c.kernels.lanes else 2
 
 
+cdef bint taps_continue(const Conv *c) noexcept nogil:
+    """Whether the taps of one channel of a filter are all ``stride[4]`` apart in memory."""
+    cdef const View *w = &c.w
+    cdef bint rows = c.kernel[1] == 1 or w.stride[3] == c.kernel[2] * w.stride[4]
+    return rows and (c.kernel[0] == 1 or w.stride[2] == c.kernel[1] * c.kernel[2] * w.stride[4])
+
+
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil:
     """Pack (filters of the panel, some channels, taps) to [channel][tap][filter], missing filters as zeros.
@@ -121,9 +128,7 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
     cdef Py_ssize_t filters = min(width, c.filters - first)
     cdef const char *base = w.data + ((group * c.filters + first) * w.stride[0] + channel * w.stride[1]) * c.item
     cdef Py_ssize_t step = w.stride[4]  # from tap to tap
-    # Dimensions that continue one another are one: [c][kd][kh][kw] as far as possible.
-    cdef bint rows = c.kernel[1] == 1 or w.stride[3] == c.kernel[2] * step
-    cdef bint planes = rows and (c.kernel[0] == 1 or w.stride[2] == c.kernel[1] * c.kernel[2] * step)
+    cdef bint planes = taps_continue(c)  # dimensions that continue one another are one
     cdef Py_ssize_t i, d, h, run
     if filters < width:
         memset(out, 0, <size_t>(width * channels * c.taps * c.item))
@@ -199,12 +204,17 @@ cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_s
     if rows == 1:
         while columns > c.chunk and part_cells(c, 1, columns) * cell_bytes > block_bytes:
             columns = (columns + 1) // 2
-    blocks.down = (c.out[1] + rows - 1) // rows
-    blocks.across = (c.out[2] + columns - 1) // columns
-    blocks.rows = (c.out[1] + blocks.down - 1) // blocks.down
-    blocks.columns = (c.out[2] + blocks.across - 1) // blocks.across
-    blocks.down = (c.out[1] + blocks.rows - 1) // blocks.rows
-    blocks.across = (c.out[2] + blocks.columns - 1) // blocks.columns
+    divide(c, rows, columns, blocks)
+
+
+cdef void divide(const Conv *c, Py_ssize_t rows, Py_ssize_t columns, Blocks *blocks) noexcept nogil:
+    """Cut planes into blocks of about equal size, of so many rows and columns at most."""
+    blocks.down = ceil_div(c.out[1], rows)
+    blocks.across = ceil_div(c.out[2], columns)
+    blocks.rows = ceil_div(c.out[1], blocks.down)
+    blocks.columns = ceil_div(c.out[2], blocks.across)
+    blocks.down = ceil_div(c.out[1], blocks.rows)
+    blocks.across = ceil_div(c.out[2], blocks.columns)
     blocks.count = c.out[0] * blocks.down * blocks.across
 
 

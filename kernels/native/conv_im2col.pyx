@@ -30,7 +30,7 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
+    Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
     start_sums,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
@@ -243,9 +243,9 @@ cdef void gather(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize
     cdef Py_ssize_t run, row, column, d, h, w, done = 0
     cdef char *target
     while done < pixels:
-        row = (first_pixel + done) // block.columns
-        column = (first_pixel + done) % block.columns
-        run = min(pixels - done, block.columns - column)
+        row = (first_pixel + done) // c.out[2]
+        column = (first_pixel + done) % c.out[2]
+        run = min(pixels - done, c.out[2] - column)
         target = out + done * c.item
         for d in range(c.kernel[0]):
             for h in range(c.kernel[1]):
@@ -284,71 +284,95 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
+    join_rows(c)
     plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
     plan.channel_blocks = 1
-    plan.blocks.count = (c.out[1] * c.out[2] + c.chunk - 1) // c.chunk
-    plan_chunks(&plan, c.batch * c.out[0] * plan.blocks.count, grad_bias)
+    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
+    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
     run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)
     sum_chunks(&plan)
 
 
+cdef bint _in_place(const Conv *c) noexcept nogil:
+    """Whether a pixel sees one cell, never in the padding: then the patches are the image as the caller has it."""
+    cdef int axis
+    for axis in range(3):
+        if c.kernel[axis] != 1 or c.pad[axis] != 0 or (c.out[axis] - 1) * c.stride[axis] >= c.x.size[2 + axis]:
+            return False
+    return True
+
+
 cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    """Reduce one chunk of the units, which are runs of output pixels, for one task's channels and filters."""
+    """Reduce one chunk of the units, which are blocks of output pixels, for one task's channels and filters."""
     cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef const Conv *c = &plan.c
     cdef WeightTask t
     if start_task(plan, task, &t):
         return 1
+    cdef bint in_place = _in_place(c)
     cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel)
     cdef Py_ssize_t rows = c.taps * plan.width
-    cdef Py_ssize_t offset_bytes = (rows + 8) // 8 * 64
-    cdef Py_ssize_t patch_bytes = rows * c.chunk * c.item
+    cdef Py_ssize_t offset_bytes = (rows + plan.blocks.rows + 8) // 8 * 64
+    cdef Py_ssize_t patch_bytes = 0 if in_place else rows * c.chunk * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + c.panel * c.chunk * c.item)
     cdef Block block
-    cdef Py_ssize_t unit, panel, first_pixel, pixels, m
+    cdef Py_ssize_t unit, panel, m
     if memory == NULL:
         return 1
     cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef char *patches = memory + offset_bytes
-    cdef char *grads = patches + patch_bytes
+    cdef Py_ssize_t *lines = offsets + rows
+    cdef const char *patches = memory + offset_bytes
+    cdef char *grads = memory + offset_bytes + patch_bytes
+    cdef fc_reduction reduction
+    reduction.taps = lines
+    reduction.b_taps = NULL
     for m in range(rows):  # accumulators are [tap][channel], patches [channel][tap]; missing channels repeat the last
-        offsets[m] = (min(m % plan.width, channels - 1) * c.taps + m // plan.width) * c.chunk
+        offsets[m] = (min(m % plan.width, channels - 1) * c.taps + m // plan.width) * (c.x.stride[1] if in_place else c.chunk)
+    for m in range(plan.blocks.rows):
+        lines[m] = m * c.stride[1] * c.x.stride[3] if in_place else 0
     for unit in range(t.first_unit, t.end_unit):
-        plane(c, unit // plan.blocks.count, &block)
-        first_pixel = unit % plan.blocks.count * c.chunk
-        pixels = min(c.chunk, block.rows * block.columns - first_pixel)
-        gather(c, &block, t.group * c.channels + t.channel, channels, first_pixel, pixels, c.chunk, patches)
+        locate(c, &plan.blocks, unit, &block)
+        if in_place:
+            reduction.n_taps, reduction.depth, reduction.a_step = block.rows, block.columns, c.stride[2] * c.x.stride[4]
+            patches = _first_cell(c, &block, t.group * c.channels + t.channel)
+        else:
+            reduction.n_taps, reduction.depth, reduction.a_step = 1, block.rows * block.columns, 1
+            gather(
+                c, &block, t.group * c.channels + t.channel, channels, block.top * c.out[2] + block.left,
+                block.rows * block.columns, c.chunk, memory + offset_bytes,
+            )
         for panel in range(t.panels):
             _weight_panel(
-                plan, &block, &t, panel, first_pixel, pixels, offsets, patches, grads,
+                plan, &block, &t, panel, &reduction, offsets, patches, grads,
                 t.accumulators + panel * c.panel * rows * c.item,
             )
     end_task(plan, &t)
     return 0
 
 
+cdef const char *_first_cell(const Conv *c, const Block *block, Py_ssize_t channel) noexcept nogil:
+    """Return where the first pixel of a block looks, without padding."""
+    cdef const View *x = &c.x
+    return x.data + (
+        block.image * x.stride[0] + channel * x.stride[1] + block.depth * c.stride[0] * x.stride[2]
+        + block.top * c.stride[1] * x.stride[3] + block.left * c.stride[2] * x.stride[4]
+    ) * c.item
+
+
 cdef void _weight_panel(const WeightPlan *plan, const Block *block, const WeightTask *t, Py_ssize_t panel,
-                        Py_ssize_t first_pixel, Py_ssize_t pixels, const Py_ssize_t *offsets, const char *patches,
-                        char *grads, char *accumulators) noexcept nogil:
-    """Add patches x gradients of the output for one panel and one run of pixels."""
+                        fc_reduction *reduction, const Py_ssize_t *offsets, const char *patches, char *grads,
+                        char *accumulators) noexcept nogil:
+    """Add patches x gradients of the output for one panel and one block of pixels."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, t.panel + panel), tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t width = vectors * c.kernels.lanes, first = (t.panel + panel) * c.panel
-    cdef Py_ssize_t rows = c.taps * plan.width, m, zero = 0
-    cdef fc_reduction reduction
-    reduction.taps = &zero
-    reduction.n_taps = 1
-    reduction.depth = pixels
-    reduction.a_step = 1
-    reduction.b_taps = NULL
-    reduction.b_tap = 0
-    reduction.b_step = width
-    pack_pixels(
-        c, block, t.group * c.filters + first, min(width, c.filters - first), width, first_pixel, pixels, grads
-    )
+    cdef Py_ssize_t rows = c.taps * plan.width, pixels = block.rows * block.columns, m
+    pack_pixels(c, block, t.group * c.filters + first, min(width, c.filters - first), width, 0, pixels, grads)
     add_bias(plan, t, panel, grads, pixels)
+    reduction.b_tap = reduction.depth * width
+    reduction.b_step = width
     for m from 0 <= m < rows by tile_rows:
         c.kernels.brgemm(
-            &reduction, patches, offsets + m, <int>min(tile_rows, rows - m), grads, vectors,
+            reduction, patches, offsets + m, <int>min(tile_rows, rows - m), grads, vectors,
             accumulators + m * width * c.item, 1,
         )

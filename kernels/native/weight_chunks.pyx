@@ -11,8 +11,8 @@
 cimport numpy as cnp
 from libc.string cimport memset
 
-from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors, run_tasks
-from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, fc_epilogue
+from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors, run_tasks, taps_continue
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue
 
 cdef enum:
     MOST_LANES = 64
@@ -152,11 +152,23 @@ cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_
     cdef const View *w = &c.w
     cdef fc_epilogue epilogue
     cdef Py_ssize_t d, h, tap
+    cdef char *turned
     cdef char *out = w.data + (filter * w.stride[0] + channel * w.stride[1]) * c.item
     epilogue.bias = NULL
     epilogue.relu = 0
     epilogue.pixel_stride = w.stride[1]
     epilogue.channel_stride = w.stride[0]
+    if channels > 1 and c.taps > 1 and taps_continue(c) and w.stride[4] == 1 and w.stride[1] == c.taps:
+        turned = arena(FC_ARENA_BLOCK, channels * c.taps * width * c.item)  # what a task had there is done with
+        if turned != NULL:  # OIHW: all rows of a filter are one run
+            for tap in range(c.taps):
+                c.kernels.transpose(
+                    accumulators + tap * block_channels * width * c.item, 1, width, width, channels,
+                    turned + tap * width * c.item, c.taps * width,
+                )
+            epilogue.pixel_stride = 1
+            c.kernels.epilogue(&epilogue, turned, width, channels * c.taps, filters, out)
+            return
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             for tap in range(c.kernel[2]):

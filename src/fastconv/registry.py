@@ -56,9 +56,14 @@ def _always(op: str, dims: Dims) -> str:
 
 
 def _direct(op: str, dims: ConvDims) -> str:
-    if op == "conv_forward" and dims.taps == 1 and not dims.depthwise:
-        return "slower than im2col, which leaves 1x1 weights where they are"
-    if op == "conv_weight_grad" and dims.group_in_channels == 1 and not dims.depthwise and dims.output_size[2] <= 8:
+    if dims.depthwise or op == "conv_input_grad":
+        return ""
+    if dims.taps == 1:
+        return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
+    apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
+    if apart and dims.reduction <= 64:
+        return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
+    if op == "conv_weight_grad" and dims.group_in_channels == 1 and dims.output_size[2] <= 8:
         return f"slower than im2col: sums of {dims.output_size[2]} products, one row of pixels, are short"
     return ""
 
