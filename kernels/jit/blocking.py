@@ -119,9 +119,10 @@ class GradTasks(NamedTuple):
     splits: int  #: parts of the boxes, each with sums of its own: fixed by the shape, for they change the result
     panel_parts: int
     channel_parts: int
+    bias: bool  #: whether the gradient of the bias is wanted, too
 
 
-def grad_tasks(plan: Plan, threads: int) -> GradTasks:
+def grad_tasks(plan: Plan, threads: int, bias: bool) -> GradTasks:
     """Return enough tasks for ``threads``; where the weights are few, the boxes are split for up to 32."""
     chunks = plan.groups * plan.panels * -(-plan.reduction // CHUNK)
     splits = max(1, min(plan.box_count, -(-32 // chunks)))
@@ -129,7 +130,7 @@ def grad_tasks(plan: Plan, threads: int) -> GradTasks:
     panel_parts = min(plan.panels, shares)
     # Parts must not share a tile of rows, and so are made of blocks of ROW_MULTIPLE channels.
     channel_parts = min(plan.blocks, -(-shares // panel_parts)) if plan.block % ROW_MULTIPLE == 0 else 1
-    return GradTasks(splits, panel_parts, channel_parts)
+    return GradTasks(splits, panel_parts, channel_parts, bias)
 
 
 def _plan(
