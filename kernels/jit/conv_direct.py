@@ -8,6 +8,7 @@
                 sums [chunk][lanes] = bias                        L1 cache
                 for each block of channels, and of taps:
                     sums += cells of the chunk * panel            the register tile; this part of the panel in L1
+                                                                  (of few channels, a row of taps is reduced as one)
                 output = activation(sums)                         the epilogue
 
 The gradient of the input is that same convolution of grad_output, once for each phase of the stride. The gradient of
@@ -43,6 +44,8 @@ from .packing import Strided, strided
 from .threads import parallel, workspace, worthwhile
 from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
 from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
+
+MOST_JOINED = 16  #: channels; with more, the sums of a tap are long enough
 
 
 class Weights(NamedTuple):
@@ -116,7 +119,7 @@ def _forward(
     plan = packing.read_plan(numbers)
     rows = pointer(offsets, 0)
     taps = shift(rows, CHUNK)
-    packing.tap_offsets(taps, plan, plan.kernel_size[2] if plan.panel.elementwise else 1)
+    packing.tap_offsets(taps, plan, plan.kernel_size[2] if _joined(plan) else 1)
     source, target = pointer(input.address, like), pointer(output.address, like)
     box, sums = pointer(box_address, like), pointer(sums_address, like)
     weights = Weights(pointer(weight.address, like), weight, pointer(packed, like), once, shift(taps, plan.taps))
@@ -142,24 +145,31 @@ def _multiply_chunk(
     sums: Any, box: Any, rows: Any, count: int, taps: Any, weights: Weights, group: int, panel: int, plan: Plan
 ) -> None:
     """Add the whole reduction to the sums of a chunk of pixels and a panel, block by block."""
-    lanes = plan.panel.lanes
-    if plan.panel.elementwise:  # the sums are short: they run along the rows of the filter, and ``taps`` are these rows
-        width = plan.kernel_size[2]
+    lanes, joined = plan.panel.lanes, plan.kernel_size[2] if _joined(plan) else 1
+    if plan.panel.elementwise:
         multiply(
-            sums, lanes, box, rows, count, taps, plan.taps // width, width, plan.tap_step[2],
-            _weights_of(weights, group, panel, 0, 1, plan), width * lanes, lanes, plan.panel,
+            sums, lanes, box, rows, count, taps, plan.taps // joined, joined, plan.tap_step[2],
+            _weights_of(weights, group, panel, 0, 1, plan), joined * lanes, lanes, plan.panel,
         )  # fmt: skip
         return
     for channel in range(0, plan.channels, plan.block):
-        depth = min(plan.block, plan.channels - channel)
+        channels = min(plan.block, plan.channels - channel)
         cells = shift(box, channel // plan.block * plan.box_block)
-        part = _weights_of(weights, group, panel, channel, depth, plan)
+        part = _weights_of(weights, group, panel, channel, channels, plan)
+        depth, tap_count = channels * joined, plan.taps // joined
         most_taps = max(1, BLOCK_BYTES // (depth * lanes * plan.itemsize))
-        for tap in range(0, plan.taps, most_taps):
+        for tap in range(0, tap_count, most_taps):
             multiply(
-                sums, lanes, cells, rows, count, shift(taps, tap), min(most_taps, plan.taps - tap), depth, 1,
+                sums, lanes, cells, rows, count, shift(taps, tap), min(most_taps, tap_count - tap), depth, 1,
                 shift(part, tap * depth * lanes), depth * lanes, lanes, plan.panel,
             )  # fmt: skip
+
+
+@jit
+def _joined(plan: Plan) -> bool:
+    """Whether a row of a filter's taps, each too short a sum, is reduced as one; ``taps`` are then these rows."""
+    one_run = plan.blocks == 1 and plan.tap_step[2] == plan.block and plan.block <= MOST_JOINED
+    return one_run or plan.panel.elementwise
 
 
 @jit

@@ -71,11 +71,11 @@ def _direct(op: str, dims: ConvDims) -> str:
 def _direct_numba(op: str, dims: ConvDims) -> str:
     if op != "conv_forward" or dims.depthwise:
         return ""
-    row = dims.group_in_channels * dims.kernel_size[2]  # products in one row of taps: an inner loop
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    if row < 16 and dims.group_out_channels >= 32:
+    if dims.group_out_channels >= 2 * dims.reduction:
         return (
-            f"slower than im2col: {row} products in a row of taps, {dims.group_out_channels} filters to share patches"
+            f"slower than im2col, which leaves the output's layout: {dims.group_out_channels} filters make more of it "
+            f"than there are patches, of {dims.reduction} elements"
         )
     if dims.taps == 1 and weights <= 2**15:
         return f"slower than im2col, which leaves the output's layout, for {weights} weights of 1x1 filters"
