@@ -2,6 +2,11 @@ cimport numpy as cnp
 
 from fastconv.kernels.native.machine cimport fc_ukernels
 
+cdef enum:
+    DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
+    DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
+    CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
+
 # A 5-D array of the contract: address and element strides.
 ctypedef struct View:
     char *data
@@ -50,6 +55,10 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline Py_ssize_t round_up(Py_ssize_t a, Py_ssize_t step) noexcept nogil:
+    return ceil_div(a, step) * step
+
+
 cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept nogil:
     """Where a run of channels has its bias; no bias stays none."""
     if bias == NULL:
@@ -59,7 +68,10 @@ cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept no
 
 cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options)
+cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil
 cdef void split_numbers(Conv *c, str precision)
+cdef const fc_ukernels *piece_tile(const Conv *c, str precision)
+cdef bint split_pays(const fc_ukernels *kernels, double padded)
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil

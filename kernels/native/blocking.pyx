@@ -64,7 +64,7 @@ cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
     """Size channels, panels and chunks for a tile."""
     c.kernels = kernels
     c.packed = 2 * kernels.pieces if kernels.pieces else c.item
-    c.depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
+    c.depth = round_up(c.channels, kernels.depth_step)
     c.reduction = c.depth * c.taps
     c.panel = 2 * kernels.lanes
     c.panels = (c.filters + c.panel - 1) // c.panel
@@ -73,14 +73,24 @@ cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
 
 cdef void split_numbers(Conv *c, str precision):
     """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
-    cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
-    cdef const fc_ukernels *kernels = split_ukernels(c.item, pieces)
-    if kernels == NULL or c.channels < SPLIT_CHANNELS or c.out[1] * c.out[2] < kernels.tile_rows:
+    cdef const fc_ukernels *kernels = piece_tile(c, precision)
+    if kernels == NULL or c.out[1] * c.out[2] < kernels.tile_rows:
         return
-    products = pieces * (pieces + 1) // 2
-    depth = ceil_div(c.channels, kernels.depth_step) * kernels.depth_step
-    if products * depth <= SPLIT_RATE * c.channels:
+    if split_pays(kernels, round_up(c.channels, kernels.depth_step) / <double>c.channels):
         use_tile(c, kernels)
+
+
+cdef const fc_ukernels *piece_tile(const Conv *c, str precision):
+    """Return the tile that multiplies pieces of numbers; NULL where there is none, or a group has few channels."""
+    cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
+    if c.channels < SPLIT_CHANNELS:
+        return NULL
+    return split_ukernels(c.item, pieces)
+
+
+cdef bint split_pays(const fc_ukernels *kernels, double padded):
+    """Whether products of pieces, ``padded`` times as many as are needed, take less time than products of numbers."""
+    return kernels.pieces * (kernels.pieces + 1) // 2 * padded <= SPLIT_RATE
 
 
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *:

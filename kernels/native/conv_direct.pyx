@@ -22,10 +22,6 @@ loop on other views (``interleave``). A depthwise convolution has no panels: its
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
 An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
-
-The gradient of the weights reduces over pixels: rows of the tile are (tap, channel), the reduction runs along image rows.
-
-    grad_weight[t, i][k] = sum over pixels p of  part[p * stride + t * dilation][i] * grad_output[p][k]
 """
 
 cimport numpy as cnp
@@ -33,25 +29,20 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
-    packed_weight_size, panel_vectors, part_cells, pixel_offsets, run_tasks, split_numbers, store, tap_offsets,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv,
+    pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, pixel_offsets, round_up, run_tasks,
+    split_numbers, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, Memory, arena, fc_reduction,
 )
-from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_bias, store_weight,
-    sum_chunks, sum_pixels, want_bias,
-)
+
+from fastconv.kernels.native.weight_direct import conv_weight_grad
 
 cdef enum:
-    DIRECT_BYTES = 1 << 20      # packed part of the image: mostly in L2, far below the promised 8 MB
-    DEPTHWISE_BYTES = 1 << 17   # read once for each tap: well inside L2
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
-    PIXELS = 256                # pixels that one brgemm of the weight gradient reduces over
-    CHANNELS = 16               # channel block of depthwise convolution and of the weight gradient
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -70,17 +61,6 @@ def conv_forward(input, weight, bias, output, dims, options):
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
-
-
-def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
-    """See ``fastconv.kernels``."""
-    if dims.groups > 1 and grad_weight.shape[1] == 1:
-        multiplier = grad_weight.shape[0] // dims.groups
-        for j in range(multiplier):
-            part = None if grad_bias is None else grad_bias[j::multiplier]
-            _depthwise_weight(input, grad_output[:, j::multiplier], grad_weight[j::multiplier], part, dims, options)
-    else:
-        _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -108,7 +88,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     if split:
         split_numbers(c, options.precision)
     step = max(<Py_ssize_t>CHANNELS, c.kernels.depth_step)
-    plan.width = min(c.depth, max(step, ceil_div(REDUCTION // c.taps, step) * step))
+    plan.width = min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
     c.folded = c.channels <= FOLDED_CHANNELS and c.dilation[2] == 1
     cut(c, plan.channel_blocks * plan.width * c.packed, DIRECT_BYTES, c.out[2], &plan.blocks)
@@ -199,7 +179,7 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
             c, block, group * c.channels + b * plan.width, channels, plan.width, floats if c.kernels.pieces else part
         )
         if c.kernels.pieces:
-            sizes |= c.kernels.split_image(floats, n, c.kernels.pieces, part)
+            sizes |= c.kernels.split_image(floats, n, c.kernels.depth_step, c.kernels.pieces, part)
         part += n * c.packed
     return not sizes & FC_HUGE and sizes != FC_TINY
 
@@ -382,146 +362,4 @@ cdef int _depthwise_task(const void *shared, Py_ssize_t task) noexcept nogil:
             taps, c.taps, part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS, accumulators
         )
         store(c, &block, p, count, accumulators, CHANNELS, first, channels, bias, plan.relu)
-    return 0
-
-
-# -------------------------------------------------------------------------------------------- gradient of the weights
-
-cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
-    cdef WeightPlan plan
-    cdef Conv *c = &plan.c
-    make_conv(c, input, grad_weight, grad_output, dims, options)
-    plan.width = min(<Py_ssize_t>CHANNELS, c.channels)
-    plan.channel_blocks = max(1, WEIGHT_ROWS // (c.taps * plan.width))
-    cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, PIXELS, &plan.blocks)
-    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
-    run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)
-    sum_chunks(&plan)
-
-
-cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    """Reduce one chunk of the units for one task's channels and filters."""
-    cdef const WeightPlan *plan = <const WeightPlan *>shared
-    cdef const Conv *c = &plan.c
-    cdef WeightTask t
-    if start_task(plan, task, &t):
-        return 1
-    cdef Py_ssize_t cells = part_cells(c, plan.blocks.rows, plan.blocks.columns)
-    cdef Py_ssize_t pixels = plan.blocks.rows * plan.blocks.columns
-    cdef Py_ssize_t rows = c.taps * plan.width
-    cdef Py_ssize_t offset_bytes = (plan.blocks.rows + rows + c.taps + 8) // 8 * 64
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + (t.channel_blocks * plan.width * cells + t.panels * c.panel * pixels) * c.item
-    )
-    if memory == NULL:
-        return 1
-    cdef Py_ssize_t *row_offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *taps = row_offsets + rows
-    cdef Py_ssize_t *lines = taps + c.taps
-    cdef char *part = memory + offset_bytes
-    cdef char *grads = part + t.channel_blocks * plan.width * cells * c.item
-    cdef Block block
-    cdef Py_ssize_t unit, b, panel, line
-    for unit in range(t.first_unit, t.end_unit):
-        locate(c, &plan.blocks, unit, &block)
-        tap_offsets(c, &block, plan.width, taps)
-        for line in range(rows):
-            row_offsets[line] = taps[line // plan.width] + line % plan.width
-        for line in range(block.rows):
-            lines[line] = line * c.stride[1] * block.wide * plan.width
-        for b in range(t.channel_blocks):
-            pack_image(
-                c, &block, t.group * c.channels + t.channel + b * plan.width,
-                min(plan.width, c.channels - t.channel - b * plan.width), plan.width, part + b * plan.width * cells * c.item,
-            )
-        for panel in range(t.panels):
-            pack_pixels(
-                c, &block, t.group * c.filters + (t.panel + panel) * c.panel,
-                min(c.panel, c.filters - (t.panel + panel) * c.panel),
-                panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0,
-                block.rows * block.columns, grads + panel * c.panel * pixels * c.item,
-            )
-            add_bias(plan, &t, panel, grads + panel * c.panel * pixels * c.item, block.rows * block.columns)
-        for panel in range(t.panels):
-            for b in range(t.channel_blocks):
-                _weight_block(
-                    plan, &block, panel_vectors(c, t.panel + panel), row_offsets, lines,
-                    part + b * plan.width * cells * c.item, grads + panel * c.panel * pixels * c.item,
-                    t.accumulators + (panel * plan.channel_blocks + b) * c.panel * rows * c.item,
-                )
-    end_task(plan, &t)
-    return 0
-
-
-cdef void _weight_block(const WeightPlan *plan, const Block *block, int vectors, const Py_ssize_t *row_offsets,
-                        const Py_ssize_t *lines, const char *part, const char *grads, char *accumulators) noexcept nogil:
-    """Add one block's pixels to (taps x channels of a block) x (filters of a panel), some image rows at a time."""
-    cdef const Conv *c = &plan.c
-    cdef int tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t rows = c.taps * plan.width, width = vectors * c.kernels.lanes, m, line
-    cdef Py_ssize_t together = max(1, PIXELS // block.columns)
-    cdef fc_reduction reduction
-    reduction.depth = block.columns
-    reduction.a_step = c.stride[2] * plan.width
-    reduction.b_taps = NULL
-    reduction.b_tap = block.columns * width
-    reduction.b_step = width
-    for line from 0 <= line < block.rows by together:
-        reduction.taps = lines + line
-        reduction.n_taps = min(together, block.rows - line)
-        for m from 0 <= m < rows by tile_rows:
-            c.kernels.brgemm(
-                &reduction, part, row_offsets + m, <int>min(tile_rows, rows - m),
-                grads + line * block.columns * width * c.item, vectors, accumulators + m * width * c.item, 1,
-            )
-
-
-cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, cnp.ndarray grad_bias,
-                            dims, options):
-    """One filter for each channel: a task has a block of channels and all images."""
-    cdef WeightPlan plan
-    cdef Conv *c = &plan.c
-    make_conv(c, input, grad_weight, grad_output, dims, options)
-    plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
-    cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
-    want_bias(&plan, grad_bias)
-    run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)
-
-
-cdef int _depthwise_weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    cdef const WeightPlan *plan = <const WeightPlan *>shared
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = task * CHANNELS
-    cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
-    cdef Py_ssize_t part_bytes = CHANNELS * part_cells(c, plan.blocks.rows, plan.blocks.columns) * c.item
-    cdef Py_ssize_t tap_bytes = (c.taps + 8) // 8 * 64
-    cdef Py_ssize_t sum_bytes = (c.taps + 1) * CHANNELS * c.item
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK,
-        tap_bytes + sum_bytes + part_bytes + CHANNELS * plan.blocks.rows * plan.blocks.columns * c.item,
-    )
-    if memory == NULL:
-        return 1
-    cdef Py_ssize_t *taps = <Py_ssize_t *>memory
-    cdef char *accumulators = memory + tap_bytes
-    cdef char *bias_sums = accumulators + c.taps * CHANNELS * c.item
-    cdef char *part = accumulators + sum_bytes
-    cdef char *grads = part + part_bytes
-    cdef Block block
-    cdef Py_ssize_t unit, r
-    memset(accumulators, 0, <size_t>sum_bytes)
-    for unit in range(c.batch * plan.blocks.count):
-        locate(c, &plan.blocks, unit, &block)
-        tap_offsets(c, &block, CHANNELS, taps)
-        pack_image(c, &block, first, channels, CHANNELS, part)
-        pack_pixels(c, &block, first, channels, CHANNELS, 0, block.rows * block.columns, grads)
-        if plan.bias != NULL:
-            sum_pixels(c, grads, block.rows * block.columns, CHANNELS, bias_sums)
-        for r in range(block.rows):
-            c.kernels.depthwise_weight(
-                taps, c.taps, part + r * c.stride[1] * block.wide * CHANNELS * c.item, c.stride[2] * CHANNELS,
-                grads + r * block.columns * CHANNELS * c.item, block.columns, CHANNELS, accumulators,
-            )
-    store_weight(c, first, 0, channels, 1, 1, CHANNELS, accumulators)
-    store_bias(plan, first, channels, bias_sums)
     return 0

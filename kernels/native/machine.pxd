@@ -19,6 +19,9 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *offsets
         const int *numbers
 
+    ctypedef struct fc_lines:
+        Py_ssize_t channels, run, step, pitch
+
     ctypedef struct fc_ukernels:
         int lanes, tile_rows, depth_step
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
@@ -39,8 +42,9 @@ cdef extern from "ukernels.h" nogil:
         void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
-        int (*split_image)(const void *, Py_ssize_t, int, void *) noexcept nogil
+        int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
+        void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *, Py_ssize_t) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 

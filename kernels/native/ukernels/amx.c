@@ -16,6 +16,9 @@
  *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
  *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
  *
+ * In the gradient of the weights pixels have the place of channels here, (tap, channel) that of pixels: the image is packed
+ * [(tap, channel)][block of 32 pixels][piece][32], the gradient of the output like weights of one tap.
+ *
  * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
  * pieces and products among them.
  */
@@ -229,16 +232,16 @@ INLINE int size(words largest)
     return most >= LIMIT ? FC_HUGE : most >= FLOOR ? FC_ORDINARY : most > 0 ? FC_TINY : 0;
 }
 
-INLINE int split_image(const float *in, ptrdiff_t n, const int pieces, void *out)
+INLINE int split_image(const float *in, ptrdiff_t n, ptrdiff_t run, const int pieces, uint16_t *out)
 {
     words largest = {0};
-    for (ptrdiff_t i = 0; i < n; i += LANES) {
-        words parts[MAX_PIECES];
-        char *row = (char *)out + i / CHANNELS * pieces * ROW_BYTES + i % CHANNELS * 2;
-        split(*(const floats *)(in + i), pieces, parts, &largest);
-        UNROLL for (int p = 0; p < pieces; p++)
-            *(halves *)(row + p * ROW_BYTES) = __builtin_convertvector(parts[p] >> 16, halves);
-    }
+    for (const float *end = in + n; in < end; in += run, out += pieces * run)
+        for (ptrdiff_t i = 0; i < run; i += LANES) {
+            words parts[MAX_PIECES];
+            split(*(const floats *)(in + i), pieces, parts, &largest);
+            UNROLL for (int p = 0; p < pieces; p++)
+                *(halves *)(out + p * run + i) = __builtin_convertvector(parts[p] >> 16, halves);
+        }
     return size(largest);
 }
 
@@ -262,11 +265,11 @@ INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t tap
     return size(largest);
 }
 
-static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, int pieces, void *out)
+static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out)
 {
-    return pieces == 3   ? split_image(image, n, 3, out)
-           : pieces == 2 ? split_image(image, n, 2, out)
-                         : split_image(image, n, 1, out);
+    return pieces == 3   ? split_image(image, n, run, 3, out)
+           : pieces == 2 ? split_image(image, n, run, 2, out)
+                         : split_image(image, n, run, 1, out);
 }
 
 static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
@@ -275,6 +278,57 @@ static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, pt
     return pieces == 3   ? split_weights(weights, channels, taps, vectors, 3, out)
            : pieces == 2 ? split_weights(weights, channels, taps, vectors, 2, out)
                          : split_weights(weights, channels, taps, vectors, 1, out);
+}
+
+/* -------------------------------------------------------------------------------------------------- lines of pixels */
+
+typedef uint32_t pairs __attribute__((vector_size(32)));
+typedef uint16_t eight __attribute__((vector_size(16)));
+
+/* `count`, 8 or 32, pixels; every second cell is the lower half of a word. */
+INLINE void copy_cells(const uint16_t *cells, const ptrdiff_t step, const int count, uint16_t *out)
+{
+    if (step == 1) {
+        memcpy(out, cells, (size_t)count * 2);
+    } else if (step == 2) {
+        UNROLL for (int i = 0; i < count; i += 8) {
+            pairs words;
+            memcpy(&words, cells + 2 * i, sizeof words);
+            const eight lower = __builtin_convertvector(words, eight);
+            memcpy(out + i, &lower, sizeof lower);
+        }
+    } else {
+        for (int i = 0; i < count; i++)
+            out[i] = cells[i * step];
+    }
+}
+
+INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, int pieces,
+                       uint16_t *out, ptrdiff_t at)
+{
+    for (ptrdiff_t channel = 0; channel < l->channels; channel++, out += pieces * l->pitch)
+        for (int p = 0; p < pieces; p++, cells += l->run)
+            for (ptrdiff_t i = 0, some; i < n; i += some) {
+                const ptrdiff_t place = (at + i) % CHANNELS;
+                uint16_t *to = out + ((at + i - place) * pieces + p * CHANNELS + place);
+                some = place == 0 && n - i >= CHANNELS ? CHANNELS : 8;
+                if (some == CHANNELS)
+                    copy_cells(cells + i * step, step, CHANNELS, to);
+                else
+                    copy_cells(cells + i * step, step, 8, to);
+            }
+}
+
+static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces,
+                                   void *out, ptrdiff_t at)
+{
+    const uint16_t *cells = (const uint16_t *)rows + first;
+    if (lines->step == 1)
+        lay_pixels(lines, cells, 1, n, pieces, out, at);
+    else if (lines->step == 2)
+        lay_pixels(lines, cells, 2, n, pieces, out, at);
+    else
+        lay_pixels(lines, cells, lines->step, n, pieces, out, at);
 }
 
 /* ------------------------------------------------------------------------------------------------------ tile registers */
@@ -315,7 +369,7 @@ static int works(const fc_ukernels *kernels)
             weights[k][m] = (float)((293 * m + 5 * k) % 1019 - 509);
         }
     }
-    kernels->split_image(image, M * CHANNELS, kernels->pieces, a);
+    kernels->split_image(image, M * CHANNELS, CHANNELS, kernels->pieces, a);
     kernels->split_weights(weights, CHANNELS, 1, 2, kernels->pieces, b);
     kernels->enter();
     kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
@@ -346,6 +400,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].saturate = fc_f32_saturate__amx;
             tables[p].split_image = fc_f32_split_image__amx;
             tables[p].split_weights = fc_f32_split_weights__amx;
+            tables[p].lay_pixels = fc_f32_lay_pixels__amx;
             tables[p].enter = fc_enter__amx;
             tables[p].leave = fc_leave__amx;
         }

@@ -49,6 +49,12 @@ typedef struct {
     const int32_t *numbers;
 } fc_cells;
 
+/* Lines of pixels, [channel][pitch]: what is multiplied with neighbouring pixels becomes neighbours. Their cells are `step` apart
+ * in rows of `run` cells, [channel][run]. */
+typedef struct {
+    ptrdiff_t channels, run, step, pitch;
+} fc_lines;
+
 typedef struct {
     int lanes;      /* elements in a vector */
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
@@ -107,12 +113,16 @@ typedef struct {
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
-     * which are for one thread. Both return the size of the largest number, 0 if all are zero.
-     * image:   [n / depth_step][depth_step]
-     * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step */
+     * which are for one thread. Both that split return the size of the largest number, 0 if all are zero.
+     * image:   n numbers to [n / run][piece][run], where brgemm wants run = depth_step and lay_pixels a multiple of it
+     * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step
+     * lay_pixels lays n pixels into brgemm's form of each line, from pixel `at` on, whose first cell is `first`. n, at and
+     * pitch are multiples of 8, 8 and depth_step; n * step cells are read. */
     int pieces;
-    int (*split_image)(const void *image, ptrdiff_t n, int pieces, void *out);
+    int (*split_image)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
+    void (*lay_pixels)(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces, void *out,
+                       ptrdiff_t at);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
