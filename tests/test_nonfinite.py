@@ -33,6 +33,8 @@ NAMES = (
     "volume",
     "3x3 of one more than a tile",
     "3x3 of whole channel blocks",
+    "3x3 of whole channel blocks, rows of 30, valid",
+    "1x1 of whole channel blocks",
 )
 CASES = [case for case in CONV_CASES if case.name in NAMES]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import Array, ConvArrays, ConvCase, conv_results, for_every_row, how
+from cases import CONV_CASES, Array, ConvArrays, ConvCase, conv_function, conv_results, for_every_row, how
 
 import fastconv as fc
 from fastconv.registry import ROWS, Row
@@ -17,6 +17,7 @@ CASES = [
     ConvCase(f"{c} to {k} channels, {g} groups", (2, c, 20, 20), (k, c // g, 3, 3), 1, 1, 1, g)
     for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (24, 24, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8))
 ]
+WHOLE_BLOCKS = [case for case in CONV_CASES if "whole channel blocks" in case.name]
 PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}
 EXACT = next(row for row in ROWS["conv_forward"] if row[:2] == ("im2col", "numpy"))  #: in float64
 NOISE = 1.05  #: two such figures of the same algorithm on other numbers differ by less
@@ -33,18 +34,34 @@ def plain_sum(x: Array, w: Array, groups: int) -> Array:
     return y.reshape(n, filters, height, width)
 
 
+def plain_weight_sum(x: Array, dy: Array, groups: int) -> Array:
+    """The gradient of 3x3 weights with padding 1: one pixel's float32 products after the other, rounded and added."""
+    (n, channels, height, width), filters = x.shape, dy.shape[1]
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(n, groups, 1, -1, height + 2, width + 2)
+    split = dy.reshape(n, groups, filters // groups, 1, 1, 1, height, width)
+    sums = np.zeros((groups, filters // groups, channels // groups, 3, 3), x.dtype)
+    for image, i, j in np.ndindex(n, height, width):
+        sums += padded[image, ..., i : i + 3, j : j + 3] * split[image, ..., i, j]
+    return sums.reshape(filters, -1, 3, 3)
+
+
 def relative_error(result: Array, exact: Array) -> float:
     return float(np.sqrt(np.mean(np.square(result - exact)) / np.mean(np.square(exact))))
 
 
-@for_every_row(CASES, "conv_forward")
+@for_every_row(CASES)
 def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase) -> None:
     x, w, b, dy = case.arrays(np.float32)
     b = np.zeros_like(b)
     exact = conv_results(case, ConvArrays(x, w, b, dy).astype(np.float64), EXACT)
     results = conv_results(case, ConvArrays(x, w, b, dy), row)
     rotated = w.reshape(case.groups, -1, *w.shape[1:]).swapaxes(1, 2).reshape(case.input[1], -1, 3, 3)[..., ::-1, ::-1]
-    for name, plain in (("output", plain_sum(x, w, case.groups)), ("grad_input", plain_sum(dy, rotated, case.groups))):
+    sums = (
+        ("output", plain_sum(x, w, case.groups)),
+        ("grad_input", plain_sum(dy, rotated, case.groups)),
+        ("grad_weight", plain_weight_sum(x, dy, case.groups)),
+    )
+    for name, plain in sums:
         result, answer = getattr(results, name), getattr(exact, name)
         if result is not None:
             error, allowed = relative_error(result, answer), NOISE * relative_error(plain, answer)
@@ -75,6 +92,22 @@ def test_the_promises_hold_for_small_and_large_numbers(
     assert relative_error(result, exact) <= PROMISES[precision]
 
 
+@pytest.mark.parametrize(
+    ("scale", "grad_scale"), [(1e-36, 1), (1, 1e-36), (1e-26, 1), (1, 1e-30), (1e12, 1e12), (1e30, 1), (1, 1e30)]
+)
+@pytest.mark.parametrize("precision", PROMISES)
+@for_every_row([ConvCase(f"rows of {n}", (2, 32, 8, n), (18, 32, 3, 3), 1, 1) for n in (8, 32)], "conv_weight_grad")
+def test_the_promises_of_the_weight_gradient_hold_for_small_and_large_numbers(
+    row: Row, case: ConvCase, precision: str, scale: float, grad_scale: float
+) -> None:
+    x, _, _, dy = case.arrays(np.float32)
+    x, dy = x * np.float32(scale), dy * np.float32(grad_scale)
+    gradient = conv_function(2, "weight")
+    exact = gradient(x.astype(np.float64), case.weight, dy.astype(np.float64), **case.geometry, **how(EXACT))
+    result = gradient(x, case.weight, dy, **case.geometry, **how(row), precision=precision)
+    assert relative_error(result, exact) <= PROMISES[precision]
+
+
 @pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
 @pytest.mark.parametrize(("algorithm", "k"), [("direct", 1), ("direct", 3), ("winograd", 3)])
 def test_amx_takes_the_precision_at_its_word(algorithm: str, k: int) -> None:
@@ -85,4 +118,17 @@ def test_amx_takes_the_precision_at_its_word(algorithm: str, k: int) -> None:
     asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
     errors = [relative_error(fc.conv2d(x, w, precision=word, **asked), exact) for word in PROMISES]
     assert errors[0] < 3e-7
+    assert errors[2] > 1e-3
+
+
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
+@pytest.mark.parametrize("case", WHOLE_BLOCKS, ids=lambda case: case.name)
+def test_amx_takes_the_precision_of_the_weight_gradient_at_its_word(case: ConvCase) -> None:
+    x, _, _, dy = case.arrays(np.float32)
+    gradient = conv_function(case.spatial, "weight")
+    exact = gradient(x.astype(np.float64), case.weight, dy.astype(np.float64), **case.geometry, **how(EXACT))
+    asked = {"engine": "cython", "algorithm": "direct", **case.geometry}
+    errors = [relative_error(gradient(x, case.weight, dy, precision=word, **asked), exact) for word in PROMISES]
+    assert errors[0] < 3e-7
+    assert errors[1] > 1e-6
     assert errors[2] > 1e-3

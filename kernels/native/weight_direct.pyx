@@ -50,6 +50,7 @@ cdef enum:
     PIXELS = 256            # that one brgemm reduces over: a panel's share of them, in float32, stays in L1
     PACKED_BYTES = 3 << 19  # lines and split gradients of a block: with the sums inside the 2 MB of L2 that come with AMX
     MOST_BYTES = 1 << 22    # the same where a block can't be cut so small: half of the promised workspace
+    COLUMNS = 64            # of a block whose lines are rows, so that it has some rows
     ROW_STEP = 8            # pixels of a row of a line are a multiple: ``lay_pixels`` moves so many
     USES = 64               # with fewer products for each number, splitting it takes longer than it saves
     COPY = 32               # products in the time that laying a pixel takes, about
@@ -119,17 +120,22 @@ cdef bint _plan_lines(Plan *plan, str precision):
     cdef Conv *c = &base.c
     cdef const fc_ukernels *numbers = c.kernels
     cdef const fc_ukernels *pieces = piece_tile(c, precision)
-    cdef Py_ssize_t channels = round_up(c.channels, CHANNELS)
+    cdef Py_ssize_t channels = round_up(c.channels, CHANNELS), workspace
     cdef double padded
     if pieces == NULL or min(c.channels, c.filters) * c.taps < USES:
         return False
     use_tile(c, pieces)
-    base.width = CHANNELS if channels % (2 * CHANNELS) else 2 * CHANNELS  # whole tiles, if that costs no padding
+    base.width = CHANNELS
+    if channels % (2 * CHANNELS) == 0 and 2 * CHANNELS * c.taps <= WEIGHT_ROWS:
+        base.width = 2 * CHANNELS  # whole tiles
     base.channel_blocks = max(1, min(channels, WEIGHT_ROWS // c.taps) // base.width)
     _cut_lines(plan)
     _size_lines(plan)
     padded = <double>_line_pixels(plan) * channels / (c.out[1] * c.out[2] * c.channels)
-    if split_pays(pieces, padded) and base.channel_blocks * plan.part_bytes + WEIGHT_PANELS * plan.grad_bytes <= MOST_BYTES:
+    workspace = (
+        base.channel_blocks * plan.part_bytes + min(c.panels, <Py_ssize_t>WEIGHT_PANELS) * plan.grad_bytes + plan.float_bytes
+    )
+    if split_pays(pieces, padded) and workspace <= MOST_BYTES:
         return True
     use_tile(c, numbers)
     return False
@@ -142,21 +148,25 @@ cdef void _cut_lines(Plan *plan) noexcept nogil:
     cdef Blocks along
     cdef Py_ssize_t filters = min(WEIGHT_PANELS * c.panel, c.filters)
     cdef Py_ssize_t channels = plan.base.channel_blocks * plan.base.width
-    cdef Py_ssize_t together = PIXELS // round_up(c.out[2], ROW_STEP)
+    cdef Py_ssize_t pixels = min(<Py_ssize_t>PIXELS, PACKED_BYTES // ((c.taps * channels + filters) * c.packed))
+    cdef Py_ssize_t together = pixels // round_up(c.out[2], ROW_STEP)
     cdef Block block
     cdef double time
-    cut(c, (c.kernel[2] * channels + filters) * c.packed, PACKED_BYTES, PIXELS, blocks)
-    locate(c, blocks, 0, &block)
+    cut(c, (c.kernel[2] * channels + filters) * c.packed, PACKED_BYTES, COLUMNS, &along)
+    along.columns = round_up(along.columns, c.kernels.depth_step)  # so that the last one has the padding of all
+    along.across = ceil_div(c.out[2], along.columns)
+    along.count = c.out[0] * along.down * along.across
+    blocks[0] = along
     plan.line_rows = 1
-    if together < 2 or c.out[1] < 2:
+    if together < 2 or c.out[1] == 1:
         return
+    locate(c, blocks, 0, &block)
     time = _line_pixels(plan) * (filters + <double>COPY * block.high / (block.rows * c.kernel[1]))
-    along = blocks[0]
     blocks.down = ceil_div(c.out[1], together)
-    plan.line_rows = blocks.rows = ceil_div(c.out[1], blocks.down)
+    blocks.rows = plan.line_rows = ceil_div(c.out[1], blocks.down)
     blocks.down = ceil_div(c.out[1], blocks.rows)
-    blocks.across = 1
     blocks.columns = c.out[2]
+    blocks.across = 1
     blocks.count = c.out[0] * blocks.down
     if time <= _line_pixels(plan) * <double>(filters + COPY):
         blocks[0] = along
@@ -166,16 +176,17 @@ cdef void _cut_lines(Plan *plan) noexcept nogil:
 cdef Py_ssize_t _pitch(const Plan *plan) noexcept nogil:
     """Pixels of a line, with those that there are not."""
     cdef const Blocks *blocks = &plan.base.blocks
-    cdef Py_ssize_t step = plan.base.c.kernels.depth_step
     if plan.line_rows == 1:
-        return round_up(blocks.columns, step)
-    return round_up(plan.line_rows * round_up(blocks.columns, ROW_STEP), step)
+        return blocks.columns
+    return round_up(plan.line_rows * round_up(blocks.columns, ROW_STEP), plan.base.c.kernels.depth_step)
 
 
 cdef Py_ssize_t _line_pixels(const Plan *plan) noexcept nogil:
     """Pixels of all lines of an output plane, with those that there are not."""
-    cdef const Blocks *blocks = &plan.base.blocks
-    return blocks.across * ceil_div(plan.base.c.out[1], plan.line_rows) * _pitch(plan)
+    cdef const Conv *c = &plan.base.c
+    if plan.line_rows == 1:
+        return c.out[1] * round_up(c.out[2], c.kernels.depth_step)
+    return plan.base.blocks.down * _pitch(plan)
 
 
 cdef void _size_lines(Plan *plan) noexcept nogil:
@@ -400,17 +411,14 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     cdef int tile_rows = c.kernels.tile_rows
     cdef Py_ssize_t rows = c.taps * plan.base.width, width = vectors * c.kernels.lanes, m, line, together
     cdef Py_ssize_t count = ceil_div(block.rows, plan.line_rows)
+    cdef Py_ssize_t pitch = plan.lines.pitch if c.kernels.pieces else block.columns
     cdef fc_reduction reduction
-    if c.kernels.pieces:
-        reduction.depth = plan.lines.pitch
-        reduction.a_step = 1
-    else:
-        reduction.depth = block.columns
-        reduction.a_step = c.stride[2] * plan.base.width
+    reduction.depth = pitch if plan.line_rows > 1 else round_up(block.columns, c.kernels.depth_step)
+    reduction.a_step = 1 if c.kernels.pieces else c.stride[2] * plan.base.width
     reduction.b_taps = NULL
-    reduction.b_tap = reduction.depth * width
+    reduction.b_tap = pitch * width
     reduction.b_step = width
-    together = max(1, PIXELS * c.item // (c.packed * reduction.depth))
+    together = max(1, PIXELS * c.item // (c.packed * pitch))
     for line from 0 <= line < count by together:
         reduction.taps = lines + line
         reduction.n_taps = min(together, count - line)
