@@ -16,8 +16,8 @@
  *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
  *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
  *
- * In the gradient of the weights pixels have the place of channels here, (tap, channel) that of pixels: the image is packed
- * [(tap, channel)][block of 32 pixels][piece][32], the gradient of the output like weights of one tap.
+ * In the gradient of the weights pixels take the place of channels and (tap, channel) that of pixels: the image is packed to
+ * [(tap, channel)][block of 32 pixels][piece][32], the gradient of the output as if it were the weights of one tap.
  *
  * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
  * pieces and products among them.
@@ -303,20 +303,28 @@ INLINE void copy_cells(const uint16_t *cells, const ptrdiff_t step, const int co
     }
 }
 
-INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, int pieces,
-                       uint16_t *out, ptrdiff_t at)
+/* `count` pixels of all channels and pieces. */
+INLINE void lay_block(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, const int count, int pieces,
+                      uint16_t *out)
 {
     for (ptrdiff_t channel = 0; channel < l->channels; channel++, out += pieces * l->pitch)
         for (int p = 0; p < pieces; p++, cells += l->run)
-            for (ptrdiff_t i = 0, some; i < n; i += some) {
-                const ptrdiff_t place = (at + i) % CHANNELS;
-                uint16_t *to = out + ((at + i - place) * pieces + p * CHANNELS + place);
-                some = place == 0 && n - i >= CHANNELS ? CHANNELS : 8;
-                if (some == CHANNELS)
-                    copy_cells(cells + i * step, step, CHANNELS, to);
-                else
-                    copy_cells(cells + i * step, step, 8, to);
-            }
+            copy_cells(cells, step, count, out + p * CHANNELS);
+}
+
+INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, int pieces,
+                       uint16_t *out, ptrdiff_t at)
+{
+    for (ptrdiff_t end = at + n; at < end;) {
+        const ptrdiff_t place = at % CHANNELS, to = (at - place) * pieces + place;
+        const int count = place == 0 && end - at >= CHANNELS ? CHANNELS : 8;
+        if (count == CHANNELS)
+            lay_block(l, cells, step, CHANNELS, pieces, out + to);
+        else
+            lay_block(l, cells, step, 8, pieces, out + to);
+        at += count;
+        cells += count * step;
+    }
 }
 
 static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces,
