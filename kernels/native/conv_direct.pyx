@@ -18,7 +18,8 @@
 
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
-loop on other views (``interleave``). A depthwise convolution has no panels: its own microkernel multiplies channel by channel.
+loop on other views (``interleave``), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
+microkernel multiplies channel by channel.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
 An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
@@ -30,8 +31,8 @@ from libc.string cimport memset
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv,
-    pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, pixel_offsets, round_up, run_tasks,
-    split_numbers, store, tap_offsets,
+    pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, pixel_offsets, round_up,
+    run_tasks, split_numbers, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, Memory, arena, fc_reduction,

@@ -338,7 +338,8 @@ cdef int _transform_inputs(const Plan *plan, const Task *t, Py_ssize_t row_step,
     c.kernels.winograd_input(t.offsets, t.tiles, t.part, row_step, plan.width, t.floats, float_bytes // c.item)
     for point in range(POINTS):
         sizes |= c.kernels.split_image(
-            t.floats + point * float_bytes, t.tiles * plan.width, c.kernels.depth_step, pieces, out + point * t.point_bytes
+            t.floats + point * float_bytes, t.tiles * plan.width, c.kernels.depth_step, pieces,
+            out + point * t.point_bytes,
         )
     return sizes
 

@@ -44,7 +44,8 @@ cdef extern from "ukernels.h" nogil:
         int pieces
         int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
-        void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *, Py_ssize_t) noexcept nogil
+        void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *,
+                           Py_ssize_t) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 

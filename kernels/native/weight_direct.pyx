@@ -1,4 +1,4 @@
-"""The gradient of the weights, for ``conv_direct``: the rows of the tile are (tap, channel), the reduction runs along image rows.
+"""The gradient of the weights by ``conv_direct``: rows of the tile are (tap, channel), the reduction runs over pixels.
 
     grad_weight[t, i][k] = sum over pixels p of  part[p * stride + t * dilation][i] * grad_output[p][k]
 
@@ -14,29 +14,30 @@
     channels |     image    |     x    |           | channels |         |
              +--------------+          +-----------+          +---------+
 
-A tile that multiplies pieces of numbers reads 32 pixels of a (tap, channel) as one cache line. So the image is packed channel by
-channel, once for each column of taps, shifted and thinned out as it sees them; padding, stride and dilation end there:
+A tile that multiplies pieces of numbers reads 32 pixels of a (tap, channel) as one cache line. For it the image is packed
+in lines of pixels, channel by channel, and once for each column of taps: shifted and thinned out as that column sees it.
 
-    [column of taps][kernel depth][line][channel][pixels of the line]
+    [column of taps][kernel depth][line][channel][pixel]     lines start at cache lines, whatever the tap and the stride
 
-    along rows: a line is a row of pixels, and rows of taps share lines    packed as often as there are columns of taps
-    short rows: a line is all rows of a block, one for each row of taps    packed as often as there are taps
+    long rows:  a line is one row of pixels; rows of taps share lines, which are packed once for each column of taps
+    short rows: a line is all rows of a block, one after the other; it is packed once for each tap
 
-         row 0      row 1      row 2              A row has a multiple of 8 pixels, a line of 32: those that there are not
-      +---------+----------+---------+------+     have a gradient of zero, whatever finite number the image has there.
-      | 7 cells | 7 cells  | 7 cells | ...  |     Which of both, and whether any, is a matter of how many these are.
-      +---------+----------+---------+------+
+      +-----------+---+-----------+---+-----------+---+-----+      A line of gradients. Rows are filled up to a
+      |   row 0   | 0 |   row 1   | 0 |   row 2   | 0 |  0  |      multiple of 8, lines to one of 32: with zeros, so
+      +-----------+---+-----------+---+-----------+---+-----+      that what the image has there need only be finite.
 
-If there are inf, NaN or huge numbers, or a part has nothing but tiny ones, all is computed without splitting. The gradient of
-the bias is that of the numbers themselves. A depthwise convolution has a microkernel of its own.
+How many zeros there are, and how many copies, decides between long and short, and whether the tile is used at all.
+If there are inf, NaN or huge numbers, or a part has nothing but tiny ones, all is computed without splitting. The
+gradient of the bias is summed before splitting. A depthwise convolution has a microkernel of its own.
 """
 
 cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, ceil_div, cut, locate, make_conv, pack_image,
-    pack_pixels, panel_vectors, part_cells, piece_tile, round_up, run_tasks, split_pays, tap_offsets, use_tile,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, ceil_div, cut, divide, locate, make_conv,
+    pack_image, pack_pixels, panel_vectors, part_cells, piece_tile, round_up, run_tasks, split_pays, tap_offsets,
+    use_tile,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_lines, fc_reduction, fc_ukernels,
@@ -48,11 +49,11 @@ from fastconv.kernels.native.weight_chunks cimport (
 
 cdef enum:
     PIXELS = 256            # that one brgemm reduces over: a panel's share of them, in float32, stays in L1
-    PACKED_BYTES = 3 << 19  # lines and split gradients of a block: with the sums inside the 2 MB of L2 that come with AMX
-    MOST_BYTES = 1 << 22    # the same where a block can't be cut so small: half of the promised workspace
-    COLUMNS = 64            # of a block whose lines are rows, so that it has some rows
-    ROW_STEP = 8            # pixels of a row of a line are a multiple: ``lay_pixels`` moves so many
-    USES = 64               # with fewer products for each number, splitting it takes longer than it saves
+    PACKED_BYTES = 3 << 19  # lines and split gradients of a block: with the sums inside L2, 2 MB where there is AMX
+    MOST_BYTES = 1 << 22    # the same where a block can't be cut as small: half of the promised workspace
+    COLUMNS = 64            # of a block of long rows: then it has some rows, which see the same rows of the image
+    ROW_STEP = 8            # pixels of a short row, filled up, are a multiple: ``lay_pixels`` moves so many
+    USES = 64               # with fewer products for each number, splitting it takes longer than it saves, about
     COPY = 32               # products in the time that laying a pixel takes, about
 
 
@@ -132,9 +133,8 @@ cdef bint _plan_lines(Plan *plan, str precision):
     _cut_lines(plan)
     _size_lines(plan)
     padded = <double>_line_pixels(plan) * channels / (c.out[1] * c.out[2] * c.channels)
-    workspace = (
-        base.channel_blocks * plan.part_bytes + min(c.panels, <Py_ssize_t>WEIGHT_PANELS) * plan.grad_bytes + plan.float_bytes
-    )
+    workspace = base.channel_blocks * plan.part_bytes + plan.float_bytes
+    workspace += min(c.panels, <Py_ssize_t>WEIGHT_PANELS) * plan.grad_bytes
     if split_pays(pieces, padded) and workspace <= MOST_BYTES:
         return True
     use_tile(c, numbers)
@@ -142,39 +142,35 @@ cdef bint _plan_lines(Plan *plan, str precision):
 
 
 cdef void _cut_lines(Plan *plan) noexcept nogil:
-    """Cut the output into blocks, and their pixels into lines: rows, or all rows, whichever takes less time."""
+    """Cut the output into blocks, and these into lines of one row or of all rows, whichever takes less time."""
     cdef Conv *c = &plan.base.c
     cdef Blocks *blocks = &plan.base.blocks
-    cdef Blocks along
+    cdef Blocks long_rows
     cdef Py_ssize_t filters = min(WEIGHT_PANELS * c.panel, c.filters)
     cdef Py_ssize_t channels = plan.base.channel_blocks * plan.base.width
     cdef Py_ssize_t pixels = min(<Py_ssize_t>PIXELS, PACKED_BYTES // ((c.taps * channels + filters) * c.packed))
     cdef Py_ssize_t together = pixels // round_up(c.out[2], ROW_STEP)
     cdef Block block
     cdef double time
-    cut(c, (c.kernel[2] * channels + filters) * c.packed, PACKED_BYTES, COLUMNS, &along)
-    along.columns = round_up(along.columns, c.kernels.depth_step)  # so that the last one has the padding of all
-    along.across = ceil_div(c.out[2], along.columns)
-    along.count = c.out[0] * along.down * along.across
-    blocks[0] = along
+    cut(c, (c.kernel[2] * channels + filters) * c.packed, PACKED_BYTES, COLUMNS, &long_rows)
+    long_rows.columns = round_up(long_rows.columns, c.kernels.depth_step)  # only the last block is filled up
+    long_rows.across = ceil_div(c.out[2], long_rows.columns)
+    long_rows.count = c.out[0] * long_rows.down * long_rows.across
+    blocks[0] = long_rows
     plan.line_rows = 1
     if together < 2 or c.out[1] == 1:
         return
     locate(c, blocks, 0, &block)
     time = _line_pixels(plan) * (filters + <double>COPY * block.high / (block.rows * c.kernel[1]))
-    blocks.down = ceil_div(c.out[1], together)
-    blocks.rows = plan.line_rows = ceil_div(c.out[1], blocks.down)
-    blocks.down = ceil_div(c.out[1], blocks.rows)
-    blocks.columns = c.out[2]
-    blocks.across = 1
-    blocks.count = c.out[0] * blocks.down
+    divide(c, together, c.out[2], blocks)
+    plan.line_rows = blocks.rows
     if time <= _line_pixels(plan) * <double>(filters + COPY):
-        blocks[0] = along
+        blocks[0] = long_rows
         plan.line_rows = 1
 
 
 cdef Py_ssize_t _pitch(const Plan *plan) noexcept nogil:
-    """Pixels of a line, with those that there are not."""
+    """Pixels of a line, filled up."""
     cdef const Blocks *blocks = &plan.base.blocks
     if plan.line_rows == 1:
         return blocks.columns
@@ -182,7 +178,7 @@ cdef Py_ssize_t _pitch(const Plan *plan) noexcept nogil:
 
 
 cdef Py_ssize_t _line_pixels(const Plan *plan) noexcept nogil:
-    """Pixels of all lines of an output plane, with those that there are not."""
+    """Pixels of all lines of an output plane, filled up."""
     cdef const Conv *c = &plan.base.c
     if plan.line_rows == 1:
         return c.out[1] * round_up(c.out[2], c.kernels.depth_step)
@@ -193,14 +189,14 @@ cdef void _size_lines(Plan *plan) noexcept nogil:
     """Size lines and workspace."""
     cdef const Conv *c = &plan.base.c
     cdef fc_lines *lines = &plan.lines
-    cdef bint along = plan.line_rows == 1
+    cdef bint long_rows = plan.line_rows == 1
     cdef Block block
     locate(c, &plan.base.blocks, 0, &block)
     lines.channels = plan.base.width
     lines.step = c.stride[2]
     lines.pitch = _pitch(plan)
-    plan.row_pitch = lines.pitch if along else round_up(block.columns, ROW_STEP)
-    plan.line_count = block.high if along else c.kernel[1]
+    plan.row_pitch = lines.pitch if long_rows else round_up(block.columns, ROW_STEP)
+    plan.line_count = block.high if long_rows else c.kernel[1]
     lines.run = round_up(plan.row_pitch * c.stride[2] + (c.kernel[2] - 1) * c.dilation[2], c.kernels.lanes)
     plan.part_bytes = c.kernel[2] * c.kernel[0] * plan.line_count * lines.channels * lines.pitch * c.packed
     plan.grad_bytes = ceil_div(block.rows, plan.line_rows) * lines.pitch * c.panel * c.packed
@@ -212,7 +208,7 @@ cdef int _lay_part(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     """Split channels ``first`` to ``first + count`` of a block's part of the image and lay them; return their sizes."""
     cdef const Conv *c = &plan.base.c
     cdef const fc_lines *lines = &plan.lines
-    cdef bint along = plan.line_rows == 1, fresh
+    cdef bint long_rows = plan.line_rows == 1, fresh
     cdef Py_ssize_t line_bytes = lines.channels * lines.pitch * c.packed, d, y, h, w, r, line
     cdef char *pieces = floats + lines.channels * lines.run * c.item
     cdef int sizes = 0
@@ -226,20 +222,20 @@ cdef int _lay_part(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
                 if fresh:
                     sizes |= _split_row(plan, block, first, count, d, y, floats, pieces)
                     fresh = False
-                line = d * plan.line_count + (y if along else h)
+                line = d * plan.line_count + (y if long_rows else h)
                 for w in range(c.kernel[2]):
                     c.kernels.lay_pixels(
                         lines, pieces, w * c.dilation[2], plan.row_pitch, c.kernels.pieces,
                         out + (w * c.kernel[0] * plan.line_count + line) * line_bytes,
-                        0 if along else r // c.stride[1] * plan.row_pitch,
+                        0 if long_rows else r // c.stride[1] * plan.row_pitch,
                     )
-                if along:
+                if long_rows:
                     break
     return sizes
 
 
-cdef int _split_row(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t d, Py_ssize_t y,
-                    char *floats, char *pieces) noexcept nogil:
+cdef int _split_row(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t d,
+                    Py_ssize_t y, char *floats, char *pieces) noexcept nogil:
     """Split row ``y`` of a part of the image, padding included, to [channel][piece][run]; return the numbers' sizes."""
     cdef const Conv *c = &plan.base.c
     cdef const View *x = &c.x
@@ -266,19 +262,19 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
     """Split a panel's gradients, line by line, and add them to that of the bias; return the numbers' sizes."""
     cdef const Conv *c = &plan.base.c
     cdef int vectors = panel_vectors(c, t.panel + panel), sizes = 0
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, pitch = plan.lines.pitch, line, row, pixel, end
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, pitch = plan.lines.pitch, line, end, row, pixel, next_pixel
     cdef Py_ssize_t filter = (t.panel + panel) * c.panel, filters = min(width, c.filters - filter)
     for line from 0 <= line < block.rows by plan.line_rows:
-        pixel = 0
-        for row in range(line, min(line + plan.line_rows, block.rows)):
+        end = min(line + plan.line_rows, block.rows)
+        for row in range(line, end):
+            pixel = (row - line) * plan.row_pitch
             pack_pixels(
                 c, block, t.group * c.filters + filter, filters, width, row * block.columns, block.columns,
                 floats + pixel * width * c.item,
             )
-            end = pitch if row + 1 == min(line + plan.line_rows, block.rows) else pixel + plan.row_pitch
+            next_pixel = pixel + plan.row_pitch if row + 1 < end else pitch
             pixel += block.columns
-            memset(floats + pixel * width * c.item, 0, <size_t>((end - pixel) * width * c.item))
-            pixel = end
+            memset(floats + pixel * width * c.item, 0, <size_t>((next_pixel - pixel) * width * c.item))
         add_bias(&plan.base, t, panel, floats, pitch)
         sizes |= c.kernels.split_weights(floats, pitch, 1, vectors, c.kernels.pieces, out)
         out += pitch * width * c.packed
@@ -315,29 +311,29 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     if memory == NULL:
         return 1
     cdef Py_ssize_t *row_offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *lines = row_offsets + rows
-    cdef Py_ssize_t *taps = lines + base.blocks.rows
+    cdef Py_ssize_t *line_offsets = row_offsets + rows
+    cdef Py_ssize_t *taps = line_offsets + base.blocks.rows
     cdef char *part = memory + offset_bytes
     cdef char *grads = part + t.channel_blocks * plan.part_bytes
     cdef char *floats = grads + t.panels * plan.grad_bytes
     cdef Block block
     cdef Py_ssize_t unit
-    if plan.line_rows > 1:  # no row of pixels ever fills the gaps
+    if plan.line_rows > 1:  # nothing ever fills the gaps between rows
         memset(part, 0, <size_t>(t.channel_blocks * plan.part_bytes))
     for unit in range(t.first_unit, t.end_unit):
         if plan.refused[0]:
             return 0
         locate(c, &base.blocks, unit, &block)
-        _offsets(plan, &block, row_offsets, lines, taps)
+        _offsets(plan, &block, row_offsets, line_offsets, taps)
         if not _pack_unit(plan, &t, &block, part, grads, floats):
             plan.refused[0] = 1
             return 0
-        _multiply_unit(plan, &t, &block, row_offsets, lines, part, grads)
+        _multiply_unit(plan, &t, &block, row_offsets, line_offsets, part, grads)
     end_task(base, &t)
     return 0
 
 
-cdef void _offsets(const Plan *plan, const Block *block, Py_ssize_t *rows, Py_ssize_t *lines,
+cdef void _offsets(const Plan *plan, const Block *block, Py_ssize_t *row_offsets, Py_ssize_t *line_offsets,
                    Py_ssize_t *taps) noexcept nogil:
     """Write where each row of the sums, (tap, channel), and each line of pixels begins in a packed part."""
     cdef const Conv *c = &plan.base.c
@@ -349,9 +345,9 @@ cdef void _offsets(const Plan *plan, const Block *block, Py_ssize_t *rows, Py_ss
     else:
         tap_offsets(c, block, width, taps)
     for row in range(c.taps * width):
-        rows[row] = taps[row // width] + row % width * channel_step
+        row_offsets[row] = taps[row // width] + row % width * channel_step
     for line in range(ceil_div(block.rows, plan.line_rows)):
-        lines[line] = line * c.stride[1] * line_step
+        line_offsets[line] = line * c.stride[1] * line_step
 
 
 cdef bint _pack_unit(const Plan *plan, const WeightTask *t, const Block *block, char *part, char *grads,
@@ -360,7 +356,7 @@ cdef bint _pack_unit(const Plan *plan, const WeightTask *t, const Block *block, 
     cdef const WeightPlan *base = &plan.base
     cdef const Conv *c = &base.c
     cdef bint split = c.kernels.pieces > 0
-    cdef Py_ssize_t b, first, count, panel, filter, pixels = block.rows * block.columns
+    cdef Py_ssize_t b, first, count, panel
     cdef int sizes = 0, panel_sizes
     for b in range(t.channel_blocks):
         first = t.channel + b * base.width
@@ -375,18 +371,25 @@ cdef bint _pack_unit(const Plan *plan, const WeightTask *t, const Block *block, 
             panel_sizes = _split_panel(plan, t, block, panel, floats, grads + panel * plan.grad_bytes)
             if panel_sizes & FC_HUGE or panel_sizes == FC_TINY:
                 return False
-            continue
-        filter = (t.panel + panel) * c.panel
-        pack_pixels(
-            c, block, t.group * c.filters + filter, min(c.panel, c.filters - filter),
-            panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0, pixels, grads + panel * plan.grad_bytes,
-        )
-        add_bias(base, t, panel, grads + panel * plan.grad_bytes, pixels)
+        else:
+            _pack_panel(plan, t, block, panel, grads + panel * plan.grad_bytes)
     return not sizes & FC_HUGE and sizes != FC_TINY
 
 
+cdef void _pack_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel,
+                      char *out) noexcept nogil:
+    """Pack a panel's gradients, and add them to that of the bias."""
+    cdef const Conv *c = &plan.base.c
+    cdef Py_ssize_t filter = (t.panel + panel) * c.panel, pixels = block.rows * block.columns
+    pack_pixels(
+        c, block, t.group * c.filters + filter, min(c.panel, c.filters - filter),
+        panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0, pixels, out,
+    )
+    add_bias(&plan.base, t, panel, out, pixels)
+
+
 cdef void _multiply_unit(const Plan *plan, const WeightTask *t, const Block *block, const Py_ssize_t *row_offsets,
-                         const Py_ssize_t *lines, const char *part, const char *grads) noexcept nogil:
+                         const Py_ssize_t *line_offsets, const char *part, const char *grads) noexcept nogil:
     """Add a block's products to all sums of a task."""
     cdef const WeightPlan *base = &plan.base
     cdef const Conv *c = &base.c
@@ -396,7 +399,7 @@ cdef void _multiply_unit(const Plan *plan, const WeightTask *t, const Block *blo
     for panel in range(t.panels):
         for b in range(t.channel_blocks):
             _multiply(
-                plan, block, panel_vectors(c, t.panel + panel), row_offsets, lines, part + b * plan.part_bytes,
+                plan, block, panel_vectors(c, t.panel + panel), row_offsets, line_offsets, part + b * plan.part_bytes,
                 grads + panel * plan.grad_bytes,
                 t.accumulators + (panel * base.channel_blocks + b) * c.panel * c.taps * base.width * c.item,
             )
@@ -405,7 +408,8 @@ cdef void _multiply_unit(const Plan *plan, const WeightTask *t, const Block *blo
 
 
 cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_ssize_t *row_offsets,
-                    const Py_ssize_t *lines, const char *part, const char *grads, char *accumulators) noexcept nogil:
+                    const Py_ssize_t *line_offsets, const char *part, const char *grads,
+                    char *accumulators) noexcept nogil:
     """Add one block's pixels to (taps x channels of a block) x (filters of a panel), some lines at a time."""
     cdef const Conv *c = &plan.base.c
     cdef int tile_rows = c.kernels.tile_rows
@@ -420,7 +424,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     reduction.b_step = width
     together = max(1, PIXELS * c.item // (c.packed * pitch))
     for line from 0 <= line < count by together:
-        reduction.taps = lines + line
+        reduction.taps = line_offsets + line
         reduction.n_taps = min(together, count - line)
         for m from 0 <= m < rows by tile_rows:
             c.kernels.brgemm(

@@ -49,8 +49,7 @@ typedef struct {
     const int32_t *numbers;
 } fc_cells;
 
-/* Lines of pixels, [channel][pitch]: what is multiplied with neighbouring pixels becomes neighbours. Their cells are `step` apart
- * in rows of `run` cells, [channel][run]. */
+/* Lines of pixels, [channel][pitch], from rows of cells, [channel][run]: cells `step` apart become neighbours. */
 typedef struct {
     ptrdiff_t channels, run, step, pitch;
 } fc_lines;
@@ -114,10 +113,10 @@ typedef struct {
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
      * which are for one thread. Both that split return the size of the largest number, 0 if all are zero.
-     * image:   n numbers to [n / run][piece][run], where brgemm wants run = depth_step and lay_pixels a multiple of it
+     * image:   n numbers to [n / run][piece][run], run a multiple of lanes; brgemm reads those with run = depth_step
      * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step
-     * lay_pixels lays n pixels into brgemm's form of each line, from pixel `at` on, whose first cell is `first`. n, at and
-     * pitch are multiples of 8, 8 and depth_step; n * step cells are read. */
+     * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
+     * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read. */
     int pieces;
     int (*split_image)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
