@@ -213,7 +213,8 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
 
 /* -------------------------------------------------------------------------------------------- Winograd F(2x2, 3x3) */
 
-/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once. */
+/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once; for the gradient
+ * of the weights the transposes of the last two, A g At and Gt m G. */
 static void FC(winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
                                ptrdiff_t block, void *out, ptrdiff_t point_stride)
 {
@@ -286,6 +287,54 @@ static void FC(winograd_output)(const void *products, ptrdiff_t point_stride, pt
                 *(V *)(y + (2 * r * n_tiles + 1) * width) = x[r][1] - x[r][2] - x[r][3];
             }
         }
+}
+
+static void FC(winograd_grad)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *grad, ptrdiff_t row_step,
+                              ptrdiff_t block, void *out, ptrdiff_t point_stride)
+{
+    for (ptrdiff_t p = 0; p < n_tiles; p++)
+        for (ptrdiff_t i = 0; i < block; i += LANES) {
+            const T *g = (const T *)grad + tiles[p] + i;
+            T *m = (T *)out + p * block + i;
+            V x[4][2];
+            UNROLL for (int c = 0; c < 2; c++) { /* columns of A g */
+                V r0 = *(const V *)(g + c * block), r1 = *(const V *)(g + row_step + c * block);
+                x[0][c] = r0;
+                x[1][c] = r0 + r1;
+                x[2][c] = r0 - r1;
+                x[3][c] = -r1;
+            }
+            UNROLL for (int r = 0; r < 4; r++) {
+                *(V *)(m + (4 * r + 0) * point_stride) = x[r][0];
+                *(V *)(m + (4 * r + 1) * point_stride) = x[r][0] + x[r][1];
+                *(V *)(m + (4 * r + 2) * point_stride) = x[r][0] - x[r][1];
+                *(V *)(m + (4 * r + 3) * point_stride) = -x[r][1];
+            }
+        }
+}
+
+static void FC(winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, ptrdiff_t n, void *out,
+                                     ptrdiff_t tap_stride)
+{
+    const T half = (T)0.5;
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        const T *m = (const T *)sums + i;
+        T *g = (T *)out + i;
+        V x[3][4];
+        UNROLL for (int c = 0; c < 4; c++) { /* columns of Gt m */
+            V r1 = *(const V *)(m + (4 + c) * point_stride), r2 = *(const V *)(m + (8 + c) * point_stride);
+            V even = (r1 + r2) * half;
+            x[0][c] = *(const V *)(m + c * point_stride) + even;
+            x[1][c] = (r1 - r2) * half;
+            x[2][c] = even + *(const V *)(m + (12 + c) * point_stride);
+        }
+        UNROLL for (int r = 0; r < 3; r++) {
+            V even = (x[r][1] + x[r][2]) * half;
+            *(V *)(g + (3 * r + 0) * tap_stride) = x[r][0] + even;
+            *(V *)(g + (3 * r + 1) * tap_stride) = (x[r][1] - x[r][2]) * half;
+            *(V *)(g + (3 * r + 2) * tap_stride) = even + x[r][3];
+        }
+    }
 }
 
 static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
@@ -438,6 +487,8 @@ static const fc_ukernels FC(table) = {
     .winograd_input = FC(winograd_input),
     .winograd_weight = FC(winograd_weight),
     .winograd_output = FC(winograd_output),
+    .winograd_grad = FC(winograd_grad),
+    .winograd_weight_grad = FC(winograd_weight_grad),
     .all_below = FC(all_below),
 };
 
