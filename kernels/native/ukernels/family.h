@@ -337,13 +337,24 @@ static void FC(winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, p
     }
 }
 
+/* A branch for each number, or a single int for all, would keep the compiler from using vectors. */
 static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 {
-    const T *x = input;
-    int below = 1;
-    for (ptrdiff_t i = 0; i < n; i++)
-        below &= x[i] < (T)limit && x[i] > (T)-limit; /* false for a NaN */
-    return below;
+    typedef T_INT mask __attribute__((vector_size(VECTOR_BYTES)));
+    const T *x = input, most = (T)limit;
+    mask below[2] = {(mask){0} - 1, (mask){0} - 1};
+    ptrdiff_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        UNROLL for (int v = 0; v < 2; v++) {
+            const V lanes = *(const V *)(x + i + v * LANES);
+            below[v] &= (mask)(lanes < most) & (mask)(lanes > -most); /* false for a NaN */
+        }
+    T_INT all = -1;
+    UNROLL for (int lane = 0; lane < LANES; lane++)
+        all &= below[0][lane] & below[1][lane];
+    for (; i < n; i++)
+        all &= -(x[i] < most && x[i] > -most);
+    return (int)-all;
 }
 
 /* ----------------------------------------------------------------------------------------------------- max pooling */
