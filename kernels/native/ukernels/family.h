@@ -469,6 +469,10 @@ static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells
             FC(gather_run_vector)(sources, classes, 2, n, from, won, to, out->step);
         else if (n >= LANES)
             FC(gather_run_vector)(sources, classes, 1, n, from, won, to, out->step);
+#if VECTOR_BYTES > 4 * T_BYTES
+        else if (n >= 4)
+            FC(gather_run_quad)(sources, classes, 1, n, from, won, to, out->step);
+#endif
         else
             for (ptrdiff_t i = 0; i < n; i++)
                 UNROLL for (int c = 0; c < classes; c++)
