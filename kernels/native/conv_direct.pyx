@@ -392,7 +392,7 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cdef Conv *c = &plan.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
     plan.width = min(<Py_ssize_t>CHANNELS, c.channels)
-    plan.channel_blocks = max(1, WEIGHT_ROWS // (c.taps * plan.width))
+    plan.channel_blocks = min(ceil_div(c.channels, plan.width), max(1, WEIGHT_ROWS // (c.taps * plan.width)))
     cut(c, plan.channel_blocks * plan.width * c.item, DIRECT_BYTES, PIXELS, &plan.blocks)
     plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
     run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)

@@ -110,15 +110,18 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
 {
     const T *in = input;
     T *out = output;
-    if (i_stride == 1 && ni % LANES == 0 && ni <= 16 * LANES) { /* short rows: a call of memcpy takes as long as they do */
-        for (ptrdiff_t j = 0; j < nj; j++)
-            for (ptrdiff_t i = 0; i < ni; i += LANES)
-                *(V *)(out + j * out_stride + i) = *(const V *)(in + j * j_stride + i);
-        return;
-    }
     if (i_stride == 1) { /* rows are contiguous on both sides */
-        for (ptrdiff_t j = 0; j < nj; j++)
-            memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
+        if (j_stride == ni && out_stride == ni) { /* and continue one another */
+            ni *= nj;
+            nj = 1;
+        }
+        if (ni % LANES == 0 && ni <= 16 * LANES) /* a call of memcpy takes as long as so short a row */
+            for (ptrdiff_t j = 0; j < nj; j++)
+                for (ptrdiff_t i = 0; i < ni; i += LANES)
+                    *(V *)(out + j * out_stride + i) = *(const V *)(in + j * j_stride + i);
+        else
+            for (ptrdiff_t j = 0; j < nj; j++)
+                memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
         return;
     }
     if (j_stride == -1) { /* rotated filters: read forwards, write backwards */
