@@ -33,18 +33,33 @@ def plain_sum(x: Array, w: Array, groups: int) -> Array:
     return y.reshape(n, filters, height, width)
 
 
+def plain_weight_sum(x: Array, dy: Array, groups: int) -> Array:
+    """Gradient of its weights: one pixel after the other is multiplied, rounded and added."""
+    (n, _, height, width), filters = x.shape, dy.shape[1]
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(n, groups, 1, -1, height + 2, width + 2)
+    split = dy.reshape(n, groups, filters // groups, 1, height, width)
+    dw = np.zeros((groups, filters // groups, padded.shape[3], 3, 3), x.dtype)
+    for image, i, j in np.ndindex(n, height, width):
+        dw += split[image, ..., i : i + 1, j : j + 1] * padded[image, ..., i : i + 3, j : j + 3]
+    return dw.reshape(filters, -1, 3, 3)
+
+
 def relative_error(result: Array, exact: Array) -> float:
     return float(np.sqrt(np.mean(np.square(result - exact)) / np.mean(np.square(exact))))
 
 
-@for_every_row(CASES, "conv_forward")
+@for_every_row(CASES)
 def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase) -> None:
     x, w, b, dy = case.arrays(np.float32)
     b = np.zeros_like(b)
     exact = conv_results(case, ConvArrays(x, w, b, dy).astype(np.float64), EXACT)
     results = conv_results(case, ConvArrays(x, w, b, dy), row)
     rotated = w.reshape(case.groups, -1, *w.shape[1:]).swapaxes(1, 2).reshape(case.input[1], -1, 3, 3)[..., ::-1, ::-1]
-    for name, plain in (("output", plain_sum(x, w, case.groups)), ("grad_input", plain_sum(dy, rotated, case.groups))):
+    for name, plain in (
+        ("output", plain_sum(x, w, case.groups)),
+        ("grad_input", plain_sum(dy, rotated, case.groups)),
+        ("grad_weight", plain_weight_sum(x, dy, case.groups)),
+    ):
         result, answer = getattr(results, name), getattr(exact, name)
         if result is not None:
             error, allowed = relative_error(result, answer), NOISE * relative_error(plain, answer)
