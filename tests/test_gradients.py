@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import (
     CONV_CASES,
+    NAIVE_ROW,
     POOL_CASES,
     Array,
     ConvArrays,
@@ -91,6 +92,20 @@ def test_convolution_against_finite_differences(
         (db, lambda v: forward(x, w, v), b),
     ):
         np.testing.assert_allclose(gradient, finite_difference(function, at, dy, 1.0), rtol=1e-10, atol=1e-11)
+
+
+@for_every_row(
+    [ConvCase("3x3 of many small images", (48, 16, 9, 9), (17, 16, 3, 3), 1, 1)], "conv_weight_grad", NAIVE_ROW
+)
+def test_weights_sum_up_over_many_small_images(row: Row, case: ConvCase, dtype: Any) -> None:
+    """A kernel may take several images at a time: none is left out, and none counts twice."""
+    x, w, _, dy = case.arrays(dtype)
+    together = fc.grad.conv2d(x, w, dy, **case.geometry, **how(row), needs=["weight", "bias"])
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), (2, 3))
+    weight = np.einsum("nkyx,ncyxij->kcij", dy.astype(np.float64), patches.astype(np.float64), optimize=True)
+    accuracy = {"atol": 2000 * np.finfo(dtype).eps, "rtol": 0}  # of sums of 3888 products of about 1
+    np.testing.assert_allclose(together.weight, weight, **accuracy)
+    np.testing.assert_allclose(together.bias, dy.sum((0, 2, 3), np.float64), **accuracy)
 
 
 def test_only_what_is_needed_is_computed(rng: np.random.Generator) -> None:

@@ -17,6 +17,15 @@
       |   channels    |       | x width  |            |  width   |
       +---------------+       +----------+            +----------+
 
+The gradient of the weights is a product of the same transformed inputs and of transformed gradients, summed over tiles:
+
+    grad_weight (3x3) = Gt [ sum over tiles of (Bt d B) (A g At) ] G,          g: 2x2 gradients of the output
+
+    for chunk of the blocks of all images, block of channels, panels of filters:     in parallel
+        pack and transform both, until there are enough tiles          [point][tile][width], [point][panel][tile][filter]
+        for point: for panel: for tile of channels: brgemm             the reduction runs along the tiles
+        transform the sums back                                        [point][panel][channel][filter]: L2
+
 The error is below that of summing all 9 * C products one after another (docs/performance.md). But sums of inputs can overflow,
 or make a NaN of two infinities, where single products would not: an image that holds such numbers is left to conv_direct.
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), transformed inputs and weights are split;
@@ -26,14 +35,18 @@ A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 15
 """
 
 cimport numpy as cnp
+from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors,
-    run_tasks, split_numbers, store,
+    Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
+    panel_vectors, run_tasks, split_numbers, store,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, FC_TINY, Memory, arena, fc_reduction,
+)
+from fastconv.kernels.native.weight_chunks cimport (
+    WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
 )
 
 from fastconv.kernels.native import conv_direct
@@ -43,6 +56,7 @@ cdef enum:
     CHANNELS = 64               # channel block: a row of a tile is four cache lines
     REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
     TILES = 64                  # tiles of a block, about; fewer where there are many channels
+    SUMMED_TILES = 64           # tiles that one brgemm of the weight gradient reduces over, at most
     INPUT_BYTES = 1 << 21       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
     WEIGHT_BYTES = 1 << 19      # transformed weights of those panels, where they are used once: mostly in L2
@@ -65,6 +79,12 @@ def conv_forward(input, weight, bias, output, dims, options):
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+
+
+def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
+    """See ``fastconv.kernels``."""
+    if not _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
+        conv_direct.conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 
 # What all tasks of one call share.
@@ -158,15 +178,18 @@ cdef void _run_pass(Plan *plan) except *:
 cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
-    cdef Blocks *blocks = &plan.blocks
-    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, across, down
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles
     plan.width = min(<Py_ssize_t>CHANNELS, ceil_div(c.channels, step) * step)
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     tiles = INPUT_BYTES // (POINTS * plan.channel_blocks * plan.width * c.packed)
     tiles = max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles))
-    across = ceil_div(c.out[2], 2)
+    _cut_tiles(c, tiles, &plan.blocks)
+
+
+cdef void _cut_tiles(const Conv *c, Py_ssize_t tiles, Blocks *blocks) noexcept nogil:
+    """Choose blocks of at most so many tiles: whole rows of them, or parts of one."""
+    cdef Py_ssize_t across = ceil_div(c.out[2], 2), down = ceil_div(c.out[1], 2)
     across = ceil_div(across, ceil_div(across, tiles))
-    down = ceil_div(c.out[1], 2)
     down = ceil_div(down, ceil_div(down, max(1, tiles // across)))
     blocks.rows = 2 * down
     blocks.columns = 2 * across
@@ -304,15 +327,10 @@ cdef Py_ssize_t input_float_bytes(const Plan *plan, const Task *t) noexcept nogi
 cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
     """Pack and transform all inputs of the block; return whether their numbers can be summed (and split)."""
     cdef const Conv *c = &plan.c
-    cdef Block even = t.block  # whole tiles: an odd last row or column is computed, and not stored
+    cdef Block even = _whole_tiles(&t.block)
     cdef Py_ssize_t b, p
     cdef int sizes = 0
-    even.rows += even.rows % 2
-    even.columns += even.columns % 2
-    even.high = even.rows + 2
-    even.wide = even.columns + 2
-    for p in range(t.tiles):
-        t.offsets[p] = 2 * (p // t.across * even.wide + p % t.across) * plan.width
+    _tile_offsets(&even, even.wide, plan.width, t.offsets)
     for b in range(plan.channel_blocks):
         pack_image(
             c, &even, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
@@ -325,6 +343,25 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
     for p in range(t.tiles):
         t.offsets[p] = p * plan.width
     return sizes != FC_TINY
+
+
+cdef Block _whole_tiles(const Block *block) noexcept nogil:
+    """Return a block with an odd last row and column made even: they are computed, and not stored (or are zeros)."""
+    cdef Block even = block[0]
+    even.rows += even.rows % 2
+    even.columns += even.columns % 2
+    even.high = even.rows + 2
+    even.wide = even.columns + 2
+    return even
+
+
+cdef void _tile_offsets(const Block *even, Py_ssize_t pitch, Py_ssize_t width, Py_ssize_t *offsets) noexcept nogil:
+    """Write where each tile of a block starts among cells of ``width``, in rows of ``pitch`` cells."""
+    cdef Py_ssize_t row, column, p = 0
+    for row from 0 <= row < even.rows by 2:
+        for column from 0 <= column < even.columns by 2:
+            offsets[p] = (row * pitch + column) * width
+            p += 1
 
 
 cdef int _transform_inputs(const Plan *plan, const Task *t, Py_ssize_t row_step, char *out) noexcept nogil:
@@ -408,3 +445,183 @@ cdef void _store_panel(const Plan *plan, const Task *t, Py_ssize_t panel, const 
                 c, block, (2 * row + r) * block.columns, block.columns, t.part + r * 2 * t.across * width * c.item,
                 width, first, filters, bias_at(plan.bias, first * c.item), plan.relu,
             )
+
+
+# -------------------------------------------------------------------------------------------- gradient of the weights
+
+# What all tasks of one call share.
+ctypedef struct GradPlan:
+    WeightPlan w
+    Py_ssize_t point_bytes      # of transformed inputs
+    Py_ssize_t grad_bytes       # of a point of transformed gradients
+    Py_ssize_t panel_sums       # sums of a point and a panel, and ...
+    Py_ssize_t sum_bytes        # ... what those of all its panels take
+    unsigned char *refused      # whether there are numbers that are not below FC_SUM_LIMIT
+
+# One task: where its arrays are in the workspace.
+ctypedef struct GradTask:
+    WeightTask w
+    Py_ssize_t tiles            # transformed so far
+    Py_ssize_t *offsets         # of each tile
+    Py_ssize_t *rows            # of each channel
+    char *inputs                # [point][tile][channel]
+    char *grads                 # [point][panel][tile][filter]
+    char *sums                  # [point][panel][channel][filter]
+    char *part                  # of the image or the gradients: not yet transformed
+
+
+cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
+    """Compute the gradient; return whether all numbers can be summed."""
+    cdef GradPlan plan
+    cdef WeightPlan *w = &plan.w
+    cdef Conv *c = &w.c
+    cdef unsigned char refused = 0
+    make_conv(c, input, grad_weight, grad_output, dims, options)
+    w.width = ceil_div(c.channels, ceil_div(c.channels, CHANNELS))  # even parts
+    w.width = ceil_div(w.width, c.kernels.lanes) * c.kernels.lanes
+    w.channel_blocks = 1
+    _cut_tiles(c, SUMMED_TILES, &w.blocks)
+    plan_chunks(w, c.batch * w.blocks.count, grad_bias)
+    plan.point_bytes = SUMMED_TILES * w.width * c.item + LINE_BYTES
+    plan.grad_bytes = WEIGHT_PANELS * SUMMED_TILES * c.panel * c.item + LINE_BYTES
+    plan.panel_sums = ceil_div(w.width, c.kernels.tile_rows) * c.kernels.tile_rows * c.panel
+    plan.sum_bytes = WEIGHT_PANELS * plan.panel_sums * c.item + LINE_BYTES
+    plan.refused = &refused
+    run_tasks(_weight_task, &plan, w.chunks * w.tasks, c.threads)
+    sum_chunks(w)
+    return not refused
+
+
+cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
+    """Sum one chunk of the blocks for one task's channels and filters."""
+    cdef const GradPlan *plan = <const GradPlan *>shared
+    cdef const WeightPlan *w = &plan.w
+    cdef GradTask t
+    cdef Block block, even
+    cdef Py_ssize_t unit
+    if start_task(w, number, &t.w) or _place(plan, &t):
+        return 1
+    for unit in range(t.w.first_unit, t.w.end_unit):
+        locate(&w.c, &w.blocks, unit, &block)
+        even = _whole_tiles(&block)
+        if t.tiles + even.rows * even.columns // 4 > SUMMED_TILES:
+            _sum_tiles(plan, &t)
+        if not (_add_inputs(plan, &t, &even) and _add_grads(plan, &t, &block, &even)):
+            plan.refused[0] = 1
+            break
+        t.tiles += even.rows * even.columns // 4
+    _sum_tiles(plan, &t)
+    _transform_sums(plan, &t)
+    end_task(w, &t.w)
+    return 0
+
+
+cdef int _place(const GradPlan *plan, GradTask *t) noexcept nogil:
+    """Find room for a task's arrays, clear its sums; return 1 if there is no memory."""
+    cdef const WeightPlan *w = &plan.w
+    cdef const Conv *c = &w.c
+    cdef Py_ssize_t offset_bytes = (SUMMED_TILES + w.width + 8) // 8 * 64, i
+    cdef Py_ssize_t cells = max(
+        (w.blocks.rows + 2) * (w.blocks.columns + 2) * w.width, w.blocks.rows * w.blocks.columns * c.panel
+    )
+    cdef char *memory = arena(
+        FC_ARENA_BLOCK, offset_bytes + POINTS * (plan.point_bytes + plan.grad_bytes + plan.sum_bytes) + cells * c.item
+    )
+    if memory == NULL:
+        return 1
+    t.tiles = 0
+    t.offsets = <Py_ssize_t *>memory
+    t.rows = t.offsets + SUMMED_TILES
+    t.inputs = memory + offset_bytes
+    t.grads = t.inputs + POINTS * plan.point_bytes
+    t.sums = t.grads + POINTS * plan.grad_bytes
+    t.part = t.sums + POINTS * plan.sum_bytes
+    for i in range(w.width):
+        t.rows[i] = i
+    memset(t.sums, 0, <size_t>(POINTS * plan.sum_bytes))
+    return 0
+
+
+cdef bint _add_inputs(const GradPlan *plan, const GradTask *t, const Block *even) noexcept nogil:
+    """Pack and transform a block's inputs; return whether their numbers can be summed."""
+    cdef const WeightPlan *w = &plan.w
+    cdef const Conv *c = &w.c
+    pack_image(
+        c, even, t.w.group * c.channels + t.w.channel, min(w.width, c.channels - t.w.channel), w.width, t.part
+    )
+    if not c.kernels.all_below(t.part, w.width * even.high * even.wide, FC_SUM_LIMIT):
+        return False
+    _tile_offsets(even, even.wide, w.width, t.offsets)
+    c.kernels.winograd_input(
+        t.offsets, even.rows * even.columns // 4, t.part, even.wide * w.width, w.width,
+        t.inputs + t.tiles * w.width * c.item, plan.point_bytes // c.item,
+    )
+    return True
+
+
+cdef bint _add_grads(const GradPlan *plan, const GradTask *t, const Block *block, const Block *even) noexcept nogil:
+    """Pack and transform a block's gradients, panel by panel; return whether their numbers can be summed."""
+    cdef const WeightPlan *w = &plan.w
+    cdef const Conv *c = &w.c
+    cdef Py_ssize_t panel, width, filter, row, cells = even.rows * even.columns
+    for panel in range(t.w.panels):
+        width = panel_vectors(c, t.w.panel + panel) * c.kernels.lanes
+        filter = (t.w.panel + panel) * c.panel
+        if block.rows * block.columns < cells:
+            memset(t.part, 0, <size_t>(cells * width * c.item))
+        for row in range(block.rows):
+            pack_pixels(
+                c, block, t.w.group * c.filters + filter, min(width, c.filters - filter), width, row * block.columns,
+                block.columns, t.part + row * even.columns * width * c.item,
+            )
+        if not c.kernels.all_below(t.part, cells * width, FC_SUM_LIMIT):
+            return False
+        add_bias(w, &t.w, panel, t.part, cells)
+        _tile_offsets(even, even.columns, width, t.offsets)
+        c.kernels.winograd_grad(
+            t.offsets, cells // 4, t.part, even.columns * width, width,
+            t.grads + (panel * SUMMED_TILES * c.panel + t.tiles * width) * c.item, plan.grad_bytes // c.item,
+        )
+    return True
+
+
+cdef void _sum_tiles(const GradPlan *plan, GradTask *t) noexcept nogil:
+    """Add the products of all tiles that are transformed to the sums."""
+    cdef const WeightPlan *w = &plan.w
+    cdef const Conv *c = &w.c
+    cdef Py_ssize_t zero = 0, point, panel, width, m
+    cdef const char *grads
+    cdef char *sums
+    cdef fc_reduction reduction
+    reduction.taps = &zero
+    reduction.n_taps = 1
+    reduction.depth = t.tiles
+    reduction.a_step = w.width
+    reduction.b_taps = NULL
+    reduction.b_tap = 0
+    for point in range(POINTS):
+        for panel in range(t.w.panels):
+            width = panel_vectors(c, t.w.panel + panel) * c.kernels.lanes
+            reduction.b_step = width
+            grads = t.grads + point * plan.grad_bytes + panel * SUMMED_TILES * c.panel * c.item
+            sums = t.sums + point * plan.sum_bytes + panel * plan.panel_sums * c.item
+            for m from 0 <= m < w.width by c.kernels.tile_rows:
+                c.kernels.brgemm(
+                    &reduction, t.inputs + point * plan.point_bytes, t.rows + m,
+                    <int>min(<Py_ssize_t>c.kernels.tile_rows, w.width - m), grads, width // c.kernels.lanes,
+                    sums + m * width * c.item, 1,
+                )
+    t.tiles = 0
+
+
+cdef void _transform_sums(const GradPlan *plan, const GradTask *t) noexcept nogil:
+    """Transform the sums back to what ``weight_chunks`` adds up and stores."""
+    cdef const WeightPlan *w = &plan.w
+    cdef const Conv *c = &w.c
+    cdef Py_ssize_t panel, size
+    for panel in range(t.w.panels):
+        size = w.width * panel_vectors(c, t.w.panel + panel) * c.kernels.lanes
+        c.kernels.winograd_weight_grad(
+            t.sums + panel * plan.panel_sums * c.item, plan.sum_bytes // c.item, size,
+            t.w.accumulators + panel * c.panel * w.width * c.taps * c.item, size,
+        )

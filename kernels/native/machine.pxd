@@ -40,6 +40,9 @@ cdef extern from "ukernels.h" nogil:
                                Py_ssize_t) noexcept nogil
         void (*winograd_weight)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        void (*winograd_grad)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, Py_ssize_t, void *,
+                              Py_ssize_t) noexcept nogil
+        void (*winograd_weight_grad)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
         int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil

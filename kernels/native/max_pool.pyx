@@ -34,7 +34,8 @@ ctypedef unsigned short ushort
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
     TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
-    GATHER_TAPS = 36            # larger windows are scattered
+    GATHER_TAPS = 36            # larger windows are scattered, ...
+    SHORT = 4                   # ... and so are rows of fewer windows; rows of fewer than a vector, if windows overlap
     CHANNELS = 64               # channels that a task has of a channels-last image where gradients are scattered
 
 # One pooling. A channels-last image is a single plane.
@@ -229,10 +230,14 @@ ctypedef struct Listing:
 cdef bint _can_gather(const Pool *p) noexcept nogil:
     """Whether gathering is worth it, and the outputs' gradients and winners are contiguous in the same way."""
     cdef int axis, along = 1 if p.along_channels else 4
+    cdef Py_ssize_t shortest = min(<Py_ssize_t>p.kernels.lanes, SHORT)
     for axis in range(5):
         if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
             return False
-    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= p.kernels.lanes
+    for axis in range(3):
+        if (p.kernel[axis] - 1) * p.dilation[axis] >= p.stride[axis]:
+            shortest = p.kernels.lanes
+    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= shortest
 
 
 cdef void _make_classes(Pool *p) noexcept nogil:

@@ -31,8 +31,9 @@ cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias)
     plan.tasks = c.groups * plan.channel_tasks * plan.panel_tasks
     plan.units = units
     plan.chunks = max(1, min(units, WEIGHT_TASKS // plan.tasks))
-    plan.bias_bytes = WEIGHT_PANELS * c.panel * plan.channel_blocks * plan.width * c.taps * c.item
-    plan.task_bytes = plan.bias_bytes + WEIGHT_PANELS * c.panel * c.item
+    cdef Py_ssize_t filters = min(<Py_ssize_t>WEIGHT_PANELS, c.panels) * c.panel
+    plan.bias_bytes = filters * plan.channel_blocks * plan.width * c.taps * c.item
+    plan.task_bytes = plan.bias_bytes + filters * c.item
     plan.accumulators = NULL
     want_bias(plan, grad_bias)
     if plan.chunks > 1:

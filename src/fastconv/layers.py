@@ -29,7 +29,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
@@ -38,7 +38,7 @@ from numpy.typing import DTypeLike
 
 from . import functional, grad
 from .arrays import DTYPES, check_array, check_same_dtype, first_shape
-from .buffers import Buffers, Packed, keep, reuse
+from .buffers import Buffers, Packed, empty, keep, reuse
 from .dims import Padding, channels_last, conv_dims, conv_transpose_shape, integer, per_dimension, pool_dims
 from .functional import Array, Ints
 
@@ -715,16 +715,16 @@ class ReLU(Layer):
     """
 
     def forward(self, input: Array) -> Array:
-        output: Array = np.maximum(input, 0)
+        output: Array = np.maximum(input, 0, out=empty(input.shape, input.dtype))
         self._keep(output)
         return output
 
     def backward(self, grad_output: Array) -> Array:
         (output,) = self._recall()
-        bits = np.dtype(f"i{grad_output.itemsize}")  # numpy.where branches on random signs: 4 times as long
-        mask = -(output > 0).astype(bits)
-        mask &= grad_output.view(bits)
-        grad_input: Array = mask.view(grad_output.dtype)
+        positive = np.greater(output, 0, out=empty(output.shape, np.dtype(bool)))
+        grad_input = empty(grad_output.shape, grad_output.dtype)
+        bits = np.dtype(f"i{grad_output.itemsize}")  # times 0 or 1: of floats, inf * 0 would be NaN
+        np.multiply(grad_output.view(bits), positive, out=grad_input.view(bits))
         return grad_input
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
@@ -893,6 +893,7 @@ class Sequential(Layer):
         super().__init__(**{f"{i}.{name}": p for i, layer in enumerate(layers) for name, p in layer.params.items()})
         self.layers = layers
         self._order = _relu_after_pool(layers)
+        self._fused = _convolved_relus(layers)
         self._buffers = Buffers()
 
     @property
@@ -905,14 +906,13 @@ class Sequential(Layer):
         return self.layers[0].sample_ndim if self.layers else None
 
     def forward(self, input: Array) -> Array:
-        fused: Layer | None = None
+        rectified = self._fused.values()
         with reuse(self._buffers if self.training else None):
-            for layer, after in zip_longest(self._order, self._order[1:]):
-                if layer is fused:
-                    continue
-                if isinstance(layer, _Conv) and type(layer).forward is _Conv.forward and type(after) is ReLU:
-                    input, fused = layer.activated(input, "relu"), after
-                    after._keep(input)
+            for layer in self._order:
+                if isinstance(layer, _Conv) and layer in self._fused:
+                    input = layer.activated(input, "relu")
+                elif layer in rectified:
+                    layer._keep(input)
                 else:
                     input = layer(input)
         return input
@@ -983,6 +983,15 @@ class Sequential(Layer):
 
     def _arguments(self) -> str:
         return ", ".join(map(repr, self.layers))
+
+
+def _convolved_relus(layers: Sequence[Layer]) -> dict[Layer, Layer]:
+    """Return the ReLUs that the convolutions before them apply as they store their output."""
+    return {
+        layer: after
+        for layer, after in pairwise(layers)
+        if isinstance(layer, _Conv) and type(layer).forward is _Conv.forward and type(after) is ReLU
+    }
 
 
 def _relu_after_pool(layers: Sequence[Layer]) -> tuple[Layer, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .buffers import Buffers, empty, reuse
 from .functional import Array
 from .layers import Layer
 
@@ -33,6 +34,7 @@ class Optimizer:
         self.model = model
         self.lr = _number(lr, "lr")
         self.steps = 0
+        self._buffers = Buffers()  # of all parameters in turn: fresh memory takes longer than the sums
 
     def step(self) -> None:
         """Change every parameter of the model.
@@ -50,8 +52,9 @@ class Optimizer:
         if not self.model.training:
             raise RuntimeError(f"{type(self).__name__}.step needs the model in training mode: call train() first")
         self.steps += 1
-        for name, param in self.model.params.items():
-            self.update(name, param, grads[name])
+        with reuse(self._buffers):
+            for name, param in self.model.params.items():
+                self.update(name, param, grads[name])
 
     def update(self, name: str, param: Array, grad: Array) -> None:
         """Change one parameter in place."""
@@ -99,10 +102,12 @@ class SGD(Optimizer):
         self._velocity = {name: np.zeros_like(param) for name, param in model.params.items()}
 
     def update(self, name: str, param: Array, grad: Array) -> None:
-        velocity = self._velocity[name]
+        velocity, scaled = self._velocity[name], empty(param.shape, param.dtype)
         velocity *= self.momentum
-        velocity += grad + self.weight_decay * param
-        param -= self.lr * velocity
+        velocity += grad
+        if self.weight_decay:
+            velocity += np.multiply(param, self.weight_decay, out=scaled)
+        param -= np.multiply(velocity, self.lr, out=scaled)
 
 
 class Adam(Optimizer):
@@ -147,11 +152,15 @@ class Adam(Optimizer):
 
     def update(self, name: str, param: Array, grad: Array) -> None:
         (beta1, beta2), mean, square = self.betas, self._mean[name], self._square[name]
-        mean += (1 - beta1) * (grad - mean)
-        square += (1 - beta2) * (grad * grad - square)
+        change, root = empty(param.shape, param.dtype), empty(param.shape, param.dtype)
+        mean += np.multiply(np.subtract(grad, mean, out=change), 1 - beta1, out=change)
+        np.multiply(grad, grad, out=change)
+        square += np.multiply(np.subtract(change, square, out=change), 1 - beta2, out=change)
         # The means start at zero: these factors take that out again.
         lr, scale = self.lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
-        param -= lr * mean / (np.sqrt(scale * square) + self.eps)
+        np.sqrt(np.multiply(square, scale, out=root), out=root)
+        root += self.eps
+        param -= np.divide(np.multiply(mean, lr, out=change), root, out=change)
 
 
 def _number(value: Any, name: str, below: float = math.inf) -> float:

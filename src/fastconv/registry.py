@@ -99,9 +99,7 @@ def _planar(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
-def _winograd(op: str, dims: ConvDims) -> str:
-    if op == "conv_weight_grad":
-        return "has no gradient of the weights"
+def _winograd(op: str, dims: ConvDims, fewest_pixels: int) -> str:
     if dims.kernel_size != (1, 3, 3) or dims.dilation[1:] != (1, 1) or dims.stride[1:] != (1, 1):
         return "only for 3x3 filters with stride 1 and dilation 1"
     if op == "conv_input_grad" and dims.stride[0] != 1:
@@ -109,17 +107,25 @@ def _winograd(op: str, dims: ConvDims) -> str:
     if min(dims.group_in_channels, dims.group_out_channels) < 16:
         return "not for few channels: less exact than plain sums there, and no faster"
     pixels = math.prod(dims.input_size if op == "conv_input_grad" else dims.output_size)
-    if pixels < 100:  # of one image: what is chosen, and so the result's bits, must not depend on the batch
+    if pixels < fewest_pixels:  # of one image: what is chosen, and so the result's bits, must not depend on the batch
         return f"slower for small images ({pixels} pixels): transforming the weights takes longer than using them"
     return ""
 
 
+def _winograd_cython(op: str, dims: ConvDims) -> str:
+    return _winograd(op, dims, 64 if op == "conv_weight_grad" else 49)
+
+
+def _winograd_numba(op: str, dims: ConvDims) -> str:
+    return "has no gradient of the weights" if op == "conv_weight_grad" else _winograd(op, dims, 100)
+
+
 CONVOLUTIONS = (
-    Row("winograd", "cython", _winograd),
+    Row("winograd", "cython", _winograd_cython),
     Row("planar", "cython", _planar),
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
-    Row("winograd", "numba", _winograd),
+    Row("winograd", "numba", _winograd_numba),
     Row("planar", "numba", _planar),
     Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),

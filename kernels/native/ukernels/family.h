@@ -120,8 +120,17 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
     const T *in = input;
     T *out = output;
     if (i_stride == 1) { /* rows are contiguous on both sides */
-        for (ptrdiff_t j = 0; j < nj; j++)
-            memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
+        if (j_stride == ni && out_stride == ni) { /* and continue one another */
+            ni *= nj;
+            nj = 1;
+        }
+        if (ni % LANES == 0 && ni <= 16 * LANES) /* a call of memcpy takes as long as so short a row */
+            for (ptrdiff_t j = 0; j < nj; j++)
+                for (ptrdiff_t i = 0; i < ni; i += LANES)
+                    *(V *)(out + j * out_stride + i) = *(const V *)(in + j * j_stride + i);
+        else
+            for (ptrdiff_t j = 0; j < nj; j++)
+                memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
         return;
     }
     if (j_stride == -1) { /* rotated filters: read forwards, write backwards */
@@ -225,7 +234,8 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
 
 /* -------------------------------------------------------------------------------------------- Winograd F(2x2, 3x3) */
 
-/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once. */
+/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once; for the gradient
+ * of the weights the transposes of the last two, A g At and Gt m G. */
 static void FC(winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
                                ptrdiff_t block, void *out, ptrdiff_t point_stride)
 {
@@ -300,13 +310,72 @@ static void FC(winograd_output)(const void *products, ptrdiff_t point_stride, pt
         }
 }
 
+static void FC(winograd_grad)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *grad, ptrdiff_t row_step,
+                              ptrdiff_t block, void *out, ptrdiff_t point_stride)
+{
+    for (ptrdiff_t p = 0; p < n_tiles; p++)
+        for (ptrdiff_t i = 0; i < block; i += LANES) {
+            const T *g = (const T *)grad + tiles[p] + i;
+            T *m = (T *)out + p * block + i;
+            V x[4][2];
+            UNROLL for (int c = 0; c < 2; c++) { /* columns of A g */
+                V r0 = *(const V *)(g + c * block), r1 = *(const V *)(g + row_step + c * block);
+                x[0][c] = r0;
+                x[1][c] = r0 + r1;
+                x[2][c] = r0 - r1;
+                x[3][c] = -r1;
+            }
+            UNROLL for (int r = 0; r < 4; r++) {
+                *(V *)(m + (4 * r + 0) * point_stride) = x[r][0];
+                *(V *)(m + (4 * r + 1) * point_stride) = x[r][0] + x[r][1];
+                *(V *)(m + (4 * r + 2) * point_stride) = x[r][0] - x[r][1];
+                *(V *)(m + (4 * r + 3) * point_stride) = -x[r][1];
+            }
+        }
+}
+
+static void FC(winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, ptrdiff_t n, void *out,
+                                     ptrdiff_t tap_stride)
+{
+    const T half = (T)0.5;
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        const T *m = (const T *)sums + i;
+        T *g = (T *)out + i;
+        V x[3][4];
+        UNROLL for (int c = 0; c < 4; c++) { /* columns of Gt m */
+            V r1 = *(const V *)(m + (4 + c) * point_stride), r2 = *(const V *)(m + (8 + c) * point_stride);
+            V even = (r1 + r2) * half;
+            x[0][c] = *(const V *)(m + c * point_stride) + even;
+            x[1][c] = (r1 - r2) * half;
+            x[2][c] = even + *(const V *)(m + (12 + c) * point_stride);
+        }
+        UNROLL for (int r = 0; r < 3; r++) {
+            V even = (x[r][1] + x[r][2]) * half;
+            *(V *)(g + (3 * r + 0) * tap_stride) = x[r][0] + even;
+            *(V *)(g + (3 * r + 1) * tap_stride) = (x[r][1] - x[r][2]) * half;
+            *(V *)(g + (3 * r + 2) * tap_stride) = even + x[r][3];
+        }
+    }
+}
+
+/* A branch for each number, or a single int for all, would keep the compiler from using vectors. */
 static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 {
-    const T *x = input;
-    int below = 1;
-    for (ptrdiff_t i = 0; i < n; i++)
-        below &= x[i] < (T)limit && x[i] > (T)-limit; /* false for a NaN */
-    return below;
+    typedef T_INT mask __attribute__((vector_size(VECTOR_BYTES)));
+    const T *x = input, most = (T)limit;
+    mask below[2] = {(mask){0} - 1, (mask){0} - 1};
+    ptrdiff_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        UNROLL for (int v = 0; v < 2; v++) {
+            const V lanes = *(const V *)(x + i + v * LANES);
+            below[v] &= (mask)(lanes < most) & (mask)(lanes > -most); /* false for a NaN */
+        }
+    T_INT all = -1;
+    UNROLL for (int lane = 0; lane < LANES; lane++)
+        all &= below[0][lane] & below[1][lane];
+    for (; i < n; i++)
+        all &= -(x[i] < most && x[i] > -most);
+    return (int)-all;
 }
 
 /* ----------------------------------------------------------------------------------------------------- max pooling */
@@ -415,6 +484,10 @@ static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells
             FC(gather_run_vector)(sources, classes, 2, n, from, won, to, out->step);
         else if (n >= LANES)
             FC(gather_run_vector)(sources, classes, 1, n, from, won, to, out->step);
+#if VECTOR_BYTES > 4 * T_BYTES
+        else if (n >= 4)
+            FC(gather_run_quad)(sources, classes, 1, n, from, won, to, out->step);
+#endif
         else
             for (ptrdiff_t i = 0; i < n; i++)
                 UNROLL for (int c = 0; c < classes; c++)
@@ -450,6 +523,8 @@ static const fc_ukernels FC(table) = {
     .winograd_input = FC(winograd_input),
     .winograd_weight = FC(winograd_weight),
     .winograd_output = FC(winograd_output),
+    .winograd_grad = FC(winograd_grad),
+    .winograd_weight_grad = FC(winograd_weight_grad),
     .all_below = FC(all_below),
 };
 

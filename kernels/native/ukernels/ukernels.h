@@ -96,15 +96,20 @@ typedef struct {
     void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
                           const fc_runs *winners, const fc_runs *out);
 
-    /* Winograd F(2x2, 3x3): a tile of 2x2 outputs sees 4x4 inputs and has 16 points. In all three, points are
+    /* Winograd F(2x2, 3x3): a tile of 2x2 outputs sees 4x4 inputs and has 16 points. In all of them, points are
      * `point_stride` apart.
      * input:  out[point][p][i] of the 4x4 cells at image[tiles[p]], cells `block` and rows `row_step` apart, i < block
      * weight: [channel][9 taps][width] to out[point][channel][width]
-     * output: products[point][p][i] to out[row of 2][2 p + column of 2][i], i < width; a row has 2 * n_tiles pixels */
+     * output: products[point][p][i] to out[row of 2][2 p + column of 2][i], i < width; a row has 2 * n_tiles pixels
+     * grad:   as input, of the 2x2 gradients of outputs at grad[tiles[p]]
+     * weight_grad: sums over tiles[point][i] to out[9 taps][i], taps `tap_stride` apart, i < n, a multiple of `lanes` */
     void (*winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
                            ptrdiff_t block, void *out, ptrdiff_t point_stride);
     void (*winograd_weight)(const void *weight, ptrdiff_t channels, ptrdiff_t width, void *out, ptrdiff_t point_stride);
     void (*winograd_output)(const void *products, ptrdiff_t point_stride, ptrdiff_t n_tiles, ptrdiff_t width, void *out);
+    void (*winograd_grad)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *grad, ptrdiff_t row_step,
+                          ptrdiff_t block, void *out, ptrdiff_t point_stride);
+    void (*winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, ptrdiff_t n, void *out, ptrdiff_t tap_stride);
 
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
