@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .blocking import Plan
@@ -105,9 +106,41 @@ def copy_block(
 
 @jit
 def copy_row(target: Any, source: Any, count: int) -> None:
-    """Copy ``count`` neighbours."""
-    for i in range(count):
-        target[i] = source[i]
+    """Copy ``count`` neighbours: short rows by vectors, the last one overlapping those before; others by memcpy."""
+    lanes = vector_lanes(target)
+    if count < lanes or count > 16 * lanes:
+        _copy_memory(target, source, count)
+    else:
+        for i in range(0, count - lanes, lanes):
+            _copy_vector(shift(target, i), shift(source, i))
+        _copy_vector(shift(target, count - lanes), shift(source, count - lanes))
+
+
+@intrinsic
+def vector_lanes(typingctx: Any, start: Any) -> Any:
+    """Return how many numbers of this type a vector holds."""
+    lanes = MACHINE.vector_bytes * 8 // start.dtype.bitwidth
+    return types.intp(start), lambda context, builder, signature, args: ir.IntType(64)(lanes)
+
+
+@intrinsic
+def _copy_vector(typingctx: Any, target: Any, source: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        lanes = MACHINE.vector_bytes * 8 // source.dtype.bitwidth
+        to, start = (builder.bitcast(arg, ir.VectorType(arg.type.pointee, lanes).as_pointer()) for arg in args)
+        builder.store(builder.load(start, align=source.dtype.bitwidth // 8), to, align=source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, source), generate
+
+
+@intrinsic
+def _copy_memory(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        cgutils.raw_memcpy(builder, *args, source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp), generate
 
 
 @jit
