@@ -18,8 +18,8 @@
                 sum = the gradients of those windows that a cell has won                    in registers
         store the classes side by side                            |a b|a b|a b|  columns with a stride of 2
 
-With its border packed, every cell sees as many windows as any other of its class: no cell is a special case. Where windows
-are large this looks at too many, and gradients are scattered to the winners instead.
+With its border packed, every cell sees as many windows as any other of its class: no cell is a special case. Where
+windows are large this looks at too many, and gradients are scattered to the winners instead.
 
 The rules: the first maximum wins a tie; a NaN wins over numbers, and the last NaN over earlier ones; cells in the
 padding never win, so that a window of -inf has its first cell inside the input as winner.
@@ -41,7 +41,7 @@ from numba.extending import intrinsic
 from .compile import jit, kernel
 from .packing import OFFSET, Strided, copy_block, fill, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import MACHINE, flat, pointer, reader, shift, shuffle, splat
+from .tile import MACHINE, address, flat, pointer, reader, shift, shuffle, splat
 
 Triple = tuple[int, int, int]
 
@@ -70,16 +70,23 @@ SOME_CHANNELS, SOME_BYTES = 8, 1024  #: of a task where they don't, and of their
 
 
 def _pool(dims: Any, image: np.ndarray, threads: int) -> Pool:
-    channels_last = abs(image.strides[1]) < abs(image.strides[4])
+    channels_last = _channels_last(image)
     if channels_last:
         part = max(SOME_CHANNELS, min(MOST_CHANNELS, -(-dims.channels * dims.batch // threads)))
     else:
         part = max(1, min(SOME_CHANNELS, SOME_BYTES // (dims.input_size[2] * image.itemsize)))
-    part = min(dims.channels, part)
+    return _describe(dims, image.itemsize, channels_last, min(dims.channels, part))
+
+
+def _describe(dims: Any, itemsize: int, channels_last: bool, part: int) -> Pool:
     return Pool(
-        image.itemsize, dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation,
+        itemsize, dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation,
         dims.output_size, dims.taps, channels_last, part, -(-dims.channels // part),
     )  # fmt: skip
+
+
+def _channels_last(image: np.ndarray) -> bool:
+    return abs(image.strides[1]) < abs(image.strides[4])
 
 
 def _comparisons(dims: Any) -> int:
@@ -98,7 +105,7 @@ def max_pool_forward(
     def work(first: int, last: int) -> None:
         taps = workspace("offsets", 2 * dims.taps, OFFSET)
         _forward(
-            first, last, strided(input), strided(output), strided(to), wanted, pool_numbers.ctypes.data, taps,
+            first, last, strided(input), strided(output), strided(to), wanted, address(pool_numbers), taps,
             input.dtype.type(0), to.dtype.type(0),
         )  # fmt: skip
 
@@ -110,37 +117,40 @@ def max_pool_backward(
 ) -> None:
     """Fill ``grad_input``; winners that point outside the input are ignored."""
     threads = worthwhile(options.threads, _comparisons(dims))
-    pool = _pool(dims, grad_input, threads)
-    if dims.taps <= GATHER_TAPS:
-        _backward_by_gathering(grad_output, winners, grad_input, pool, dims.batch, threads)
-        return
-    numbers = flat(pool)
-
-    def work(first: int, last: int) -> None:
-        _scatter(
-            first, last, strided(grad_output), strided(winners), strided(grad_input), numbers.ctypes.data,
-            workspace("offsets", 4 * dims.taps, OFFSET), grad_input.dtype.type(0), winners.dtype.type(0),
-        )  # fmt: skip
-
-    parallel(work, dims.batch * pool.parts, threads)
+    backward = _backward_by_gathering if dims.taps <= GATHER_TAPS else _backward_by_scattering
+    backward(grad_output, winners, grad_input, dims, threads)
 
 
 def _backward_by_gathering(
-    grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, pool: Pool, batch: int, threads: int
+    grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, dims: Any, threads: int
 ) -> None:
-    band = _band(pool)
-    numbers, band_numbers, sources = flat(pool), flat(band), _sources(pool, band)
+    plan = _gathering(dims, grad_input.itemsize, _channels_last(grad_input))
+    dtype, winner_dtype = grad_input.dtype, winners.dtype
 
     def work(first: int, last: int) -> None:
         _gather(
             first, last, strided(grad_output), strided(winners), strided(grad_input),
-            numbers.ctypes.data, band_numbers.ctypes.data, sources.ctypes.data,
-            workspace("box", band.windows, grad_input.dtype), workspace("weight", band.windows, winners.dtype),
-            workspace("sums", 2 * pool.stride[2] * band.cells, grad_input.dtype),
-            grad_input.dtype.type(0), winners.dtype.type(0),
+            address(plan.pool), address(plan.band), address(plan.sources), workspace("box", plan.windows, dtype),
+            workspace("weight", plan.windows, winner_dtype), workspace("sums", plan.sums, dtype),
+            dtype.type(0), winner_dtype.type(0),
         )  # fmt: skip
 
-    parallel(work, batch * -(-pool.channels // band.lanes) * pool.input_size[0] * band.bands, threads)
+    parallel(work, plan.tasks, threads)
+
+
+def _backward_by_scattering(
+    grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, dims: Any, threads: int
+) -> None:
+    pool = _pool(dims, grad_input, threads)
+    numbers = flat(pool)
+
+    def work(first: int, last: int) -> None:
+        _scatter(
+            first, last, strided(grad_output), strided(winners), strided(grad_input), address(numbers),
+            workspace("offsets", 4 * dims.taps, OFFSET), grad_input.dtype.type(0), winners.dtype.type(0),
+        )  # fmt: skip
+
+    parallel(work, dims.batch * pool.parts, threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +361,6 @@ class Band(NamedTuple):
 
     rows: int  #: of each class
     bands: int  #: of a plane
-    lanes: int  #: channels side by side in the packed windows
     before: Triple
     more: Triple
     high: int  #: packed rows of windows
@@ -363,9 +372,27 @@ class Band(NamedTuple):
 _read_band = reader(Band)
 
 
+class Gathering(NamedTuple):
+    """All that ``_gather`` needs to know of one pooling: tables, and how much room."""
+
+    pool: np.ndarray
+    band: np.ndarray
+    sources: np.ndarray
+    windows: int
+    sums: int
+    tasks: int
+
+
 @lru_cache(maxsize=512)
+def _gathering(dims: Any, itemsize: int, channels_last: bool) -> Gathering:
+    pool = _describe(dims, itemsize, channels_last, min(dims.channels, BAND_LANES) if channels_last else 1)
+    band = _band(pool)
+    tasks = dims.batch * pool.parts * dims.input_size[0] * band.bands
+    return Gathering(flat(pool), flat(band), _sources(pool, band), band.windows, 2 * dims.stride[2] * band.cells, tasks)
+
+
 def _band(pool: Pool) -> Band:
-    lanes = min(pool.channels, BAND_LANES) if pool.channels_last else 1
+    lanes = pool.part
     shifts = [[shift for _, shift in _seen_by(pool, axis)] for axis in range(3)]
     before = min(shifts[0]), min(shifts[1]), min(shifts[2])
     more = max(shifts[0]) - before[0], max(shifts[1]) - before[1], max(shifts[2]) - before[2]
@@ -375,7 +402,7 @@ def _band(pool: Pool) -> Band:
     rows, run = -(-all_rows // bands), RUN_VECTORS * MACHINE.vector_bytes // pool.itemsize
     cells = -(-rows * wide * lanes // run) * run
     windows = (more[0] + 1) * (rows + more[1]) * wide * lanes + more[2] * lanes + run
-    return Band(rows, bands, lanes, before, more, rows + more[1], wide, windows, cells)
+    return Band(rows, bands, before, more, rows + more[1], wide, windows, cells)
 
 
 def _seen_by(pool: Pool, axis: int) -> list[tuple[int, int]]:
@@ -385,7 +412,6 @@ def _seen_by(pool: Pool, axis: int) -> list[tuple[int, int]]:
     return [(cell % stride, -(cell // stride)) for cell in cells]
 
 
-@lru_cache(maxsize=512)
 def _sources(pool: Pool, band: Band) -> np.ndarray:
     """Return how many windows see a cell of each class; then, class by class, where they are and as which tap.
 
@@ -395,7 +421,7 @@ def _sources(pool: Pool, band: Band) -> np.ndarray:
     taps = itertools.product(*(_seen_by(pool, axis) for axis in range(3)))
     for tap, ((d, shift_d), (h, shift_h), (w, shift_w)) in reversed(list(enumerate(taps))):
         layer, row, column = shift_d - band.before[0], shift_h - band.before[1], shift_w - band.before[2]
-        classes[d, h, w].append((((layer * band.high + row) * band.wide + column) * band.lanes, tap))
+        classes[d, h, w].append((((layer * band.high + row) * band.wide + column) * pool.part, tap))
     counts, places = [len(found) for found in classes.values()], itertools.chain(*classes.values())
     return np.array([*counts, *itertools.chain(*places)], np.int64)
 
@@ -474,11 +500,11 @@ def _gather(
     to_source, all_sums = pointer(packed, like), pointer(sums, like)
     counts = pointer(sources, 0)
     places = shift(counts, pool.stride[0] * pool.stride[1] * pool.stride[2])
-    depth, parts = pool.input_size[0], -(-pool.channels // band.lanes)
+    depth = pool.input_size[0]
     for task in range(first, last):
         row, d, group = task % band.bands * band.rows, task // band.bands % depth, task // (band.bands * depth)
-        n, channel = group // parts, group % parts * band.lanes
-        channels = min(band.lanes, pool.channels - channel)
+        n, channel = group // pool.parts, group % pool.parts * pool.part
+        channels = min(pool.part, pool.channels - channel)
         gradients = shift(source, n * grad_output.n + channel * grad_output.c)
         won = shift(won_by, n * winners.n + channel * winners.c)
         _pack_windows(to_source, gradients, grad_output, True, pool, band, d // pool.stride[0], row, channels)
@@ -492,7 +518,7 @@ def _pack_windows(
     packed: Any, source: Any, image: Strided, padded: bool, pool: Pool, band: Band, d0: int, h0: int, channels: int
 ) -> None:
     """Pack the windows that see the cells from ``d0``, ``h0`` on, and zeros where there are none if ``padded``."""
-    (depth, height, width), lanes = pool.output_size, band.lanes
+    (depth, height, width), lanes = pool.output_size, pool.part
     begin = min(band.wide, max(0, -band.before[2]))
     end = max(begin, min(band.wide, width - band.before[2]))
     start = (begin + band.before[2]) * image.w
@@ -535,10 +561,10 @@ def _gather_classes(
         if pool.channels_last:
             for i in range(some_rows):
                 for w in range(step_w):
-                    cells = shift(all_sums, w * band.cells + i * band.wide * band.lanes)
+                    cells = shift(all_sums, w * band.cells + i * band.wide * pool.part)
                     start = shift(to, i * step_h * grad_input.h + w * grad_input.w)
                     columns = -(-(width - w) // step_w)
-                    copy_block(start, step_w * grad_input.w, grad_input.c, cells, band.lanes, 1, columns, channels)
+                    copy_block(start, step_w * grad_input.w, grad_input.c, cells, pool.part, 1, columns, channels)
         else:
             cells = _interleave(all_sums, step_w, band.cells, pool)
             for i in range(some_rows):

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from .blocking import Plan
 from .compile import jit, kernel
 from .threads import parallel, workspace
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, flat, pointer, reader, shift, shuffle
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, pointer, reader, shift, shuffle
 
 read_plan = reader(Plan)
 Quad = tuple[int, int, int, int]  #: n, d, h, w
@@ -44,7 +44,7 @@ class Strided(NamedTuple):
 def strided(array: np.ndarray) -> Strided:
     """Return the address and element strides of a (N, C, D, H, W) or (K, C, KD, KH, KW) array."""
     (n, c, d, h, w), size = array.strides, array.itemsize
-    return Strided(array.ctypes.data, n // size, c // size, d // size, h // size, w // size)
+    return Strided(address(array), n // size, c // size, d // size, h // size, w // size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def packed_weight(weight: np.ndarray, plan: Plan, threads: int) -> int:
 
     def work(first: int, last: int) -> None:
         rows = workspace("rows", SQUARE * plan.taps, OFFSET)
-        pack_weight(first, last, strided(weight), packed, rows, numbers.ctypes.data, weight.dtype.type(0))
+        pack_weight(first, last, strided(weight), packed, rows, address(numbers), weight.dtype.type(0))
 
     numbers = flat(plan)
     parallel(work, panels, threads)
