@@ -12,11 +12,11 @@
                 best, winner = the first tap; let the other taps compete         in registers
 
     backward: for each band of rows of the input (a task):
-        pack the windows that see them, [row][column][lane], zeros where there are none     L1 cache
+        pack the windows that see them, [row][column][channel], zeros where there are none
         for each class of cells, those a stride apart, which see their windows alike:
-            for each run of cells:
-                sum = the gradients of those windows that a cell has won                    in registers
-        store the classes side by side                            |a b|a b|a b|  columns with a stride of 2
+            for each run of cells, a vector of channels for each:
+                sum = the gradients of those windows that a cell has won                     in registers
+        store the sums, whose classes are side by side:       |a b|a b|a b|    columns with a stride of 2
 
 With its border packed, every cell sees as many windows as any other of its class: no cell is a special case. Where
 windows are large this looks at too many, and gradients are scattered to the winners instead.
@@ -39,7 +39,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import jit, kernel
-from .packing import OFFSET, Strided, copy_block, fill, strided
+from .packing import OFFSET, SQUARE, Strided, copy_block, fill, strided
 from .threads import parallel, workspace, worthwhile
 from .tile import MACHINE, address, flat, pointer, reader, shift, shuffle, splat
 
@@ -346,9 +346,8 @@ def _one(target: Any, winner: Any, wanted: bool, source: Any, cells: Any, taps: 
 # Backward: cells gather from the windows that see them
 # ---------------------------------------------------------------------------------------------------------------------
 
-GATHER_TAPS = 36  #: the most cells of windows whose gradients are gathered: all that see a cell are looked at
-BAND_LANES = 32  #: channels side by side
-BAND_BYTES = 16 * 1024  #: of packed gradients: L1 cache
+GATHER_TAPS = 49  #: the most cells of windows whose gradients are gathered: all that see a cell are looked at
+BAND_BYTES = 32 * 1024  #: of packed gradients
 RUN_VECTORS = 4  #: vectors of cells that are gathered at once
 
 
@@ -361,11 +360,11 @@ class Band(NamedTuple):
 
     rows: int  #: of each class
     bands: int  #: of a plane
+    lanes: int  #: channels side by side: a vector, or a run of vectors
     before: Triple
     more: Triple
     high: int  #: packed rows of windows
     wide: int  #: packed columns of windows
-    windows: int  #: all packed numbers, and as many as are read beyond them
     cells: int  #: sums of one class, in whole runs
 
 
@@ -385,24 +384,29 @@ class Gathering(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _gathering(dims: Any, itemsize: int, channels_last: bool) -> Gathering:
-    pool = _describe(dims, itemsize, channels_last, min(dims.channels, BAND_LANES) if channels_last else 1)
-    band = _band(pool)
+    vector, run = MACHINE.vector_bytes // itemsize, RUN_VECTORS * MACHINE.vector_bytes // itemsize
+    lanes = run if vector < SQUARE or (channels_last and dims.channels >= run) else vector
+    pool = _describe(dims, itemsize, channels_last, lanes)
+    band = _band(pool, lanes, run)
+    windows = (band.more[0] + 1) * band.high * band.wide * lanes
+    beyond = band.more[2] * lanes + run  # as many are read behind the last
+    turned = band.high * pool.output_size[2] * lanes
     tasks = dims.batch * pool.parts * dims.input_size[0] * band.bands
-    return Gathering(flat(pool), flat(band), _sources(pool, band), band.windows, 2 * dims.stride[2] * band.cells, tasks)
+    return Gathering(
+        flat(pool), flat(band), _sources(pool, band), windows + max(beyond, turned), pool.stride[2] * band.cells, tasks
+    )
 
 
-def _band(pool: Pool) -> Band:
-    lanes = pool.part
+def _band(pool: Pool, lanes: int, run: int) -> Band:
     shifts = [[shift for _, shift in _seen_by(pool, axis)] for axis in range(3)]
     before = min(shifts[0]), min(shifts[1]), min(shifts[2])
     more = max(shifts[0]) - before[0], max(shifts[1]) - before[1], max(shifts[2]) - before[2]
     wide = -(-pool.input_size[2] // pool.stride[2]) + more[2]
     all_rows = -(-pool.input_size[1] // pool.stride[1])
     bands = -(-all_rows // max(4, BAND_BYTES // (wide * lanes * pool.itemsize) - more[1]))
-    rows, run = -(-all_rows // bands), RUN_VECTORS * MACHINE.vector_bytes // pool.itemsize
+    rows = -(-all_rows // bands)
     cells = -(-rows * wide * lanes // run) * run
-    windows = (more[0] + 1) * (rows + more[1]) * wide * lanes + more[2] * lanes + run
-    return Band(rows, bands, before, more, rows + more[1], wide, windows, cells)
+    return Band(rows, bands, lanes, before, more, rows + more[1], wide, cells)
 
 
 def _seen_by(pool: Pool, axis: int) -> list[tuple[int, int]]:
@@ -421,26 +425,26 @@ def _sources(pool: Pool, band: Band) -> np.ndarray:
     taps = itertools.product(*(_seen_by(pool, axis) for axis in range(3)))
     for tap, ((d, shift_d), (h, shift_h), (w, shift_w)) in reversed(list(enumerate(taps))):
         layer, row, column = shift_d - band.before[0], shift_h - band.before[1], shift_w - band.before[2]
-        classes[d, h, w].append((((layer * band.high + row) * band.wide + column) * pool.part, tap))
+        classes[d, h, w].append((((layer * band.high + row) * band.wide + column) * band.lanes, tap))
     counts, places = [len(found) for found in classes.values()], itertools.chain(*classes.values())
     return np.array([*counts, *itertools.chain(*places)], np.int64)
 
 
 @intrinsic
-def _gather_run(typingctx: Any, target: Any, gradients: Any, winners: Any, sources: Any, count: Any) -> Any:
-    """Store a run of sums: what a class's neighbouring cells get from those of their windows that they have won."""
+def _gather_run(typingctx: Any, target: Any, apart: Any, gradients: Any, winners: Any, sources: Any, count: Any) -> Any:
+    """Store vectors of sums, so far ``apart``: what cells get from those of their windows that they have won."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         number = context.get_value_type(target.dtype)
         _emit_gather(builder, number, target.dtype.bitwidth, winners.dtype.bitwidth, *args)
         return context.get_dummy_value()
 
-    return types.void(target, gradients, winners, types.CPointer(types.int64), types.intp), generate
+    return types.void(target, types.intp, gradients, winners, types.CPointer(types.int64), types.intp), generate
 
 
 def _emit_gather(
     builder: ir.IRBuilder, number: Any, bits: int, winner_bits: int,
-    target: Any, gradients: Any, winners: Any, sources: Any, count: Any,
+    target: Any, apart: Any, gradients: Any, winners: Any, sources: Any, count: Any,
 ) -> None:  # fmt: skip
     """Emit the loop over the sources: pairs of an offset and a tap."""
     lanes, index = MACHINE.vector_bytes * 8 // bits, ir.IntType(64)
@@ -466,25 +470,8 @@ def _emit_gather(
             won = builder.select(builder.icmp_unsigned("==", winner, wanted), gradient, zeros)
             builder.store(builder.fadd(builder.load(total), won), total)
     for i, total in enumerate(sums):
-        builder.store(builder.load(total), place(target, vector, i), align=bits // 8)
-
-
-@intrinsic
-def _interleave_run(typingctx: Any, target: Any, even: Any, odd: Any) -> Any:
-    """Store a vector of even and one of odd cells, side by side."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        bits = target.dtype.bitwidth
-        lanes = MACHINE.vector_bytes * 8 // bits
-        vector = ir.VectorType(context.get_value_type(target.dtype), lanes).as_pointer()
-        a, b = (builder.load(builder.bitcast(start, vector), align=bits // 8) for start in args[1:])
-        for half in range(2):
-            order = [lane // 2 + lane % 2 * lanes for lane in range(half * lanes, (half + 1) * lanes)]
-            to = builder.bitcast(builder.gep(args[0], [ir.IntType(64)(half * lanes)]), vector)
-            builder.store(shuffle(builder, a, b, order), to, align=bits // 8)
-        return context.get_dummy_value()
-
-    return types.void(target, even, odd), generate
+        to = builder.gep(target, [builder.mul(apart, index(i))])
+        builder.store(builder.load(total), builder.bitcast(to, vector.as_pointer()), align=bits // 8)
 
 
 @kernel
@@ -518,74 +505,54 @@ def _pack_windows(
     packed: Any, source: Any, image: Strided, padded: bool, pool: Pool, band: Band, d0: int, h0: int, channels: int
 ) -> None:
     """Pack the windows that see the cells from ``d0``, ``h0`` on, and zeros where there are none if ``padded``."""
-    (depth, height, width), lanes = pool.output_size, pool.part
+    (depth, height, width), lanes = pool.output_size, band.lanes
+    h0 += band.before[1]
+    top, bottom = max(0, -h0), min(band.high, height - h0)
     begin = min(band.wide, max(0, -band.before[2]))
     end = max(begin, min(band.wide, width - band.before[2]))
-    start = (begin + band.before[2]) * image.w
     for layer in range(band.more[0] + 1):
         d = d0 + band.before[0] + layer
+        target = shift(packed, layer * band.high * band.wide * lanes)
+        windows, step_h, step_w, step_c = shift(source, d * image.d + h0 * image.h), image.h, image.w, image.c
+        if width < SQUARE and step_c != 1 and step_h == width * step_w and 0 <= d < depth and top < bottom:
+            # Rows too short for squares are transposed all together, by way of the room behind.
+            turned = shift(packed, (band.more[0] + 1) * band.high * band.wide * lanes)
+            copy_block(turned, lanes, 1, shift(windows, top * step_h), step_w, step_c, (bottom - top) * width, channels)
+            windows, step_h, step_w, step_c = shift(turned, -top * width * lanes), width * lanes, lanes, 1
         for row in range(band.high):
-            h = h0 + band.before[1] + row
-            target = shift(packed, (layer * band.high + row) * band.wide * lanes)
-            inside = 0 <= d < depth and 0 <= h < height
+            to = shift(target, row * band.wide * lanes)
+            inside = 0 <= d < depth and top <= row < bottom
             if padded:
-                fill(target, (begin if inside else band.wide) * lanes)
-                fill(shift(target, end * lanes), (band.wide - end) * lanes)
+                fill(to, (begin if inside else band.wide) * lanes)
+                fill(shift(to, end * lanes), (band.wide - end) * lanes)
             if inside:
-                to, windows = shift(target, begin * lanes), shift(source, d * image.d + h * image.h + start)
-                if pool.channels_last:
-                    copy_block(to, lanes, 1, windows, image.w, image.c, end - begin, channels)
-                else:
-                    copy_block(to, 0, 1, windows, 0, image.w, 1, end - begin)
+                start = shift(windows, row * step_h + (begin + band.before[2]) * step_w)
+                copy_block(shift(to, begin * lanes), lanes, 1, start, step_w, step_c, end - begin, channels)
 
 
 @jit
 def _gather_classes(
-    image: Any, grad_input: Strided, gradients: Any, winners: Any, counts: Any, places: Any, all_sums: Any,
+    image: Any, grad_input: Strided, gradients: Any, winners: Any, counts: Any, places: Any, sums: Any,
     pool: Pool, band: Band, d: int, row: int, channels: int,
 ) -> None:  # fmt: skip
-    """Compute and store a band: the classes of one row after the other."""
-    (_, height, width), (_, step_h, step_w) = pool.input_size, pool.stride
-    run, number = RUN_VECTORS * MACHINE.vector_bytes // pool.itemsize, 0
-    first = d % pool.stride[0] * step_h * step_w
+    """Compute and store a band: for each row of a group of ``stride``, the classes of its columns."""
+    (_, height, width), (_, step_h, step_w), lanes = pool.input_size, pool.stride, band.lanes
+    vector = MACHINE.vector_bytes // pool.itemsize
+    apart = step_w * vector if lanes == vector else vector  # a run is a vector of some cells, or some vectors of one
+    number, first = 0, d % pool.stride[0] * step_h * step_w
     for i in range(first):
         number += counts[i]
     for h in range(step_h):
         for w in range(step_w):
-            count, sums = counts[first + h * step_w + w], shift(all_sums, w * band.cells)
-            for i in range(0, band.cells, run):
-                _gather_run(shift(sums, i), shift(gradients, i), shift(winners, i), shift(places, 2 * number), count)
+            count = counts[first + h * step_w + w]
+            for i in range(0, band.cells, RUN_VECTORS * vector):
+                to = shift(sums, i * step_w + w * lanes)
+                _gather_run(to, apart, shift(gradients, i), shift(winners, i), shift(places, 2 * number), count)
             number += count
-        some_rows = min(band.rows, -(-(height - h) // step_h) - row)
-        to = shift(image, (row * step_h + h) * grad_input.h)
-        if pool.channels_last:
-            for i in range(some_rows):
-                for w in range(step_w):
-                    cells = shift(all_sums, w * band.cells + i * band.wide * pool.part)
-                    start = shift(to, i * step_h * grad_input.h + w * grad_input.w)
-                    columns = -(-(width - w) // step_w)
-                    copy_block(start, step_w * grad_input.w, grad_input.c, cells, pool.part, 1, columns, channels)
-        else:
-            cells = _interleave(all_sums, step_w, band.cells, pool)
-            for i in range(some_rows):
-                start = shift(to, i * step_h * grad_input.h)
-                copy_block(start, 0, grad_input.w, shift(cells, i * band.wide * step_w), 0, 1, 1, width)
-
-
-@jit
-def _interleave(sums: Any, classes: int, cells: int, pool: Pool) -> Any:
-    """Return the sums of some classes side by side; there is room for them behind the sums."""
-    if classes == 1:
-        return sums
-    target, lanes = shift(sums, classes * cells), MACHINE.vector_bytes // pool.itemsize
-    if classes == 2:
-        for i in range(0, cells, lanes):
-            _interleave_run(shift(target, 2 * i), shift(sums, i), shift(sums, cells + i))
-    else:
-        for r in range(classes):
-            for i in range(cells):
-                target[i * classes + r] = sums[r * cells + i]
-    return target
+        for i in range(min(band.rows, -(-(height - h) // step_h) - row)):
+            to = shift(image, ((row + i) * step_h + h) * grad_input.h)
+            cells = shift(sums, i * band.wide * step_w * lanes)
+            copy_block(to, grad_input.w, grad_input.c, cells, lanes, 1, width, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,9 @@ def copy_block(
     target: Any, to_i: int, to_j: int, source: Any, from_i: int, from_j: int, count_i: int, count_j: int
 ) -> None:
     """target[i * to_i + j * to_j] = source[i * from_i + j * from_j] for i < count_i, j < count_j."""
-    if to_j == 1 and from_j == 1:
+    if to_j == 1 and from_j == 1 and to_i == count_j and from_i == count_j:
+        copy_row(target, source, count_i * count_j)
+    elif to_j == 1 and from_j == 1:
         for i in range(count_i):
             copy_row(shift(target, i * to_i), shift(source, i * from_i), count_j)
     elif to_j == 1 and from_i == 1:
