@@ -117,7 +117,10 @@ def max_pool_backward(
 ) -> None:
     """Fill ``grad_input``; winners that point outside the input are ignored."""
     threads = worthwhile(options.threads, _comparisons(dims))
-    backward = _backward_by_gathering if dims.taps <= GATHER_TAPS else _backward_by_scattering
+    around = math.prod(
+        (k - 1) * d // s + 1 for k, d, s in zip(dims.kernel_size, dims.dilation, dims.stride, strict=True)
+    )
+    backward = _backward_by_gathering if max(dims.taps, around) <= GATHER_TAPS else _backward_by_scattering
     backward(grad_output, winners, grad_input, dims, threads)
 
 
@@ -346,20 +349,22 @@ def _one(target: Any, winner: Any, wanted: bool, source: Any, cells: Any, taps: 
 # Backward: cells gather from the windows that see them
 # ---------------------------------------------------------------------------------------------------------------------
 
-GATHER_TAPS = 49  #: the most cells of windows whose gradients are gathered: all that see a cell are looked at
+GATHER_TAPS = 49  #: the most cells of a window, or windows around a cell, where looking at all of them pays
 BAND_BYTES = 32 * 1024  #: of packed gradients
+BAND_COLUMNS = 256
 RUN_VECTORS = 4  #: vectors of cells that are gathered at once
 
 
 class Band(NamedTuple):
-    """Rows of cells that are gathered at once, and the packed windows that see them; triples as in ``Pool``.
+    """Cells that are gathered at once, and the packed windows that see them; triples as in ``Pool``.
 
     Cells that are a stride apart make up a class: along each axis, cell ``i * stride + r`` is seen by the windows from
     ``i + before`` up to ``i + before + more``.
     """
 
     rows: int  #: of each class
-    bands: int  #: of a plane
+    columns: int  #: of each class
+    bands: tuple[int, int]  #: of a plane: along height and width
     lanes: int  #: channels side by side: a vector, or a run of vectors
     before: Triple
     more: Triple
@@ -391,7 +396,7 @@ def _gathering(dims: Any, itemsize: int, channels_last: bool) -> Gathering:
     windows = (band.more[0] + 1) * band.high * band.wide * lanes
     beyond = band.more[2] * lanes + run  # as many are read behind the last
     turned = band.high * pool.output_size[2] * lanes
-    tasks = dims.batch * pool.parts * dims.input_size[0] * band.bands
+    tasks = dims.batch * pool.parts * dims.input_size[0] * band.bands[0] * band.bands[1]
     return Gathering(
         flat(pool), flat(band), _sources(pool, band), windows + max(beyond, turned), pool.stride[2] * band.cells, tasks
     )
@@ -401,12 +406,14 @@ def _band(pool: Pool, lanes: int, run: int) -> Band:
     shifts = [[shift for _, shift in _seen_by(pool, axis)] for axis in range(3)]
     before = min(shifts[0]), min(shifts[1]), min(shifts[2])
     more = max(shifts[0]) - before[0], max(shifts[1]) - before[1], max(shifts[2]) - before[2]
-    wide = -(-pool.input_size[2] // pool.stride[2]) + more[2]
-    all_rows = -(-pool.input_size[1] // pool.stride[1])
-    bands = -(-all_rows // max(4, BAND_BYTES // (wide * lanes * pool.itemsize) - more[1]))
-    rows = -(-all_rows // bands)
+    all_rows, all_columns = (-(-pool.input_size[axis] // pool.stride[axis]) for axis in (1, 2))
+    bands_w = -(-all_columns // BAND_COLUMNS)
+    columns = -(-all_columns // bands_w)
+    wide = columns + more[2]
+    bands_h = -(-all_rows // max(4, BAND_BYTES // (wide * lanes * pool.itemsize) - more[1]))
+    rows = -(-all_rows // bands_h)
     cells = -(-rows * wide * lanes // run) * run
-    return Band(rows, bands, lanes, before, more, rows + more[1], wide, cells)
+    return Band(rows, columns, (bands_h, bands_w), lanes, before, more, rows + more[1], wide, cells)
 
 
 def _seen_by(pool: Pool, axis: int) -> list[tuple[int, int]]:
@@ -487,31 +494,34 @@ def _gather(
     to_source, all_sums = pointer(packed, like), pointer(sums, like)
     counts = pointer(sources, 0)
     places = shift(counts, pool.stride[0] * pool.stride[1] * pool.stride[2])
-    depth = pool.input_size[0]
+    depth, (bands_h, bands_w) = pool.input_size[0], band.bands
     for task in range(first, last):
-        row, d, group = task % band.bands * band.rows, task // band.bands % depth, task // (band.bands * depth)
-        n, channel = group // pool.parts, group % pool.parts * pool.part
+        channel, place = task % pool.parts * pool.part, task // pool.parts
+        n, d = place // (bands_w * bands_h * depth), place // (bands_w * bands_h) % depth
+        first_cell = d // pool.stride[0], place // bands_w % bands_h * band.rows, place % bands_w * band.columns
         channels = min(pool.part, pool.channels - channel)
         gradients = shift(source, n * grad_output.n + channel * grad_output.c)
         won = shift(won_by, n * winners.n + channel * winners.c)
-        _pack_windows(to_source, gradients, grad_output, True, pool, band, d // pool.stride[0], row, channels)
-        _pack_windows(to_won_by, won, winners, False, pool, band, d // pool.stride[0], row, channels)
+        _pack_windows(to_source, gradients, grad_output, True, pool, band, first_cell, channels)
+        _pack_windows(to_won_by, won, winners, False, pool, band, first_cell, channels)
         image = shift(target, n * grad_input.n + channel * grad_input.c + d * grad_input.d)
-        _gather_classes(image, grad_input, to_source, to_won_by, counts, places, all_sums, pool, band, d, row, channels)
+        _gather_classes(
+            image, grad_input, to_source, to_won_by, counts, places, all_sums, pool, band, d, first_cell, channels
+        )
 
 
 @jit
 def _pack_windows(
-    packed: Any, source: Any, image: Strided, padded: bool, pool: Pool, band: Band, d0: int, h0: int, channels: int
+    packed: Any, source: Any, image: Strided, padded: bool, pool: Pool, band: Band, first_cell: Triple, channels: int
 ) -> None:
-    """Pack the windows that see the cells from ``d0``, ``h0`` on, and zeros where there are none if ``padded``."""
+    """Pack the windows that see the cells of a band, and zeros where there are none if ``padded``."""
     (depth, height, width), lanes = pool.output_size, band.lanes
-    h0 += band.before[1]
+    d0, h0, w0 = first_cell[0] + band.before[0], first_cell[1] + band.before[1], first_cell[2] + band.before[2]
     top, bottom = max(0, -h0), min(band.high, height - h0)
-    begin = min(band.wide, max(0, -band.before[2]))
-    end = max(begin, min(band.wide, width - band.before[2]))
+    begin = min(band.wide, max(0, -w0))
+    end = max(begin, min(band.wide, width - w0))
     for layer in range(band.more[0] + 1):
-        d = d0 + band.before[0] + layer
+        d = d0 + layer
         target = shift(packed, layer * band.high * band.wide * lanes)
         windows, step_h, step_w, step_c = shift(source, d * image.d + h0 * image.h), image.h, image.w, image.c
         if width < SQUARE and step_c != 1 and step_h == width * step_w and 0 <= d < depth and top < bottom:
@@ -526,17 +536,18 @@ def _pack_windows(
                 fill(to, (begin if inside else band.wide) * lanes)
                 fill(shift(to, end * lanes), (band.wide - end) * lanes)
             if inside:
-                start = shift(windows, row * step_h + (begin + band.before[2]) * step_w)
+                start = shift(windows, row * step_h + (begin + w0) * step_w)
                 copy_block(shift(to, begin * lanes), lanes, 1, start, step_w, step_c, end - begin, channels)
 
 
 @jit
 def _gather_classes(
     image: Any, grad_input: Strided, gradients: Any, winners: Any, counts: Any, places: Any, sums: Any,
-    pool: Pool, band: Band, d: int, row: int, channels: int,
+    pool: Pool, band: Band, d: int, first_cell: Triple, channels: int,
 ) -> None:  # fmt: skip
     """Compute and store a band: for each row of a group of ``stride``, the classes of its columns."""
-    (_, height, width), (_, step_h, step_w), lanes = pool.input_size, pool.stride, band.lanes
+    (_, height, width), (_, step_h, step_w), (_, row, column) = pool.input_size, pool.stride, first_cell
+    columns, lanes = min(band.columns * step_w, width - column * step_w), band.lanes
     vector = MACHINE.vector_bytes // pool.itemsize
     apart = step_w * vector if lanes == vector else vector  # a run is a vector of some cells, or some vectors of one
     number, first = 0, d % pool.stride[0] * step_h * step_w
@@ -550,9 +561,9 @@ def _gather_classes(
                 _gather_run(to, apart, shift(gradients, i), shift(winners, i), shift(places, 2 * number), count)
             number += count
         for i in range(min(band.rows, -(-(height - h) // step_h) - row)):
-            to = shift(image, ((row + i) * step_h + h) * grad_input.h)
+            to = shift(image, ((row + i) * step_h + h) * grad_input.h + column * step_w * grad_input.w)
             cells = shift(sums, i * band.wide * step_w * lanes)
-            copy_block(to, grad_input.w, grad_input.c, cells, lanes, 1, width, channels)
+            copy_block(to, grad_input.w, grad_input.c, cells, lanes, 1, columns, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
