@@ -80,3 +80,13 @@ def test_the_workspace_is_small(row: Row, case: ConvCase) -> None:
     for op, peak in rises.items():
         allowed = 8 * MB * THREADS + PACKED * weights
         assert peak <= allowed, f"{op}: {peak / MB:.1f} MB beside inputs and outputs, allowed are {allowed / MB:.1f}"
+
+
+def test_the_numba_engine_finds_an_array_where_ctypes_does() -> None:
+    pytest.importorskip("numba")
+    from fastconv.kernels.jit.tile import address
+
+    array = np.zeros((4, 5, 6))
+    array.flags.writeable = False
+    for view in (array, array[1:], array[:, ::-2], array.T, array[:0], array[3, 4, 5:]):
+        assert address(view) == view.ctypes.data

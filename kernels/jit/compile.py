@@ -29,6 +29,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.runtime import _nrt_python
+from numba.extending import typeof_impl
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -36,7 +37,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
     Float arithmetic is IEEE's (no fastmath); indices are not checked.
     """
-    return _compiled(function, _PartCompiler, no_cpython_wrapper=True)
+    return _JitPart(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -44,7 +45,25 @@ def kernel(function: Callable[..., Any]) -> Any:
     dispatcher = _compiled(function, _KernelCompiler)
     _KERNELS.append(dispatcher)
     dispatcher._cache = _LazyCache(function)
+    # Numba would ask every installed package for extensions of its compiler: nothing that kernels are made of.
+    dispatcher._compilation_chain_init_hook = lambda: None
     return dispatcher
+
+
+class _JitPart:
+    """A ``jit`` function: Numba's object for it is made when a kernel that calls it is compiled, and not loaded."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @cached_property
+    def dispatcher(self) -> Any:
+        return _compiled(self._function, _PartCompiler, no_cpython_wrapper=True)
+
+
+@typeof_impl.register(_JitPart)
+def _type_of_part(part: _JitPart, context: Any) -> types.Dispatcher:
+    return types.Dispatcher(part.dispatcher)
 
 
 class Loads(NamedTuple):

@@ -42,7 +42,7 @@ from .blocking import GradTasks, Plan, forward_plan, weight_grad_plan
 from .compile import jit, kernel
 from .packing import Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, address, flat, multiply, pointer, shift
 from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
 
 MOST_JOINED = 16  #: channels; with more, the sums of a tap are long enough
@@ -74,8 +74,8 @@ def conv_forward(
     def work(first: int, last: int) -> None:
         _forward(
             first, last, splits, strided(input), strided(weight),
-            packed or workspace("weight", part, dtype), once, all_bias.ctypes.data, strided(output),
-            numbers.ctypes.data, options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
+            packed or workspace("weight", part, dtype), once, address(all_bias), strided(output),
+            address(numbers), options.activation == "relu", workspace("box", plan.blocks * plan.box_block, dtype),
             workspace("sums", 2 * CHUNK * plan.panel.lanes, dtype),
             workspace("offsets", CHUNK + (1 + packing.SQUARE) * plan.taps, packing.OFFSET), dtype.type(0),
         )  # fmt: skip

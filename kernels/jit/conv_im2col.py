@@ -34,7 +34,7 @@ from .blocking import GradTasks, Plan, im2col_plan
 from .compile import jit, kernel
 from .packing import OFFSET, Quad, Strided, clip_negative, contiguous_bias, copy_block, pack_patches, run_of, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, flat, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, WIDE_BYTES, address, flat, multiply, pointer, shift
 from .weight_grad import Addresses, Sums, add_products, pack_gradient, start_task, task_of, weight_grad
 
 
@@ -51,8 +51,8 @@ def conv_forward(
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), strided(filters), all_bias.ctypes.data, strided(output),
-            numbers.ctypes.data, options.activation == "relu",
+            first, last, splits, strided(input), strided(filters), address(all_bias), strided(output),
+            address(numbers), options.activation == "relu",
             workspace("box", plan.reduction * plan.pitch + plan.panel.lanes, dtype),
             workspace("sums", CHUNK * plan.pitch + plan.panel.lanes, dtype),
             workspace("offsets", CHUNK + plan.channels, OFFSET), dtype.type(0),

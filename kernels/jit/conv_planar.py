@@ -33,7 +33,7 @@ from .blocking import Triple
 from .compile import jit, kernel
 from .packing import OFFSET, Strided, clip_negative, contiguous_bias, copy_block, fill, strided
 from .threads import LINE, parallel, workspace, worthwhile
-from .tile import MACHINE, flat, flat_tile, pointer, reader, shift
+from .tile import MACHINE, address, flat, flat_tile, pointer, reader, shift
 
 ROWS = MACHINE.flat.rows
 PLANE_BYTES = 256 * 1024  #: packed planes
@@ -103,7 +103,7 @@ def conv_forward(
 
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, strided(input), strided(weight), all_bias.ctypes.data, strided(output), numbers.ctypes.data,
+            first, last, strided(input), strided(weight), address(all_bias), strided(output), address(numbers),
             options.activation == "relu", workspace("box", plan.block * plan.plane, dtype),
             workspace("sums", filters * plan.pitch, dtype), workspace("offsets", filters + 2 * plan.taps, OFFSET),
             dtype.type(0),

@@ -42,7 +42,7 @@ from .blocking import Plan, winograd_plans
 from .compile import jit, kernel
 from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, flat, multiply, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, address, flat, multiply, pointer, shift
 
 POINTS = 16
 BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
@@ -108,7 +108,7 @@ def _convolve(
         part = workspace("part", tiles.block * dims.taps * lanes, dtype)
         rows = workspace("rows", SQUARE * dims.taps, OFFSET)
         if not _transform_weight(
-            first, last, strided(weight), packed, part, rows, steps, pixel_numbers.ctypes.data, limit
+            first, last, strided(weight), packed, part, rows, steps, address(pixel_numbers), limit
         ):
             refused.fill(True)
 
@@ -127,8 +127,8 @@ def _convolve(
         _forward(
             first, last, splits, strided(input), strided(weight), once,
             packed or workspace("weight", PANELS * POINTS * steps.weight, dtype),
-            all_bias.ctypes.data, strided(output), tile_numbers.ctypes.data, pixel_numbers.ctypes.data,
-            options.activation == "relu", refused.ctypes.data, steps,
+            address(all_bias), strided(output), address(tile_numbers), address(pixel_numbers),
+            options.activation == "relu", address(refused), steps,
             workspace("part", tiles.block * dims.taps * lanes, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
             workspace("box", tiles.box_block, dtype),
             workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),

@@ -4,12 +4,22 @@
     winners[n, c, o] = the first t that reaches it, one byte
     grad_input[n, c, cell of winners[n, c, o]] += grad_output[n, c, o]
 
-    for each row of windows (forward: a task; backward, where windows overlap: all rows of some channels are one):
+    forward: for each row of windows (a task):
         for each run of windows that have the same taps inside the input:        w  [first | most of them | last]
             list these taps
             for each vector of windows:   along the row where columns are neighbours in memory (NCHW),
                                           along the channels where these are (NHWC)
                 best, winner = the first tap; let the other taps compete         in registers
+
+    backward: for each band of rows of the input (a task):
+        pack the windows that see them, [row][column][channel], zeros where there are none
+        for each class of cells, those a stride apart, which see their windows alike:
+            for each run of cells, a vector of channels for each:
+                sum = the gradients of those windows that a cell has won                     in registers
+        store the sums, whose classes are side by side:       |a b|a b|a b|    columns with a stride of 2
+
+With its border packed, every cell sees as many windows as any other of its class: no cell is a special case. Where
+windows are large this looks at too many, and gradients are scattered to the winners instead.
 
 The rules: the first maximum wins a tie; a NaN wins over numbers, and the last NaN over earlier ones; cells in the
 padding never win, so that a window of -inf has its first cell inside the input as winner.
@@ -17,7 +27,9 @@ padding never win, so that a window of -inf has its first cell inside the input 
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +39,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import jit, kernel
-from .packing import OFFSET, Strided, fill, strided
+from .packing import OFFSET, SQUARE, Strided, copy_block, fill, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import MACHINE, flat, pointer, reader, shift, shuffle, splat
+from .tile import MACHINE, address, flat, pointer, reader, shift, shuffle, splat
 
 Triple = tuple[int, int, int]
 
@@ -58,16 +70,23 @@ SOME_CHANNELS, SOME_BYTES = 8, 1024  #: of a task where they don't, and of their
 
 
 def _pool(dims: Any, image: np.ndarray, threads: int) -> Pool:
-    channels_last = abs(image.strides[1]) < abs(image.strides[4])
+    channels_last = _channels_last(image)
     if channels_last:
         part = max(SOME_CHANNELS, min(MOST_CHANNELS, -(-dims.channels * dims.batch // threads)))
     else:
         part = max(1, min(SOME_CHANNELS, SOME_BYTES // (dims.input_size[2] * image.itemsize)))
-    part = min(dims.channels, part)
+    return _describe(dims, image.itemsize, channels_last, min(dims.channels, part))
+
+
+def _describe(dims: Any, itemsize: int, channels_last: bool, part: int) -> Pool:
     return Pool(
-        image.itemsize, dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation,
+        itemsize, dims.channels, dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation,
         dims.output_size, dims.taps, channels_last, part, -(-dims.channels // part),
     )  # fmt: skip
+
+
+def _channels_last(image: np.ndarray) -> bool:
+    return abs(image.strides[1]) < abs(image.strides[4])
 
 
 def _comparisons(dims: Any) -> int:
@@ -86,7 +105,7 @@ def max_pool_forward(
     def work(first: int, last: int) -> None:
         taps = workspace("offsets", 2 * dims.taps, OFFSET)
         _forward(
-            first, last, strided(input), strided(output), strided(to), wanted, pool_numbers.ctypes.data, taps,
+            first, last, strided(input), strided(output), strided(to), wanted, address(pool_numbers), taps,
             input.dtype.type(0), to.dtype.type(0),
         )  # fmt: skip
 
@@ -98,14 +117,40 @@ def max_pool_backward(
 ) -> None:
     """Fill ``grad_input``; winners that point outside the input are ignored."""
     threads = worthwhile(options.threads, _comparisons(dims))
-    pool = _pool(dims, grad_input, threads)
-    pool_numbers = flat(pool)
+    around = math.prod(
+        (k - 1) * d // s + 1 for k, d, s in zip(dims.kernel_size, dims.dilation, dims.stride, strict=True)
+    )
+    backward = _backward_by_gathering if max(dims.taps, around) <= GATHER_TAPS else _backward_by_scattering
+    backward(grad_output, winners, grad_input, dims, threads)
+
+
+def _backward_by_gathering(
+    grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, dims: Any, threads: int
+) -> None:
+    plan = _gathering(dims, grad_input.itemsize, _channels_last(grad_input))
+    dtype, winner_dtype = grad_input.dtype, winners.dtype
 
     def work(first: int, last: int) -> None:
-        taps = workspace("offsets", 2 * dims.taps, OFFSET)
-        _backward(
-            first, last, strided(grad_output), strided(winners), strided(grad_input), pool_numbers.ctypes.data, taps,
-            grad_input.dtype.type(0), winners.dtype.type(0),
+        _gather(
+            first, last, strided(grad_output), strided(winners), strided(grad_input),
+            address(plan.pool), address(plan.band), address(plan.sources), workspace("box", plan.windows, dtype),
+            workspace("weight", plan.windows, winner_dtype), workspace("sums", plan.sums, dtype),
+            dtype.type(0), winner_dtype.type(0),
+        )  # fmt: skip
+
+    parallel(work, plan.tasks, threads)
+
+
+def _backward_by_scattering(
+    grad_output: np.ndarray, winners: np.ndarray, grad_input: np.ndarray, dims: Any, threads: int
+) -> None:
+    pool = _pool(dims, grad_input, threads)
+    numbers = flat(pool)
+
+    def work(first: int, last: int) -> None:
+        _scatter(
+            first, last, strided(grad_output), strided(winners), strided(grad_input), address(numbers),
+            workspace("offsets", 4 * dims.taps, OFFSET), grad_input.dtype.type(0), winners.dtype.type(0),
         )  # fmt: skip
 
     parallel(work, dims.batch * pool.parts, threads)
@@ -301,166 +346,310 @@ def _one(target: Any, winner: Any, wanted: bool, source: Any, cells: Any, taps: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backward
+# Backward: cells gather from the windows that see them
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _make_add(step: int) -> Any:
-    """Return the function that adds a vector of gradients to the cells of those windows that a tap has won."""
-
-    @intrinsic
-    def add(typingctx: Any, target: Any, gradient: Any, winners: Any, tap: Any, skip: Any) -> Any:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            number = context.get_value_type(target.dtype)
-            _emit_add(builder, step, number, target.dtype.bitwidth, winners.dtype.bitwidth, *args)
-            return context.get_dummy_value()
-
-        return types.void(target, gradient, winners, types.int64, types.int64), generate
-
-    return add
+GATHER_TAPS = 49  #: the most cells of a window, or windows around a cell, where looking at all of them pays
+BAND_BYTES = 32 * 1024  #: of packed gradients
+BAND_COLUMNS = 256
+RUN_VECTORS = 4  #: vectors of cells that are gathered at once
 
 
-def _emit_add(
-    builder: ir.IRBuilder, step: int, number: Any, bits: int, winner_bits: int,
-    target: Any, gradient: Any, winners: Any, tap: Any, skip: Any,
-) -> None:  # fmt: skip
-    """Emit the addition of one vector, but of its first ``skip`` lanes."""
-    lanes = MACHINE.vector_bytes * 8 // bits
-    vector, small = ir.VectorType(number, lanes), ir.VectorType(ir.IntType(winner_bits), lanes)
-    zeros, lane_numbers = ir.Constant(vector, None), ir.Constant(small, list(range(lanes)))
+class Band(NamedTuple):
+    """Cells that are gathered at once, and the packed windows that see them; triples as in ``Pool``.
 
-    def place(start: Any, kind: Any, offset: int = 0) -> Any:
-        return builder.bitcast(builder.gep(start, [ir.IntType(64)(offset)]), kind.as_pointer())
+    Cells that are a stride apart make up a class: along each axis, cell ``i * stride + r`` is seen by the windows from
+    ``i + before`` up to ``i + before + more``.
+    """
 
-    won = builder.icmp_unsigned(
-        "==", builder.load(place(winners, small), align=winner_bits // 8), splat(builder, tap, small)
+    rows: int  #: of each class
+    columns: int  #: of each class
+    bands: tuple[int, int]  #: of a plane: along height and width
+    lanes: int  #: channels side by side: a vector, or a run of vectors
+    before: Triple
+    more: Triple
+    high: int  #: packed rows of windows
+    wide: int  #: packed columns of windows
+    cells: int  #: sums of one class, in whole runs
+
+
+_read_band = reader(Band)
+
+
+class Gathering(NamedTuple):
+    """All that ``_gather`` needs to know of one pooling: tables, and how much room."""
+
+    pool: np.ndarray
+    band: np.ndarray
+    sources: np.ndarray
+    windows: int
+    sums: int
+    tasks: int
+
+
+@lru_cache(maxsize=512)
+def _gathering(dims: Any, itemsize: int, channels_last: bool) -> Gathering:
+    vector, run = MACHINE.vector_bytes // itemsize, RUN_VECTORS * MACHINE.vector_bytes // itemsize
+    lanes = run if vector < SQUARE or (channels_last and dims.channels >= run) else vector
+    pool = _describe(dims, itemsize, channels_last, lanes)
+    band = _band(pool, lanes, run)
+    windows = (band.more[0] + 1) * band.high * band.wide * lanes
+    beyond = band.more[2] * lanes + run  # as many are read behind the last
+    turned = band.high * pool.output_size[2] * lanes
+    tasks = dims.batch * pool.parts * dims.input_size[0] * band.bands[0] * band.bands[1]
+    return Gathering(
+        flat(pool), flat(band), _sources(pool, band), windows + max(beyond, turned), pool.stride[2] * band.cells, tasks
     )
-    wanted = builder.icmp_unsigned(">=", lane_numbers, splat(builder, skip, small))
-    gradients = builder.load(place(gradient, vector), align=bits // 8)
-    values = builder.select(builder.and_(won, wanted), gradients, zeros)
-    if step == 1:
-        parts = {0: values}
-    else:  # a zero between every two; the second part begins a cell early, lest it end behind the row
-        low = [lane // 2 if lane % 2 == 0 else lanes for lane in range(lanes)]
-        high = [(lane + lanes - 1) // 2 if lane % 2 == 1 else lanes for lane in range(lanes)]
-        parts = {0: shuffle(builder, values, zeros, low), lanes - 1: shuffle(builder, values, zeros, high)}
-    sums = {
-        offset: builder.fadd(builder.load(place(target, vector, offset), align=bits // 8), part)
-        for offset, part in parts.items()
-    }
-    for offset, total in sums.items():
-        builder.store(total, place(target, vector, offset), align=bits // 8)
 
 
-_add_to_neighbours = _make_add(1)
-_add_to_every_other = _make_add(2)
+def _band(pool: Pool, lanes: int, run: int) -> Band:
+    shifts = [[shift for _, shift in _seen_by(pool, axis)] for axis in range(3)]
+    before = min(shifts[0]), min(shifts[1]), min(shifts[2])
+    more = max(shifts[0]) - before[0], max(shifts[1]) - before[1], max(shifts[2]) - before[2]
+    all_rows, all_columns = (-(-pool.input_size[axis] // pool.stride[axis]) for axis in (1, 2))
+    bands_w = -(-all_columns // BAND_COLUMNS)
+    columns = -(-all_columns // bands_w)
+    wide = columns + more[2]
+    bands_h = -(-all_rows // max(4, BAND_BYTES // (wide * lanes * pool.itemsize) - more[1]))
+    rows = -(-all_rows // bands_h)
+    cells = -(-rows * wide * lanes // run) * run
+    return Band(rows, columns, (bands_h, bands_w), lanes, before, more, rows + more[1], wide, cells)
+
+
+def _seen_by(pool: Pool, axis: int) -> list[tuple[int, int]]:
+    """Return r and shift for each tap along an axis: cell ``i * stride + r`` is that tap of window ``i + shift``."""
+    stride, pad, dilation = pool.stride[axis], pool.pad[axis], pool.dilation[axis]
+    cells = [tap * dilation - pad for tap in range(pool.kernel_size[axis])]
+    return [(cell % stride, -(cell // stride)) for cell in cells]
+
+
+def _sources(pool: Pool, band: Band) -> np.ndarray:
+    """Return how many windows see a cell of each class; then, class by class, where they are and as which tap.
+
+    A cell's windows are in order, and so are its additions.
+    """
+    classes: dict[Triple, list[tuple[int, int]]] = {(d, h, w): [] for d, h, w in np.ndindex(*pool.stride)}
+    taps = itertools.product(*(_seen_by(pool, axis) for axis in range(3)))
+    for tap, ((d, shift_d), (h, shift_h), (w, shift_w)) in reversed(list(enumerate(taps))):
+        layer, row, column = shift_d - band.before[0], shift_h - band.before[1], shift_w - band.before[2]
+        classes[d, h, w].append((((layer * band.high + row) * band.wide + column) * band.lanes, tap))
+    counts, places = [len(found) for found in classes.values()], itertools.chain(*classes.values())
+    return np.array([*counts, *itertools.chain(*places)], np.int64)
+
+
+@intrinsic
+def _gather_run(typingctx: Any, target: Any, apart: Any, gradients: Any, winners: Any, sources: Any, count: Any) -> Any:
+    """Store vectors of sums, so far ``apart``: what cells get from those of their windows that they have won."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        number = context.get_value_type(target.dtype)
+        _emit_gather(builder, number, target.dtype.bitwidth, winners.dtype.bitwidth, *args)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, gradients, winners, types.CPointer(types.int64), types.intp), generate
+
+
+def _emit_gather(
+    builder: ir.IRBuilder, number: Any, bits: int, winner_bits: int,
+    target: Any, apart: Any, gradients: Any, winners: Any, sources: Any, count: Any,
+) -> None:  # fmt: skip
+    """Emit the loop over the sources: pairs of an offset and a tap."""
+    lanes, index = MACHINE.vector_bytes * 8 // bits, ir.IntType(64)
+    vector, position = ir.VectorType(number, lanes), ir.VectorType(ir.IntType(bits), lanes)
+    small, zeros = ir.VectorType(ir.IntType(winner_bits), lanes), ir.Constant(vector, None)
+
+    def place(start: Any, kind: Any, i: int) -> Any:
+        return builder.bitcast(builder.gep(start, [index(i * lanes)]), kind.as_pointer())
+
+    # LLVM turns these variables into registers.
+    sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(RUN_VECTORS)]
+    with cgutils.for_range(builder, count) as loop:
+        source = builder.gep(sources, [builder.mul(loop.index, index(2))])
+        offset, tap = builder.load(source), builder.load(builder.gep(source, [index(1)]))
+        seen, seen_winners, wanted = (
+            builder.gep(gradients, [offset]),
+            builder.gep(winners, [offset]),
+            splat(builder, tap, position),
+        )
+        for i, total in enumerate(sums):
+            winner = builder.zext(builder.load(place(seen_winners, small, i), align=winner_bits // 8), position)
+            gradient = builder.load(place(seen, vector, i), align=bits // 8)
+            won = builder.select(builder.icmp_unsigned("==", winner, wanted), gradient, zeros)
+            builder.store(builder.fadd(builder.load(total), won), total)
+    for i, total in enumerate(sums):
+        to = builder.gep(target, [builder.mul(apart, index(i))])
+        builder.store(builder.load(total), builder.bitcast(to, vector.as_pointer()), align=bits // 8)
 
 
 @kernel
-def _backward(
-    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool_numbers: int, taps: int,
+def _gather(
+    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided,
+    pool_numbers: int, band_numbers: int, sources: int, packed: int, packed_winners: int, sums: int,
+    like: float, like_winners: int,
+) -> None:  # fmt: skip
+    """Do the tasks ``first`` to ``last``: a task is one band of some channels of one image."""
+    pool, band = _read_pool(pool_numbers), _read_band(band_numbers)
+    source, target = pointer(grad_output.address, like), pointer(grad_input.address, like)
+    won_by, to_won_by = pointer(winners.address, like_winners), pointer(packed_winners, like_winners)
+    to_source, all_sums = pointer(packed, like), pointer(sums, like)
+    counts = pointer(sources, 0)
+    places = shift(counts, pool.stride[0] * pool.stride[1] * pool.stride[2])
+    depth, (bands_h, bands_w) = pool.input_size[0], band.bands
+    for task in range(first, last):
+        channel, place = task % pool.parts * pool.part, task // pool.parts
+        n, d = place // (bands_w * bands_h * depth), place // (bands_w * bands_h) % depth
+        first_cell = d // pool.stride[0], place // bands_w % bands_h * band.rows, place % bands_w * band.columns
+        channels = min(pool.part, pool.channels - channel)
+        gradients = shift(source, n * grad_output.n + channel * grad_output.c)
+        won = shift(won_by, n * winners.n + channel * winners.c)
+        _pack_windows(to_source, gradients, grad_output, True, pool, band, first_cell, channels)
+        _pack_windows(to_won_by, won, winners, False, pool, band, first_cell, channels)
+        image = shift(target, n * grad_input.n + channel * grad_input.c + d * grad_input.d)
+        _gather_classes(
+            image, grad_input, to_source, to_won_by, counts, places, all_sums, pool, band, d, first_cell, channels
+        )
+
+
+@jit
+def _pack_windows(
+    packed: Any, source: Any, image: Strided, padded: bool, pool: Pool, band: Band, first_cell: Triple, channels: int
+) -> None:
+    """Pack the windows that see the cells of a band, and zeros where there are none if ``padded``."""
+    (depth, height, width), lanes = pool.output_size, band.lanes
+    d0, h0, w0 = first_cell[0] + band.before[0], first_cell[1] + band.before[1], first_cell[2] + band.before[2]
+    top, bottom = max(0, -h0), min(band.high, height - h0)
+    begin = min(band.wide, max(0, -w0))
+    end = max(begin, min(band.wide, width - w0))
+    for layer in range(band.more[0] + 1):
+        d = d0 + layer
+        target = shift(packed, layer * band.high * band.wide * lanes)
+        windows, step_h, step_w, step_c = shift(source, d * image.d + h0 * image.h), image.h, image.w, image.c
+        if width < SQUARE and step_c != 1 and step_h == width * step_w and 0 <= d < depth and top < bottom:
+            # Rows too short for squares are transposed all together, by way of the room behind.
+            turned = shift(packed, (band.more[0] + 1) * band.high * band.wide * lanes)
+            copy_block(turned, lanes, 1, shift(windows, top * step_h), step_w, step_c, (bottom - top) * width, channels)
+            windows, step_h, step_w, step_c = shift(turned, -top * width * lanes), width * lanes, lanes, 1
+        for row in range(band.high):
+            to = shift(target, row * band.wide * lanes)
+            inside = 0 <= d < depth and top <= row < bottom
+            if padded:
+                fill(to, (begin if inside else band.wide) * lanes)
+                fill(shift(to, end * lanes), (band.wide - end) * lanes)
+            if inside:
+                start = shift(windows, row * step_h + (begin + w0) * step_w)
+                copy_block(shift(to, begin * lanes), lanes, 1, start, step_w, step_c, end - begin, channels)
+
+
+@jit
+def _gather_classes(
+    image: Any, grad_input: Strided, gradients: Any, winners: Any, counts: Any, places: Any, sums: Any,
+    pool: Pool, band: Band, d: int, first_cell: Triple, channels: int,
+) -> None:  # fmt: skip
+    """Compute and store a band: for each row of a group of ``stride``, the classes of its columns."""
+    (_, height, width), (_, step_h, step_w), (_, row, column) = pool.input_size, pool.stride, first_cell
+    columns, lanes = min(band.columns * step_w, width - column * step_w), band.lanes
+    vector = MACHINE.vector_bytes // pool.itemsize
+    apart = step_w * vector if lanes == vector else vector  # a run is a vector of some cells, or some vectors of one
+    number, first = 0, d % pool.stride[0] * step_h * step_w
+    for i in range(first):
+        number += counts[i]
+    for h in range(step_h):
+        for w in range(step_w):
+            count = counts[first + h * step_w + w]
+            for i in range(0, band.cells, RUN_VECTORS * vector):
+                to = shift(sums, i * step_w + w * lanes)
+                _gather_run(to, apart, shift(gradients, i), shift(winners, i), shift(places, 2 * number), count)
+            number += count
+        for i in range(min(band.rows, -(-(height - h) // step_h) - row)):
+            to = shift(image, ((row + i) * step_h + h) * grad_input.h + column * step_w * grad_input.w)
+            cells = shift(sums, i * band.wide * step_w * lanes)
+            copy_block(to, grad_input.w, grad_input.c, cells, lanes, 1, columns, channels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward, large windows: gradients are scattered to the winners
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _scatter(
+    first: int, last: int, grad_output: Strided, winners: Strided, grad_input: Strided, pool_numbers: int, table: int,
     like: float, like_winners: int,
 ) -> None:  # fmt: skip
     """Do the tasks ``first`` to ``last``: a task is some channels of one image, their windows in order."""
     pool = _read_pool(pool_numbers)
     source, target = pointer(grad_output.address, like), pointer(grad_input.address, like)
-    won_by, table = pointer(winners.address, like_winners), pointer(taps, 0)
-    (depth, height, width), stride = pool.output_size, pool.stride[2]
-    lanes = MACHINE.vector_bytes // pool.itemsize
-    begin, end = _whole_windows(pool)
+    won_by, cells = pointer(winners.address, like_winners), _window_cells(pointer(table, 0), pool, grad_input)
+    depth, height, width = pool.output_size
     for task in range(first, last):
         n, channel = task // pool.parts, task % pool.parts * pool.part
         channels = min(pool.part, pool.channels - channel)
-        image, zeroed = shift(target, n * grad_input.n + channel * grad_input.c), 0
-        for row in range(depth * height):
-            d, h = row // height, row % height
-            zeroed = _zero(image, grad_input, pool, zeroed, _reach(pool, d, h), channels)
-            gradient = shift(
-                source, n * grad_output.n + channel * grad_output.c + d * grad_output.d + h * grad_output.h
+        image = shift(target, n * grad_input.n + channel * grad_input.c)
+        gradients = shift(source, n * grad_output.n + channel * grad_output.c)
+        won = shift(won_by, n * winners.n + channel * winners.c)
+        _zero(image, grad_input, pool, channels)
+        for window in range(depth * height * width):
+            d, h, w = window // (height * width), window // width % height, window % width
+            gradient = shift(gradients, d * grad_output.d + h * grad_output.h + w * grad_output.w)
+            winner = shift(won, d * winners.d + h * winners.h + w * winners.w)
+            _add_to_winners(
+                image, grad_input, gradient, grad_output.c, winner, winners.c, cells, pool, (d, h, w), channels
             )
-            won = shift(won_by, n * winners.n + channel * winners.c + d * winners.d + h * winners.h)
-            w = 0
-            while w < width:
-                run = end - w if begin <= w < end else 1
-                inside = _taps_inside(table, pool, grad_input, d, h, w)
-                from_w, won_w = shift(gradient, w * grad_output.w), shift(won, w * winners.w)
-                columns = Steps(stride * grad_input.w, grad_output.w, winners.w)
-                along_channels = Steps(grad_input.c, grad_output.c, winners.c)
-                if pool.channels_last:
-                    for i in range(run):
-                        cell, of, by = _start(image, from_w, won_w, columns, i)
-                        _scatter(cell, of, by, columns, 1, along_channels, channels, inside, lanes)
-                else:
-                    _scatter(image, from_w, won_w, along_channels, channels, columns, run, inside, lanes)
-                w += run
-        _zero(image, grad_input, pool, zeroed, pool.input_size[0] * pool.input_size[1], channels)
 
 
-class Steps(NamedTuple):
-    """Elements between neighbours."""
+class Cells(NamedTuple):
+    """Where the cells of a window are, seen from its first one; tables of numbers."""
 
-    target: int
-    gradient: int
-    winners: int
+    offsets: Any  #: in the image
+    d: Any
+    h: Any
+    w: Any
 
 
 @jit
-def _start(target: Any, gradient: Any, winners: Any, steps: Steps, i: int) -> tuple[Any, Any, Any]:
-    """Return where the i-th neighbour is."""
-    return shift(target, i * steps.target), shift(gradient, i * steps.gradient), shift(winners, i * steps.winners)
+def _window_cells(table: Any, pool: Pool, image: Strided) -> Cells:
+    """Return where the cells of a window are; the table has room for four numbers a tap."""
+    taps, (_, kh, kw) = pool.taps, pool.kernel_size
+    cells = Cells(table, shift(table, taps), shift(table, 2 * taps), shift(table, 3 * taps))
+    for tap in range(taps):
+        d, h, w = tap // (kh * kw) * pool.dilation[0], tap // kw % kh * pool.dilation[1], tap % kw * pool.dilation[2]
+        cells.d[tap], cells.h[tap], cells.w[tap] = d, h, w
+        cells.offsets[tap] = d * image.d + h * image.h + w * image.w
+    return cells
 
 
 @jit
-def _scatter(
-    target: Any, gradient: Any, winners: Any, line_steps: Steps, line_count: int, steps: Steps, windows: int,
-    inside: Taps, lanes: int,
+def _add_to_winners(
+    image: Any, grad_input: Strided, gradient: Any, gradient_step: int, winner: Any, winner_step: int, cells: Cells,
+    pool: Pool, window: Triple, channels: int,
 ) -> None:  # fmt: skip
-    """Add the gradients of lines of windows to the cells that won.
-
-    One tap of all lines at a time: a cell that was just stored could only be loaded with a delay. From the last tap to
-    the first, so that a cell is reached by its windows in order.
-    """
-    vectors = windows >= lanes and steps.gradient == 1 and steps.winners == 1
-    for i_tap in range(inside.size - 1, -1, -1):
-        tap = inside.numbers[i_tap]
-        for line in range(line_count):
-            to, of, by = _start(shift(target, inside.cells[i_tap]), gradient, winners, line_steps, line)
-            if vectors and steps.target == 1:
-                for i_vector in range(0, windows, lanes):
-                    i = min(i_vector, windows - lanes)
-                    _add_to_neighbours(shift(to, i), shift(of, i), shift(by, i), tap, i_vector - i)
-            elif vectors and steps.target == 2:
-                for i_vector in range(0, windows, lanes):
-                    i = min(i_vector, windows - lanes)
-                    _add_to_every_other(shift(to, 2 * i), shift(of, i), shift(by, i), tap, i_vector - i)
-            else:
-                for i in range(windows):
-                    if by[i * steps.winners] == tap:
-                        to[i * steps.target] += of[i * steps.gradient]
+    """Add the gradients of one window of some channels."""
+    depth, height, width = pool.input_size
+    d, h, w = (
+        window[0] * pool.stride[0] - pool.pad[0],
+        window[1] * pool.stride[1] - pool.pad[1],
+        window[2] * pool.stride[2] - pool.pad[2],
+    )
+    start = shift(image, d * grad_input.d + h * grad_input.h + w * grad_input.w)
+    for c in range(channels):
+        tap = winner[c * winner_step]
+        in_rows = 0 <= d + cells.d[tap] < depth and 0 <= h + cells.h[tap] < height
+        if in_rows and 0 <= w + cells.w[tap] < width:
+            start[c * grad_input.c + cells.offsets[tap]] += gradient[c * gradient_step]
 
 
 @jit
-def _reach(pool: Pool, d: int, h: int) -> int:
-    """Return how many rows of the input it takes to hold all cells of this row of windows and those before it."""
-    (kd, kh, _), (depth, height, _) = pool.kernel_size, pool.input_size
-    last_d = min(depth - 1, d * pool.stride[0] - pool.pad[0] + (kd - 1) * pool.dilation[0])
-    last_h = min(height - 1, h * pool.stride[1] - pool.pad[1] + (kh - 1) * pool.dilation[1])
-    return last_d * height + last_h + 1
-
-
-@jit
-def _zero(image: Any, grad_input: Strided, pool: Pool, first: int, last: int, channels: int) -> int:
-    """Store zeros in the rows ``first`` to ``last`` of some channels of an image; return the next row."""
-    height, width = pool.input_size[1:]
-    for number in range(first, last):
-        row = shift(image, number // height * grad_input.d + number % height * grad_input.h)
+def _zero(image: Any, grad_input: Strided, pool: Pool, channels: int) -> None:
+    """Store zeros in some channels of an image."""
+    depth, height, width = pool.input_size
+    for row in range(depth * height):
+        cells = shift(image, row // height * grad_input.d + row % height * grad_input.h)
         if pool.channels_last:
             for w in range(width):
-                _fill(shift(row, w * grad_input.w), grad_input.c, channels)
+                _fill(shift(cells, w * grad_input.w), grad_input.c, channels)
         else:
             for c in range(channels):
-                _fill(shift(row, c * grad_input.c), grad_input.w, width)
-    return max(first, last)
+                _fill(shift(cells, c * grad_input.c), grad_input.w, width)
 
 
 @jit

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .blocking import Plan
 from .compile import jit, kernel
 from .threads import parallel, workspace
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, flat, pointer, reader, shift, shuffle
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, pointer, reader, shift, shuffle
 
 read_plan = reader(Plan)
 Quad = tuple[int, int, int, int]  #: n, d, h, w
@@ -48,7 +49,7 @@ def strided(array: np.ndarray) -> Strided:
     n, c, d, h, w = (stride // array.itemsize for stride in array.strides)
     _, _, depth, height, width = array.shape
     h = w * width if height == 1 else h
-    return Strided(array.ctypes.data, n, c, h * height if depth == 1 else d, h, w)
+    return Strided(address(array), n, c, h * height if depth == 1 else d, h, w)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +96,9 @@ def copy_block(
     target: Any, to_i: int, to_j: int, source: Any, from_i: int, from_j: int, count_i: int, count_j: int
 ) -> None:
     """target[i * to_i + j * to_j] = source[i * from_i + j * from_j] for i < count_i, j < count_j."""
-    if to_j == 1 and from_j == 1:
+    if to_j == 1 and from_j == 1 and to_i == count_j and from_i == count_j:
+        copy_row(target, source, count_i * count_j)
+    elif to_j == 1 and from_j == 1:
         for i in range(count_i):
             copy_row(shift(target, i * to_i), shift(source, i * from_i), count_j)
     elif to_j == 1 and from_i == 1:
@@ -110,9 +113,41 @@ def copy_block(
 
 @jit
 def copy_row(target: Any, source: Any, count: int) -> None:
-    """Copy ``count`` neighbours."""
-    for i in range(count):
-        target[i] = source[i]
+    """Copy ``count`` neighbours: short rows by vectors, the last one overlapping those before; others by memcpy."""
+    lanes = vector_lanes(target)
+    if count < lanes or count > 16 * lanes:
+        _copy_memory(target, source, count)
+    else:
+        for i in range(0, count - lanes, lanes):
+            _copy_vector(shift(target, i), shift(source, i))
+        _copy_vector(shift(target, count - lanes), shift(source, count - lanes))
+
+
+@intrinsic
+def vector_lanes(typingctx: Any, start: Any) -> Any:
+    """Return how many numbers of this type a vector holds."""
+    lanes = MACHINE.vector_bytes * 8 // start.dtype.bitwidth
+    return types.intp(start), lambda context, builder, signature, args: ir.IntType(64)(lanes)
+
+
+@intrinsic
+def _copy_vector(typingctx: Any, target: Any, source: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        lanes = MACHINE.vector_bytes * 8 // source.dtype.bitwidth
+        to, start = (builder.bitcast(arg, ir.VectorType(arg.type.pointee, lanes).as_pointer()) for arg in args)
+        builder.store(builder.load(start, align=source.dtype.bitwidth // 8), to, align=source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, source), generate
+
+
+@intrinsic
+def _copy_memory(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        cgutils.raw_memcpy(builder, *args, source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp), generate
 
 
 @jit
@@ -239,7 +274,7 @@ def packed_weight(weight: np.ndarray, plan: Plan, threads: int) -> int:
 
     def work(first: int, last: int) -> None:
         rows = workspace("rows", SQUARE * plan.taps, OFFSET)
-        pack_weight(first, last, strided(weight), packed, rows, numbers.ctypes.data, weight.dtype.type(0))
+        pack_weight(first, last, strided(weight), packed, rows, address(numbers), weight.dtype.type(0))
 
     numbers = flat(plan)
     parallel(work, panels, threads)

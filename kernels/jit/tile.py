@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from ctypes import c_ssize_t
 from functools import lru_cache
 from itertools import count, product
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -106,6 +107,14 @@ def panel_for(count: int, elementwise: bool, itemsize: int) -> Panel:
 # Memory as pointers. Kernels get addresses and element strides, so that one compiled version per dtype serves every
 # layout, read-only arrays included. Who makes a pointer keeps the array alive.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def address(array: np.ndarray) -> int:
+    """Return where an array's data is: ``array.ctypes.data``, which takes as long as a small layer's arithmetic.
+
+    It is the first field of NumPy's C struct for arrays, and follows what every Python object begins with.
+    """
+    return c_ssize_t.from_address(id(array) + object.__basicsize__).value
 
 
 @intrinsic

@@ -20,7 +20,7 @@ from .blocking import GradTasks, Plan, grad_tasks
 from .compile import jit, kernel
 from .packing import OFFSET, Quad, Strided, copy_block, fill, filters_of, pack_pixels, read_plan, strided
 from .threads import parallel, workspace
-from .tile import BLOCK_BYTES, CHUNK, flat, multiply, pointer, shift
+from .tile import BLOCK_BYTES, CHUNK, address, flat, multiply, pointer, shift
 
 
 class Task(NamedTuple):
@@ -74,12 +74,12 @@ def weight_grad(
         )  # fmt: skip
         target = strided(grad_weight)
         accumulate(
-            first, last, tasks, strided(input), strided(grad_output), target, numbers.ctypes.data, addresses, like
+            first, last, tasks, strided(input), strided(grad_output), target, address(numbers), addresses, like
         )
 
     def store(first: int, last: int) -> None:
-        target, target_bias = strided(grad_weight), 0 if bias is None else bias.ctypes.data
-        _store(first, last, tasks.splits, sums, bias_sums, target, target_bias, numbers.ctypes.data, like)
+        target, target_bias = strided(grad_weight), 0 if bias is None else address(bias)
+        _store(first, last, tasks.splits, sums, bias_sums, target, target_bias, address(numbers), like)
 
     parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, threads)
     parallel(store, panels, threads)
