@@ -7,9 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from cases import output_of, run_python
+from cases import ConvCase, output_of, run_python
 
 import fastconv as fc
+from fastconv import registry
 from fastconv.registry import ROWS
 from fastconv.runtime import ENGINES, ISAS, native_module, why_missing
 
@@ -138,6 +139,25 @@ def test_the_instruction_set_can_be_capped() -> None:
     assert set(native.available_isas()) <= set(native.built_isas()) <= set(ISAS)
     for cap in native.available_isas():
         assert output_of(code, FASTCONV_ISA=cap).strip() == cap
+
+
+@pytest.mark.skipif("cython" not in HERE, reason="the native engine is not built here")
+@pytest.mark.parametrize(
+    ("op", "case", "without", "with_amx"),
+    [
+        ("conv_forward", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
+        ("conv_forward", ConvCase("1x1 of few filters", (1, 64, 14, 14), (64, 64, 1, 1)), "im2col", "im2col"),
+        ("conv_weight_grad", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
+        ("conv_weight_grad", ConvCase("3x3", (1, 64, 14, 14), (64, 64, 3, 3), 1, 1), "winograd", "direct"),
+        ("conv_weight_grad", ConvCase("3x3, small", (1, 64, 8, 8), (64, 64, 3, 3), 1, 1), "winograd", "winograd"),
+    ],
+)
+def test_the_choice_knows_of_the_tile_that_only_direct_has(
+    op: str, case: ConvCase, without: str, with_amx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, algorithm in (("avx512", without), ("amx", with_amx)):
+        monkeypatch.setattr(registry, "isa", lambda name=name: name)
+        assert registry.select(op, case.dims, "cython").algorithm == algorithm
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,9 +73,7 @@ def weight_grad(
             workspace("offsets", plan.sum_rows + plan.taps + math.prod(plan.box[:3]), OFFSET),
         )  # fmt: skip
         target = strided(grad_weight)
-        accumulate(
-            first, last, tasks, strided(input), strided(grad_output), target, address(numbers), addresses, like
-        )
+        accumulate(first, last, tasks, strided(input), strided(grad_output), target, address(numbers), addresses, like)
 
     def store(first: int, last: int) -> None:
         target, target_bias = strided(grad_weight), 0 if bias is None else address(bias)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .dims import ConvDims, PoolDims
-from .runtime import ENGINES, why_missing
+from .runtime import ENGINES, isa, why_missing
 
 Kernel = Callable[..., None]
 Dims = ConvDims | PoolDims
@@ -55,13 +55,24 @@ def _always(op: str, dims: Dims) -> str:
     return ""
 
 
+def _fills_pieces(dims: ConvDims) -> bool:
+    """Whether AMX, whose tile for pieces of numbers ``direct`` has, gains more than splitting the numbers takes.
+
+    An estimate from counted instructions, which nobody has timed: splitting and packing a number takes as long as some 60
+    of its products gain, for AMX multiplies a good two times as fast as AVX-512.
+    """
+    channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
+    uses = dims.taps * min(channels, filters // 2)
+    return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 64 and pixels >= 196
+
+
 def _direct(op: str, dims: ConvDims) -> str:
     if dims.depthwise or op == "conv_input_grad":
         return ""
-    if dims.taps == 1:
+    if dims.taps == 1 and not _fills_pieces(dims):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
-    if apart and dims.reduction <= 64:
+    if dims.taps > 1 and apart and dims.reduction <= 64:
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
     if op == "conv_weight_grad" and dims.group_in_channels == 1 and dims.output_size[2] <= 8:
         return f"slower than im2col: sums of {dims.output_size[2]} products, one row of pixels, are short"
@@ -113,6 +124,8 @@ def _winograd(op: str, dims: ConvDims, fewest_pixels: int) -> str:
 
 
 def _winograd_cython(op: str, dims: ConvDims) -> str:
+    if op == "conv_weight_grad" and _fills_pieces(dims):
+        return "slower than direct, whose tile multiplies pieces of numbers"
     return _winograd(op, dims, 64 if op == "conv_weight_grad" else 49)
 
 
