@@ -74,8 +74,6 @@ def _direct(op: str, dims: ConvDims) -> str:
     apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
     if dims.taps > 1 and apart and dims.reduction <= 64:
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
-    if op == "conv_weight_grad" and dims.group_in_channels == 1 and dims.output_size[2] <= 8:
-        return f"slower than im2col: sums of {dims.output_size[2]} products, one row of pixels, are short"
     return ""
 
 
@@ -90,7 +88,7 @@ def _direct_numba(op: str, dims: ConvDims) -> str:
         )
     if dims.taps == 1 and weights <= 2**15:
         return f"slower than im2col, which leaves the output's layout, for {weights} weights of 1x1 filters"
-    if dims.taps > 1 and pixels < 64 and weights > 2**18:
+    if dims.taps > 1 and pixels <= 32 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     return ""
 
