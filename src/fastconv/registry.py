@@ -58,8 +58,8 @@ def _always(op: str, dims: Dims) -> str:
 def _fills_pieces(dims: ConvDims) -> bool:
     """Whether AMX, whose tile for pieces of numbers ``direct`` has, gains more than splitting the numbers takes.
 
-    An estimate from counted instructions, which nobody has timed: splitting and packing a number takes as long as some 60
-    of its products gain, for AMX multiplies a good two times as fast as AVX-512.
+    An estimate from counted instructions, never timed: splitting and packing a number takes as long as is gained on
+    some 60 of its products, for AMX multiplies a good two times as fast as AVX-512.
     """
     channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
     uses = dims.taps * min(channels, filters // 2)
