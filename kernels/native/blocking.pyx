@@ -93,6 +93,20 @@ cdef bint split_pays(const fc_ukernels *kernels, double padded):
     return kernels.pieces * (kernels.pieces + 1) // 2 * padded <= SPLIT_RATE
 
 
+cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, int threads) noexcept nogil:
+    """Return into how many shares, ``parts`` at most, to cut each task, lest threads wait for the last one.
+
+    Shares say who computes, never what. Each packs its task's part of the image again, and so one thread has just one.
+    """
+    cdef Py_ssize_t shares
+    if threads == 1:
+        return 1
+    shares = max(1, min(parts, 2 * threads // max(tasks, 1)))
+    while shares < parts and 10 * tasks * shares < 9 * ceil_div(tasks * shares, threads) * threads:
+        shares += 1
+    return shares
+
+
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *:
     """Do all tasks of a plan, on so many threads; a task returns 1 if it lacks memory."""
     cdef Py_ssize_t number, failures = 0

@@ -32,7 +32,7 @@ from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv,
     pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, pixel_offsets, round_up,
-    run_tasks, split_numbers, store, tap_offsets,
+    run_tasks, share_out, split_numbers, store, tap_offsets,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, Memory, arena, fc_reduction,
@@ -98,7 +98,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.refused = &refused[0]
     _pack_weights(&plan, bias, options.packed)
     tasks = c.batch * c.groups * plan.blocks.count
-    plan.shares = max(1, min(c.panels, 2 * c.threads // max(tasks, 1)))  # who computes, never what
+    plan.shares = share_out(tasks, c.panels, c.threads)
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]

@@ -31,7 +31,7 @@ from libc.string cimport memset
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
-    start_sums,
+    share_out, start_sums,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
 from fastconv.kernels.native.weight_chunks cimport (
@@ -128,7 +128,7 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
     plan.relu = options.activation == "relu"
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
-    plan.shares = max(ceil_div(c.filters, SHARE), min(ceil_div(c.filters, CHUNK), 2 * c.threads // max(tasks, 1)))
+    plan.shares = max(ceil_div(c.filters, SHARE), share_out(tasks, ceil_div(c.filters, CHUNK), c.threads))
     run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)
 
 

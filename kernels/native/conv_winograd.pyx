@@ -40,7 +40,7 @@ from libc.string cimport memset
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, pack_pixels,
-    panel_vectors, run_tasks, split_numbers, store,
+    panel_vectors, run_tasks, share_out, split_numbers, store,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_SUM_LIMIT, FC_TINY, Memory, arena, fc_reduction,
@@ -171,7 +171,7 @@ cdef void _run_pass(Plan *plan) except *:
     cdef Py_ssize_t panels = 0 if plan.once or plan.ready else c.groups * (plan.end_panel - plan.first_panel)
     cdef Py_ssize_t tasks = c.batch * c.groups * plan.blocks.count
     run_tasks(_transform_panel, plan, panels, c.threads)
-    plan.shares = max(1, min(ceil_div(plan.end_panel - plan.first_panel, PANELS), 2 * c.threads // max(tasks, 1)))
+    plan.shares = share_out(tasks, ceil_div(plan.end_panel - plan.first_panel, PANELS), c.threads)
     run_tasks(_forward_task, plan, tasks * plan.shares, c.threads)
 
 
