@@ -22,6 +22,12 @@ cdef extern from "ukernels.h" nogil:
     ctypedef struct fc_lines:
         Py_ssize_t channels, run, step, pitch
 
+    ctypedef struct fc_tiles:
+        int rows, columns, high, wide
+        Py_ssize_t count
+        const Py_ssize_t *at
+        Py_ssize_t row_step, cell_step
+
     ctypedef struct fc_ukernels:
         int lanes, tile_rows, depth_step
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
@@ -36,13 +42,8 @@ cdef extern from "ukernels.h" nogil:
                          const fc_runs *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, int, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                               const fc_runs *) noexcept nogil
-        void (*winograd_input)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, Py_ssize_t, void *,
-                               Py_ssize_t) noexcept nogil
-        void (*winograd_weight)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
-        void (*winograd_output)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
-        void (*winograd_grad)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, Py_ssize_t, void *,
-                              Py_ssize_t) noexcept nogil
-        void (*winograd_weight_grad)(const void *, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
+        void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
+        void (*winograd_gather)(int, const fc_tiles *, const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
         int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
@@ -54,6 +55,7 @@ cdef extern from "ukernels.h" nogil:
 
     const double FC_SUM_LIMIT
     enum: FC_TINY, FC_HUGE
+    enum: FC_INPUTS, FC_TAPS, FC_OUTPUTS
 
     ctypedef struct fc_isa:
         const char *name

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .dims import ConvDims, PoolDims
+from .kernels import winograd
 from .runtime import ENGINES, isa, why_missing
 
 Kernel = Callable[..., None]
 Dims = ConvDims | PoolDims
+
+LEAD = 1.15  #: how many times faster Winograd's products must be, as they are counted, than direct's
 
 
 class Row(NamedTuple):
@@ -108,7 +111,30 @@ def _planar(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
-def _winograd(op: str, dims: ConvDims, fewest_pixels: int) -> str:
+def _winograd(op: str, dims: ConvDims) -> str:
+    if dims.stride[1:] != (1, 1) or dims.kernel_size[1:] == (1, 1):
+        return "only for filters of several taps and for stride 1, along height and width"
+    if op == "conv_weight_grad":
+        images, tile = dims.batch, winograd.choose_for_weights(dims)
+    elif op == "conv_input_grad" and (dims.stride[0] != 1 or dims.input_grad_parts()[0].dims is None):
+        return "only for stride 1"
+    else:
+        dims = dims.input_grad_parts()[0].dims or dims if op == "conv_input_grad" else dims
+        images, tile = 1, winograd.choose(dims)
+    if tile is None:
+        return "not for such filters or so short sums: less exact than plain sums there, and no faster"
+    if tile.cost * LEAD > images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction:
+        return f"slower: the transforms take what tiles of {tile.rows}x{tile.columns} save"
+    return ""
+
+
+def _winograd_cython(op: str, dims: ConvDims) -> str:
+    if op == "conv_weight_grad" and _fills_pieces(dims):
+        return "slower than direct, whose tile multiplies pieces of numbers"
+    return _winograd(op, dims)
+
+
+def _winograd_3x3(op: str, dims: ConvDims, fewest_pixels: int) -> str:
     if dims.kernel_size != (1, 3, 3) or dims.dilation[1:] != (1, 1) or dims.stride[1:] != (1, 1):
         return "only for 3x3 filters with stride 1 and dilation 1"
     if op == "conv_input_grad" and dims.stride[0] != 1:
@@ -121,14 +147,8 @@ def _winograd(op: str, dims: ConvDims, fewest_pixels: int) -> str:
     return ""
 
 
-def _winograd_cython(op: str, dims: ConvDims) -> str:
-    if op == "conv_weight_grad" and _fills_pieces(dims):
-        return "slower than direct, whose tile multiplies pieces of numbers"
-    return _winograd(op, dims, 64 if op == "conv_weight_grad" else 49)
-
-
 def _winograd_numba(op: str, dims: ConvDims) -> str:
-    return "has no gradient of the weights" if op == "conv_weight_grad" else _winograd(op, dims, 100)
+    return "has no gradient of the weights" if op == "conv_weight_grad" else _winograd_3x3(op, dims, 100)
 
 
 CONVOLUTIONS = (

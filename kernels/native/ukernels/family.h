@@ -19,7 +19,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
     V acc[TILE_ROWS][4];
     UNROLL for (int m = 0; m < n_rows; m++)
         UNROLL for (int v = 0; v < vectors; v++)
-            acc[m][v] = accumulate ? *(const V *)(c + (m * vectors + v) * LANES) : (V){0};
+            acc[m][v] = (V){0};
 
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
         const T *row[TILE_ROWS];
@@ -38,8 +38,12 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
     }
 
     UNROLL for (int m = 0; m < n_rows; m++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            *(V *)(c + (m * vectors + v) * LANES) = acc[m][v];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            V *sum = (V *)(c + (m * vectors + v) * LANES);
+            if (accumulate)
+                acc[m][v] += *sum;
+            *sum = acc[m][v];
+        }
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
@@ -232,131 +236,9 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
     }
 }
 
-/* -------------------------------------------------------------------------------------------- Winograd F(2x2, 3x3) */
+/* -------------------------------------------------------------------------------------------------------- Winograd */
 
-/* Bt d B, At m A and G g Gt of Lavin and Gray, arXiv 1509.09308, for LANES channels (or filters) at once; for the gradient
- * of the weights the transposes of the last two, A g At and Gt m G. */
-static void FC(winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
-                               ptrdiff_t block, void *out, ptrdiff_t point_stride)
-{
-    for (ptrdiff_t p = 0; p < n_tiles; p++)
-        for (ptrdiff_t i = 0; i < block; i += LANES) {
-            const T *d = (const T *)image + tiles[p] + i;
-            T *v = (T *)out + p * block + i;
-            V x[4][4];
-            UNROLL for (int c = 0; c < 4; c++) { /* columns of Bt d */
-                V r0 = *(const V *)(d + c * block), r1 = *(const V *)(d + row_step + c * block);
-                V r2 = *(const V *)(d + 2 * row_step + c * block), r3 = *(const V *)(d + 3 * row_step + c * block);
-                x[0][c] = r0 - r2;
-                x[1][c] = r1 + r2;
-                x[2][c] = r2 - r1;
-                x[3][c] = r1 - r3;
-            }
-            UNROLL for (int r = 0; r < 4; r++) {
-                *(V *)(v + (4 * r + 0) * point_stride) = x[r][0] - x[r][2];
-                *(V *)(v + (4 * r + 1) * point_stride) = x[r][1] + x[r][2];
-                *(V *)(v + (4 * r + 2) * point_stride) = x[r][2] - x[r][1];
-                *(V *)(v + (4 * r + 3) * point_stride) = x[r][1] - x[r][3];
-            }
-        }
-}
-
-static void FC(winograd_weight)(const void *weight, ptrdiff_t channels, ptrdiff_t width, void *out,
-                                ptrdiff_t point_stride)
-{
-    const T half = (T)0.5;
-    for (ptrdiff_t n = 0; n < channels; n++)
-        for (ptrdiff_t i = 0; i < width; i += LANES) {
-            const T *g = (const T *)weight + n * 9 * width + i;
-            T *u = (T *)out + n * width + i;
-            V x[4][3];
-            UNROLL for (int c = 0; c < 3; c++) { /* columns of G g */
-                V r0 = *(const V *)(g + c * width), r1 = *(const V *)(g + (3 + c) * width);
-                V r2 = *(const V *)(g + (6 + c) * width);
-                V even = (r0 + r2) * half, odd = r1 * half;
-                x[0][c] = r0;
-                x[1][c] = even + odd;
-                x[2][c] = even - odd;
-                x[3][c] = r2;
-            }
-            UNROLL for (int r = 0; r < 4; r++) {
-                V even = (x[r][0] + x[r][2]) * half, odd = x[r][1] * half;
-                *(V *)(u + (4 * r + 0) * point_stride) = x[r][0];
-                *(V *)(u + (4 * r + 1) * point_stride) = even + odd;
-                *(V *)(u + (4 * r + 2) * point_stride) = even - odd;
-                *(V *)(u + (4 * r + 3) * point_stride) = x[r][2];
-            }
-        }
-}
-
-static void FC(winograd_output)(const void *products, ptrdiff_t point_stride, ptrdiff_t n_tiles, ptrdiff_t width,
-                                void *out)
-{
-    for (ptrdiff_t p = 0; p < n_tiles; p++)
-        for (ptrdiff_t i = 0; i < width; i += LANES) {
-            const T *m = (const T *)products + p * width + i;
-            T *y = (T *)out + 2 * p * width + i;
-            V x[2][4];
-            UNROLL for (int c = 0; c < 4; c++) { /* columns of At m */
-                V r0 = *(const V *)(m + c * point_stride), r1 = *(const V *)(m + (4 + c) * point_stride);
-                V r2 = *(const V *)(m + (8 + c) * point_stride), r3 = *(const V *)(m + (12 + c) * point_stride);
-                x[0][c] = r0 + r1 + r2;
-                x[1][c] = r1 - r2 - r3;
-            }
-            UNROLL for (int r = 0; r < 2; r++) {
-                *(V *)(y + 2 * r * n_tiles * width) = x[r][0] + x[r][1] + x[r][2];
-                *(V *)(y + (2 * r * n_tiles + 1) * width) = x[r][1] - x[r][2] - x[r][3];
-            }
-        }
-}
-
-static void FC(winograd_grad)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *grad, ptrdiff_t row_step,
-                              ptrdiff_t block, void *out, ptrdiff_t point_stride)
-{
-    for (ptrdiff_t p = 0; p < n_tiles; p++)
-        for (ptrdiff_t i = 0; i < block; i += LANES) {
-            const T *g = (const T *)grad + tiles[p] + i;
-            T *m = (T *)out + p * block + i;
-            V x[4][2];
-            UNROLL for (int c = 0; c < 2; c++) { /* columns of A g */
-                V r0 = *(const V *)(g + c * block), r1 = *(const V *)(g + row_step + c * block);
-                x[0][c] = r0;
-                x[1][c] = r0 + r1;
-                x[2][c] = r0 - r1;
-                x[3][c] = -r1;
-            }
-            UNROLL for (int r = 0; r < 4; r++) {
-                *(V *)(m + (4 * r + 0) * point_stride) = x[r][0];
-                *(V *)(m + (4 * r + 1) * point_stride) = x[r][0] + x[r][1];
-                *(V *)(m + (4 * r + 2) * point_stride) = x[r][0] - x[r][1];
-                *(V *)(m + (4 * r + 3) * point_stride) = -x[r][1];
-            }
-        }
-}
-
-static void FC(winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, ptrdiff_t n, void *out,
-                                     ptrdiff_t tap_stride)
-{
-    const T half = (T)0.5;
-    for (ptrdiff_t i = 0; i < n; i += LANES) {
-        const T *m = (const T *)sums + i;
-        T *g = (T *)out + i;
-        V x[3][4];
-        UNROLL for (int c = 0; c < 4; c++) { /* columns of Gt m */
-            V r1 = *(const V *)(m + (4 + c) * point_stride), r2 = *(const V *)(m + (8 + c) * point_stride);
-            V even = (r1 + r2) * half;
-            x[0][c] = *(const V *)(m + c * point_stride) + even;
-            x[1][c] = (r1 - r2) * half;
-            x[2][c] = even + *(const V *)(m + (12 + c) * point_stride);
-        }
-        UNROLL for (int r = 0; r < 3; r++) {
-            V even = (x[r][1] + x[r][2]) * half;
-            *(V *)(g + (3 * r + 0) * tap_stride) = x[r][0] + even;
-            *(V *)(g + (3 * r + 1) * tap_stride) = (x[r][1] - x[r][2]) * half;
-            *(V *)(g + (3 * r + 2) * tap_stride) = even + x[r][3];
-        }
-    }
-}
+#include "winograd.h"
 
 /* A branch for each number, or a single int for all, would keep the compiler from using vectors. */
 static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
@@ -520,11 +402,8 @@ static const fc_ukernels FC(table) = {
     .depthwise_weight = FC(depthwise_weight),
     .max_pool = FC(max_pool),
     .max_pool_grad = FC(max_pool_grad),
-    .winograd_input = FC(winograd_input),
-    .winograd_weight = FC(winograd_weight),
-    .winograd_output = FC(winograd_output),
-    .winograd_grad = FC(winograd_grad),
-    .winograd_weight_grad = FC(winograd_weight_grad),
+    .winograd_transform = FC(winograd_transform),
+    .winograd_gather = FC(winograd_gather),
     .all_below = FC(all_below),
 };
 

@@ -54,12 +54,24 @@ typedef struct {
     ptrdiff_t channels, run, step, pitch;
 } fc_lines;
 
+/* Tiles of Winograd's convolution: 1 x 2, 1 x 4, 2 x 2, 2 x 4 or 4 x 4 outputs; along each axis 1, 2 or 4 outputs see 1, 4 or 6
+ * inputs by way of 1 or 3 taps and have 1, 4 or 6 points. A tile that is higher than wide has its axes exchanged. */
+typedef struct {
+    int rows, columns;              /* outputs */
+    int high, wide;                 /* of kind FC_TAPS: the taps that there are; others are zero */
+    ptrdiff_t count;
+    const ptrdiff_t *at;            /* the first cell of each */
+    ptrdiff_t row_step, cell_step;  /* from cell to cell */
+} fc_tiles;
+
+enum { FC_INPUTS, FC_TAPS, FC_OUTPUTS };
+
 typedef struct {
     int lanes;      /* elements in a vector */
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
     int depth_step; /* the depth of a reduction is a multiple of it */
 
-    /* Rows `n_rows` <= tile_rows of a tile; starts from c if `accumulate`, else from zero. The rows of c beyond n_rows may be
+    /* Rows `n_rows` <= tile_rows of a tile; the sum is added to c if `accumulate`. The rows of c beyond n_rows may be
      * overwritten, up to tile_rows. */
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
                    int vectors, void *c, int accumulate);
@@ -96,20 +108,12 @@ typedef struct {
     void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
                           const fc_runs *winners, const fc_runs *out);
 
-    /* Winograd F(2x2, 3x3): a tile of 2x2 outputs sees 4x4 inputs and has 16 points. In all of them, points are
-     * `point_stride` apart.
-     * input:  out[point][p][i] of the 4x4 cells at image[tiles[p]], cells `block` and rows `row_step` apart, i < block
-     * weight: [channel][9 taps][width] to out[point][channel][width]
-     * output: products[point][p][i] to out[row of 2][2 p + column of 2][i], i < width; a row has 2 * n_tiles pixels
-     * grad:   as input, of the 2x2 gradients of outputs at grad[tiles[p]]
-     * weight_grad: sums over tiles[point][i] to out[9 taps][i], taps `tap_stride` apart, i < n, a multiple of `lanes` */
-    void (*winograd_input)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *image, ptrdiff_t row_step,
-                           ptrdiff_t block, void *out, ptrdiff_t point_stride);
-    void (*winograd_weight)(const void *weight, ptrdiff_t channels, ptrdiff_t width, void *out, ptrdiff_t point_stride);
-    void (*winograd_output)(const void *products, ptrdiff_t point_stride, ptrdiff_t n_tiles, ptrdiff_t width, void *out);
-    void (*winograd_grad)(const ptrdiff_t *tiles, ptrdiff_t n_tiles, const void *grad, ptrdiff_t row_step,
-                          ptrdiff_t block, void *out, ptrdiff_t point_stride);
-    void (*winograd_weight_grad)(const void *sums, ptrdiff_t point_stride, ptrdiff_t n, void *out, ptrdiff_t tap_stride);
+    /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
+     * points to cells. Of inputs, taps and (gradients of) outputs in one direction, of outputs and taps in the other. */
+    void (*winograd_transform)(int kind, const fc_tiles *tiles, const void *in, ptrdiff_t block, void *out,
+                               ptrdiff_t point_stride);
+    void (*winograd_gather)(int kind, const fc_tiles *tiles, const void *in, ptrdiff_t point_stride, ptrdiff_t block,
+                            void *out);
 
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);

@@ -1,0 +1,116 @@
+"""The tile of Winograd's convolution: how many outputs at once, chosen by what they cost, for every engine.
+
+Along one axis, m outputs of a 3-tap filter take m + 2 products instead of 3 m. Longer filters are cut into slices of 3
+taps, which are summed like channels; an axis of one output has slices of one tap, and no transform.
+
+    outputs of a tile    products of an output, 3x3 taps    terms that a sum must have
+         1 x 1                        9
+         1 x 2                        6                               120
+         1 x 4                        4.5                             450
+         2 x 2                        4                               120
+         2 x 4                        3                               450
+         4 x 4                        2.25                           2000
+
+The larger a tile, the larger its errors, whatever the length of the sums; those of plain sums grow with it. The last
+column is where they meet (docs/performance.md). What only padding is multiplied by is no term.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+SLICE = 3  #: taps
+SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
+TERMS = (120, 450, 2000)  #: of a sum, for tiles with no, one or two sides of 4
+TRANSFORM = 7  #: products that fit into the time of packing and transforming one number of an image, or back
+WEIGHT_TRANSFORM = 7  #: the same for a number of the weights
+SUM_TRANSFORM = 12  #: the same for a number of their gradient
+SHARED = 64  #: channels, and filters, for which the gradient of the weights transforms a number once
+
+
+class Tile(NamedTuple):
+    """Outputs of a tile, and what it costs."""
+
+    rows: int
+    columns: int
+    cost: float  #: of a group, in products: of one image, or of the gradient of the weights
+
+    @property
+    def points(self) -> int:
+        """Products of a tile, for each channel and filter."""
+        return points(self.rows) * points(self.columns)
+
+
+def points(side: int) -> int:
+    """Inputs that so many outputs along one axis see, and products that they take."""
+    return 1 if side == 1 else side + SLICE - 1
+
+
+@lru_cache(maxsize=1024)
+def choose(dims: Any) -> Tile | None:
+    """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
+    kernel = dims.kernel_size[1:]
+    tiles = [
+        Tile(*sides, _cost(dims, *sides))
+        for sides in _exact_enough(dims.group_in_channels * _products(dims) / math.prod(dims.output_size))
+        if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
+    ]
+    return min(tiles, key=lambda tile: tile.cost, default=None)
+
+
+@lru_cache(maxsize=1024)
+def choose_for_weights(dims: Any) -> Tile | None:
+    """Return the cheapest tile for the gradient of weights of 3 taps along one axis or two, or None."""
+    depth, *kernel = dims.kernel_size
+    tiles = [
+        Tile(*sides, _weight_cost(dims, *sides))
+        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps)
+        if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
+    ]
+    return min(tiles, key=lambda tile: tile.cost, default=None) if depth == 1 else None
+
+
+def _products(dims: Any) -> int:
+    """Return how many pairs of an output and a tap meet in a cell of the image, and not in its padding."""
+    return math.prod(
+        sum(max(0, min(outputs, size + pad - tap * dilation) - max(0, pad - tap * dilation)) for tap in range(taps))
+        for outputs, size, pad, dilation, taps in zip(
+            dims.output_size, dims.input_size, dims.pad_before, dims.dilation, dims.kernel_size, strict=True
+        )
+    )
+
+
+def _exact_enough(terms: float) -> list[tuple[int, int]]:
+    """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
+    return [sides for sides in SIDES if terms >= TERMS[sides.count(4)]]
+
+
+def _tiles(dims: Any, rows: int, columns: int) -> int:
+    """Tiles of one image; with dilation, the outputs of a tile are so far apart, and tiles interleave."""
+    depth, *size = dims.output_size
+    tiles: int = depth
+    for side, outputs, step in zip((rows, columns), size, dims.dilation[1:], strict=True):
+        tiles *= math.ceil(outputs / (side * step)) * step
+    return tiles
+
+
+def _cost(dims: Any, rows: int, columns: int) -> float:
+    """Products of an image and a group, transforms included."""
+    channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, _tiles(dims, rows, columns)
+    depth, *kernel = dims.kernel_size
+    slices = depth
+    for side, taps in zip((rows, columns), kernel, strict=True):
+        slices *= taps if side == 1 else math.ceil(taps / SLICE)
+    products = channels * filters * slices
+    transforms = TRANSFORM * tiles * (channels * slices + filters) + WEIGHT_TRANSFORM * products
+    return float(points(rows) * points(columns) * (tiles * products + transforms))
+
+
+def _weight_cost(dims: Any, rows: int, columns: int) -> float:
+    """Products of a group's gradient of the weights, transforms included."""
+    channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, dims.batch * _tiles(dims, rows, columns)
+    shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
+    transforms = TRANSFORM * tiles * shared + SUM_TRANSFORM * channels * filters
+    return float(points(rows) * points(columns) * (tiles * channels * filters + transforms))
