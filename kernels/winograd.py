@@ -8,8 +8,8 @@ taps, which are summed like channels; an axis of one output has slices of one ta
          1 x 2                        6                               120
          1 x 4                        4.5                             450
          2 x 2                        4                               120
-         2 x 4                        3                               450
-         4 x 4                        2.25                           2000
+         2 x 4                        3                               400
+         4 x 4                        2.25                           1600
 
 The larger a tile, the larger its errors, whatever the length of the sums; those of plain sums grow with it. The last
 column is where they meet (docs/performance.md). What only padding is multiplied by is no term.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
-TERMS = (120, 450, 2000)  #: of a sum, for tiles with no, one or two sides of 4
+TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
 TRANSFORM = 7  #: products that fit into the time of packing and transforming one number of an image, or back
 WEIGHT_TRANSFORM = 7  #: the same for a number of the weights
 SUM_TRANSFORM = 12  #: the same for a number of their gradient

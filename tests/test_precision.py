@@ -15,8 +15,8 @@ from fastconv.runtime import isa
 
 CASES = [
     ConvCase(f"{c} to {k} channels, {g} groups", (2, c, 20, 20), (k, c // g, 3, 3), 1, 1, 1, g)
-    for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (24, 24, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8))
-]
+    for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (24, 24, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8), (256, 4, 1))
+] + [ConvCase("weights of many outputs", (2, 16, 36, 40), (16, 16, 3, 3), 1, 1)]
 WHOLE_BLOCKS = [case for case in CONV_CASES if "whole channel blocks" in case.name]
 PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}
 EXACT = next(row for row in ROWS["conv_forward"] if row[:2] == ("im2col", "numpy"))  #: in float64
@@ -49,10 +49,13 @@ def relative_error(result: Array, exact: Array) -> float:
     return float(np.sqrt(np.mean(np.square(result - exact)) / np.mean(np.square(exact))))
 
 
+@pytest.mark.parametrize("numbers", ["of both signs", "after a ReLU"])
 @for_every_row(CASES)
-def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase) -> None:
+def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase, numbers: str) -> None:
     x, w, b, dy = case.arrays(np.float32)
     b = np.zeros_like(b)
+    if numbers == "after a ReLU":
+        x, dy = np.maximum(x, 0), np.maximum(dy, 0)
     exact = conv_results(case, ConvArrays(x, w, b, dy).astype(np.float64), EXACT)
     results = conv_results(case, ConvArrays(x, w, b, dy), row)
     rotated = w.reshape(case.groups, -1, *w.shape[1:]).swapaxes(1, 2).reshape(case.input[1], -1, 3, 3)[..., ::-1, ::-1]

@@ -274,6 +274,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
     cdef Py_ssize_t width = vectors * c.kernels.lanes, m
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
+    reduction.apart = 0
     reduction.taps = taps
     reduction.b_taps = NULL
     reduction.a_step = 1

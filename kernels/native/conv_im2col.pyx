@@ -187,6 +187,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, P
     cdef Py_ssize_t tile_rows = c.kernels.tile_rows, chunk, end, pixel, m
     cdef int vectors
     cdef fc_reduction reduction
+    reduction.apart = 0
     reduction.taps = channel_offsets
     reduction.b_taps = NULL
     reduction.n_taps = channels
@@ -324,6 +325,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const char *patches = memory + offset_bytes
     cdef char *grads = memory + offset_bytes + patch_bytes
     cdef fc_reduction reduction
+    reduction.apart = 0
     reduction.taps = lines
     reduction.b_taps = NULL
     for m in range(rows):  # accumulators are [tap][channel], patches [channel][tap]; missing channels repeat the last

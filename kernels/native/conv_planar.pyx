@@ -152,6 +152,7 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     cdef fc_reduction reduction
     for row in range(filters):
         rows[row] = (first + row) * c.w.stride[0]
+    reduction.apart = 0
     reduction.taps = a_taps
     reduction.b_taps = b_taps
     reduction.n_taps = c.taps

@@ -67,11 +67,12 @@ from fastconv.kernels.native import conv_direct
 
 cdef enum:
     SLICE = 3                   # taps along an axis that has more than one output in a tile
-    CHANNELS = 32               # channel block, and all that one brgemm reduces over: sums of sums have smaller errors
-    FEW_CHANNELS = 16           # the same where a tile has a side of 4 and sums are shorter than ...
-    LONG_SUM = 1024             # ... this, for they must be as exact as plain sums
+    CHANNELS = 32               # channel block, summed by itself: sums of sums have smaller errors
+    FEW_CHANNELS = 16           # the same for tiles with a side of 4, which would not be exact enough
+    REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
     TILES = 49                  # of a block, about; fewer where there are many channels
     SUMMED_CHANNELS = 64        # of a task of the weight gradient, at most
+    APART = 16                  # tiles whose products are summed by themselves
     SUMMED_TILES = 64           # tiles that one brgemm of the weight gradient reduces over, at most
     INPUT_BYTES = 4 << 20       # transformed inputs of a block, at most
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
@@ -140,6 +141,7 @@ ctypedef struct Task:
     Py_ssize_t point_bytes      # of transformed inputs
     Py_ssize_t product_bytes    # of a point and a panel
     Py_ssize_t *offsets         # of each tile
+    Py_ssize_t *taps            # of each slice of a channel block
     Py_ssize_t *cells           # of each tile in a row of periods, in the output
     char *inputs                # [point][channel block][slice][tile][width]
     char *weights               # [panel][point][channel block][slice][channel][filter]: its own, if they are used once
@@ -278,9 +280,8 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
-    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), most = CHANNELS, tiles
-    if max(g.rows, g.columns) == 4 and c.reduction < LONG_SUM:
-        most = FEW_CHANNELS
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles
+    cdef Py_ssize_t most = FEW_CHANNELS if max(g.rows, g.columns) == 4 else CHANNELS
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     tiles = INPUT_BYTES // (g.points * g.count * plan.channel_blocks * plan.width * c.packed)
@@ -402,14 +403,15 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
     """Find the block of a task, and room for its arrays; return 1 if there is no memory."""
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
+    cdef Py_ssize_t slices = plan.channel_blocks * g.count
     t.group = number % c.groups
     locate(c, &plan.blocks, number // c.groups, &t.block)
     t.whole = _whole_periods(c, g, &t.block)
     t.tiles = t.whole.rows // g.rows * (t.whole.columns // g.columns)
-    t.point_bytes = plan.channel_blocks * g.count * t.tiles * plan.width * c.packed + LINE_BYTES
+    t.point_bytes = slices * t.tiles * plan.width * c.packed + LINE_BYTES
     t.product_bytes = round_up(t.tiles, c.kernels.tile_rows) * c.panel * c.item + LINE_BYTES
 
-    cdef Py_ssize_t offset_bytes = round_up(2 * t.tiles * <Py_ssize_t>sizeof(Py_ssize_t), 64)
+    cdef Py_ssize_t offset_bytes = round_up((2 * t.tiles + slices) * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef Py_ssize_t weight_bytes = PANELS * plan.panel_bytes if plan.once else 0
     cdef Py_ssize_t float_bytes = g.points * max(input_float_bytes(plan, t), weight_float_bytes(plan) if plan.once else 0)
     cdef Py_ssize_t cells = c.kernel[0] * t.whole.high * t.whole.wide
@@ -425,6 +427,7 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
         return 1
     t.offsets = <Py_ssize_t *>memory
     t.cells = t.offsets + t.tiles
+    t.taps = t.cells + t.tiles
     t.inputs = memory + offset_bytes
     t.weights = t.inputs + g.points * t.point_bytes
     t.products = t.weights + weight_bytes
@@ -461,6 +464,8 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
                     out += t.tiles * plan.width * c.packed
     for p in range(t.tiles):
         t.offsets[p] = p * plan.width
+    for p in range(plan.channel_blocks * g.count):
+        t.taps[p] = p * t.tiles * plan.width
     return sizes != FC_TINY
 
 
@@ -512,25 +517,26 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     """Multiply the inputs of one point by one panel's weights, of channel blocks from ``first`` on."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, zero = 0, b, number, m
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, begin = first * plan.g.count, n = 0, m
+    cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks) * plan.g.count
+    cdef Py_ssize_t whole = c.depth // plan.width * plan.g.count  # slices of full channel blocks; others are less deep
     cdef fc_reduction reduction
-    reduction.taps = &zero
-    reduction.n_taps = 1
+    reduction.apart = 1
     reduction.a_step = 1
     reduction.b_taps = NULL
-    reduction.b_tap = 0
     reduction.b_step = width
-    inputs += first * plan.g.count * t.tiles * plan.width * c.packed
-    for b in range(first, min(first + plan.together, plan.channel_blocks)):
-        reduction.depth = min(plan.width, c.depth - b * plan.width)
-        for number in range(plan.g.count):
-            for m from 0 <= m < t.tiles by tile_rows:
-                c.kernels.brgemm(
-                    &reduction, inputs, t.offsets + m, <int>min(tile_rows, t.tiles - m), weights, vectors,
-                    products + m * width * c.item, b + number > 0,
-                )
-            inputs += t.tiles * plan.width * c.packed
-            weights += reduction.depth * width * c.packed
+    while begin < end:
+        reduction.taps = t.taps + begin
+        reduction.depth = plan.width if begin < whole else c.depth % plan.width
+        reduction.n_taps = min(max(1, REDUCTION // plan.width), (min(end, whole) if begin < whole else end) - begin)
+        reduction.b_tap = reduction.depth * width
+        for m from 0 <= m < t.tiles by tile_rows:
+            c.kernels.brgemm(
+                &reduction, inputs, t.offsets + m, <int>min(tile_rows, t.tiles - m), weights, vectors,
+                products + m * width * c.item, begin > 0,
+            )
+        weights += reduction.n_taps * reduction.b_tap * c.packed
+        begin += reduction.n_taps
 
 
 cdef void _store_panel(const Plan *plan, const Task *t, Py_ssize_t panel, const char *products) noexcept nogil:
@@ -572,6 +578,7 @@ ctypedef struct GradTask:
     Py_ssize_t tiles            # transformed so far
     Py_ssize_t *offsets         # of each tile
     Py_ssize_t *rows            # of each channel
+    Py_ssize_t *parts           # of each APART tiles
     char *inputs                # [point][tile][channel]
     char *grads                 # [point][panel][tile][filter]
     char *sums                  # [point][panel][channel][filter]
@@ -629,7 +636,8 @@ cdef int _place(const GradPlan *plan, GradTask *t) noexcept nogil:
     """Find room for a task's arrays, clear its sums; return 1 if there is no memory."""
     cdef const WeightPlan *w = &plan.w
     cdef const Conv *c = &w.c
-    cdef Py_ssize_t offset_bytes = (SUMMED_TILES + w.width + 8) // 8 * 64, points = plan.g.points, i
+    cdef Py_ssize_t offset_bytes = (SUMMED_TILES + w.width + SUMMED_TILES // APART + 8) // 8 * 64
+    cdef Py_ssize_t points = plan.g.points, i
     cdef Py_ssize_t high = w.blocks.rows + (c.kernel[1] - 1) * c.dilation[1]
     cdef Py_ssize_t wide = w.blocks.columns + (c.kernel[2] - 1) * c.dilation[2]
     cdef Py_ssize_t cells = max(high * wide * w.width, w.blocks.rows * w.blocks.columns * c.panel)
@@ -641,12 +649,15 @@ cdef int _place(const GradPlan *plan, GradTask *t) noexcept nogil:
     t.tiles = 0
     t.offsets = <Py_ssize_t *>memory
     t.rows = t.offsets + SUMMED_TILES
+    t.parts = t.rows + w.width
     t.inputs = memory + offset_bytes
     t.grads = t.inputs + points * plan.point_bytes
     t.sums = t.grads + points * plan.grad_bytes
     t.part = t.sums + points * plan.sum_bytes
     for i in range(w.width):
         t.rows[i] = i
+    for i in range(SUMMED_TILES // APART):
+        t.parts[i] = i * APART * w.width
     memset(t.sums, 0, <size_t>(points * plan.sum_bytes))
     return 0
 
@@ -700,32 +711,44 @@ cdef bint _add_grads(const GradPlan *plan, const GradTask *t, const Block *block
 
 
 cdef void _sum_tiles(const GradPlan *plan, GradTask *t) noexcept nogil:
-    """Add the products of all tiles that are transformed to the sums."""
+    """Add the products of all tiles that are transformed to the sums, those of APART tiles at a time."""
+    cdef Py_ssize_t whole = t.tiles // APART * APART
+    if whole > 0:
+        _add_products(plan, t, 0, APART, whole // APART)
+    if whole < t.tiles:
+        _add_products(plan, t, whole, t.tiles - whole, 1)
+    t.tiles = 0
+
+
+cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t first, Py_ssize_t depth,
+                        Py_ssize_t parts) noexcept nogil:
+    """Add the products of so many parts of ``depth`` tiles, from tile ``first`` on, to the sums."""
     cdef const WeightPlan *w = &plan.w
     cdef const Conv *c = &w.c
-    cdef Py_ssize_t zero = 0, point, panel, width, m
+    cdef Py_ssize_t point, panel, width, m
+    cdef const char *inputs
     cdef const char *grads
     cdef char *sums
     cdef fc_reduction reduction
-    reduction.taps = &zero
-    reduction.n_taps = 1
-    reduction.depth = t.tiles
+    reduction.apart = 1
+    reduction.taps = t.parts
+    reduction.n_taps = parts
+    reduction.depth = depth
     reduction.a_step = w.width
     reduction.b_taps = NULL
-    reduction.b_tap = 0
     for point in range(plan.g.points):
+        inputs = t.inputs + point * plan.point_bytes + first * w.width * c.item
         for panel in range(t.w.panels):
             width = panel_vectors(c, t.w.panel + panel) * c.kernels.lanes
             reduction.b_step = width
-            grads = t.grads + point * plan.grad_bytes + panel * SUMMED_TILES * c.panel * c.item
+            reduction.b_tap = depth * width
+            grads = t.grads + point * plan.grad_bytes + (panel * SUMMED_TILES * c.panel + first * width) * c.item
             sums = t.sums + point * plan.sum_bytes + panel * plan.panel_sums * c.item
             for m from 0 <= m < w.width by c.kernels.tile_rows:
                 c.kernels.brgemm(
-                    &reduction, t.inputs + point * plan.point_bytes, t.rows + m,
-                    <int>min(<Py_ssize_t>c.kernels.tile_rows, w.width - m), grads, width // c.kernels.lanes,
-                    sums + m * width * c.item, 1,
+                    &reduction, inputs, t.rows + m, <int>min(<Py_ssize_t>c.kernels.tile_rows, w.width - m), grads,
+                    width // c.kernels.lanes, sums + m * width * c.item, 1,
                 )
-    t.tiles = 0
 
 
 cdef void _transform_sums(const GradPlan *plan, const GradTask *t) noexcept nogil:

@@ -3,6 +3,7 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *taps
         const Py_ssize_t *b_taps
         Py_ssize_t n_taps, depth, a_step, b_tap, b_step
+        int apart
 
     ctypedef struct fc_epilogue:
         const void *bias

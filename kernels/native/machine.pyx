@@ -130,6 +130,7 @@ def run_tile(int pieces, Py_ssize_t calls) -> int:
     cdef char *sums = weights + width * DEPTH * item
     memset(taps, 0, sizeof(taps))
     memset(&reduction, 0, sizeof(reduction))
+    reduction.apart = 0
     reduction.taps, reduction.n_taps, reduction.depth = taps, TAPS, DEPTH
     reduction.a_step, reduction.b_step = 1, width
     for m in range(height):

@@ -417,6 +417,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     cdef Py_ssize_t count = ceil_div(block.rows, plan.line_rows)
     cdef Py_ssize_t pitch = plan.lines.pitch if c.kernels.pieces else block.columns
     cdef fc_reduction reduction
+    reduction.apart = 0
     reduction.depth = pitch if plan.line_rows > 1 else round_up(block.columns, c.kernels.depth_step)
     reduction.a_step = 1 if c.kernels.pieces else c.stride[2] * plan.base.width
     reduction.b_taps = NULL

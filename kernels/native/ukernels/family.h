@@ -16,11 +16,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                                                            const int n_rows, const T *b, const int vectors, T *c,
                                                            int accumulate)
 {
-    V acc[TILE_ROWS][4];
-    UNROLL for (int m = 0; m < n_rows; m++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            acc[m][v] = (V){0};
-
+    V acc[TILE_ROWS][4] = {{{0}}};
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
         const T *row[TILE_ROWS];
         UNROLL for (int m = 0; m < n_rows; m++)
@@ -35,15 +31,18 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                 UNROLL for (int v = 0; v < vectors; v++)
                     acc[m][v] += row[m][step] * weight[v];
         }
+        if (!r->apart && t + 1 < r->n_taps)
+            continue;
+        UNROLL for (int m = 0; m < n_rows; m++)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                V *sum = (V *)(c + (m * vectors + v) * LANES);
+                if (accumulate)
+                    acc[m][v] += *sum;
+                *sum = acc[m][v];
+                acc[m][v] = (V){0};
+            }
+        accumulate = 1;
     }
-
-    UNROLL for (int m = 0; m < n_rows; m++)
-        UNROLL for (int v = 0; v < vectors; v++) {
-            V *sum = (V *)(c + (m * vectors + v) * LANES);
-            if (accumulate)
-                acc[m][v] += *sum;
-            *sum = acc[m][v];
-        }
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */

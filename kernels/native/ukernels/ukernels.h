@@ -24,6 +24,7 @@
 typedef struct {
     const ptrdiff_t *taps, *b_taps;
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
+    int apart; /* each tap is summed by itself and then added to c: sums of sums have smaller errors */
 } fc_reduction;
 
 enum { FC_FLAT_ROWS = 3 };
