@@ -15,7 +15,17 @@ from fastconv.runtime import isa
 
 CASES = [
     ConvCase(f"{c} to {k} channels, {g} groups", (2, c, 20, 20), (k, c // g, 3, 3), 1, 1, 1, g)
-    for c, k, g in ((1, 8, 1), (3, 8, 1), (8, 8, 1), (16, 16, 1), (24, 24, 1), (33, 17, 1), (64, 32, 1), (8, 8, 8), (256, 4, 1))
+    for c, k, g in (
+        (1, 8, 1),
+        (3, 8, 1),
+        (8, 8, 1),
+        (16, 16, 1),
+        (24, 24, 1),
+        (33, 17, 1),
+        (64, 32, 1),
+        (8, 8, 8),
+        (256, 4, 1),
+    )
 ] + [ConvCase("weights of many outputs", (2, 16, 36, 40), (16, 16, 3, 3), 1, 1)]
 WHOLE_BLOCKS = [case for case in CONV_CASES if "whole channel blocks" in case.name]
 PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}
