@@ -270,8 +270,8 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
                     char *accumulators) noexcept nogil:
     """Add one channel block's products with one panel for a chunk of pixels, tile by tile."""
     cdef const Conv *c = &plan.c
-    cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, m
+    cdef int vectors = panel_vectors(c, panel)
+    cdef Py_ssize_t width = vectors * c.kernels.lanes
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
     reduction.apart = 0
@@ -288,11 +288,9 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
         reduction.depth = channels
         reduction.b_tap = channels * width if c.kernels.pieces else width
         reduction.b_step = width if c.kernels.pieces else c.taps * width
-    for m from first_pixel <= m < end_pixel by tile_rows:
-        c.kernels.brgemm(
-            &reduction, part, offsets + m, <int>min(tile_rows, end_pixel - m), weights, vectors,
-            accumulators + (m - first_pixel) * width * c.item, b > 0,
-        )
+    c.kernels.brgemm(
+        &reduction, part, offsets + first_pixel, end_pixel - first_pixel, weights, vectors, accumulators, b > 0
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- depthwise

@@ -184,7 +184,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, P
     """Add weights x patches of some channels to the sums, [panel][filter][pixel of the panel]."""
     cdef const Conv *c = &plan.c
     cdef const char *weights = plan.weights + channel * plan.channel_step * c.item
-    cdef Py_ssize_t tile_rows = c.kernels.tile_rows, chunk, end, pixel, m
+    cdef Py_ssize_t chunk, end, pixel
     cdef int vectors
     cdef fc_reduction reduction
     reduction.apart = 0
@@ -203,11 +203,10 @@ cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, P
         end = min(chunk + CHUNK, filters)
         for pixel from 0 <= pixel < pixels by c.panel:
             vectors = _vectors(c, pixels - pixel)
-            for m from chunk <= m < end by tile_rows:
-                c.kernels.brgemm(
-                    &reduction, weights, rows + m, <int>min(tile_rows, end - m), patches + pixel * c.item, vectors,
-                    sums + (pixel * filters + m * vectors * c.kernels.lanes) * c.item, 1,
-                )
+            c.kernels.brgemm(
+                &reduction, weights, rows + chunk, end - chunk, patches + pixel * c.item, vectors,
+                sums + (pixel * filters + chunk * vectors * c.kernels.lanes) * c.item, 1,
+            )
 
 
 cdef void _store(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
@@ -366,15 +365,11 @@ cdef void _weight_panel(const WeightPlan *plan, const Block *block, const Weight
                         char *accumulators) noexcept nogil:
     """Add patches x gradients of the output for one panel and one block of pixels."""
     cdef const Conv *c = &plan.c
-    cdef int vectors = panel_vectors(c, t.panel + panel), tile_rows = c.kernels.tile_rows
+    cdef int vectors = panel_vectors(c, t.panel + panel)
     cdef Py_ssize_t width = vectors * c.kernels.lanes, first = (t.panel + panel) * c.panel
-    cdef Py_ssize_t rows = c.taps * plan.width, pixels = block.rows * block.columns, m
+    cdef Py_ssize_t rows = c.taps * plan.width, pixels = block.rows * block.columns
     pack_pixels(c, block, t.group * c.filters + first, min(width, c.filters - first), width, 0, pixels, grads)
     add_bias(plan, t, panel, grads, pixels)
     reduction.b_tap = reduction.depth * width
     reduction.b_step = width
-    for m from 0 <= m < rows by tile_rows:
-        c.kernels.brgemm(
-            reduction, patches, offsets + m, <int>min(tile_rows, rows - m), grads, vectors,
-            accumulators + m * width * c.item, 1,
-        )
+    c.kernels.brgemm(reduction, patches, offsets, rows, grads, vectors, accumulators, 1)

@@ -164,7 +164,7 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
         for channel from 0 <= channel < c.channels by plan.together:
             reduction.depth = min(plan.together, c.channels - channel)
             c.kernels.brgemm(
-                &reduction, c.w.data + channel * c.w.stride[1] * c.item, rows, <int>filters,
+                &reduction, c.w.data + channel * c.w.stride[1] * c.item, rows, filters,
                 planes + channel * plane_bytes + pixel * c.item, vectors, sums, 1,
             )
         _store_tile(plan, block, first, filters, pixel, min(pixel + width, pixels), width, sums)

@@ -70,7 +70,7 @@ cdef enum:
     CHANNELS = 32               # channel block, summed by itself: sums of sums have smaller errors
     FEW_CHANNELS = 16           # the same for tiles with a side of 4, which would not be exact enough
     REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
-    TILES = 49                  # of a block, about; fewer where there are many channels
+    TILES = 64                  # of a block, about; fewer where there are many channels
     SUMMED_CHANNELS = 64        # of a task of the weight gradient, at most
     APART = 16                  # tiles whose products are summed by themselves
     SUMMED_TILES = 64           # tiles that one brgemm of the weight gradient reduces over, at most
@@ -120,6 +120,8 @@ ctypedef struct Plan:
     Blocks blocks               # of whole periods
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
+    Py_ssize_t whole            # of them have all their channels
+    Py_ssize_t most_taps        # channel blocks that one brgemm reduces over
     bint ready                  # the weights were kept from an earlier call
     bint once                   # each panel's weights are used by one task: it transforms them itself
     Py_ssize_t together         # channel blocks whose weights are transformed together
@@ -266,10 +268,14 @@ cdef Block _whole_periods(const Conv *c, const Geometry *g, const Block *block) 
 cdef void _cut_tiles(const Conv *c, const Geometry *g, Py_ssize_t tiles, Blocks *blocks) noexcept nogil:
     """Choose blocks of about so many tiles: whole rows of periods, or parts of one."""
     cdef Py_ssize_t across = ceil_div(c.out[2], g.across), down = ceil_div(c.out[1], g.down)
-    cdef Py_ssize_t periods = max(1, tiles // (c.dilation[1] * c.dilation[2]))
-    across = ceil_div(across, ceil_div(across, periods))
-    down = ceil_div(down, ceil_div(down, max(1, periods // across)))
-    blocks.rows = g.down * down
+    cdef Py_ssize_t period = c.dilation[1] * c.dilation[2], most = max(1, tiles // period), least = -1, d, rows
+    across = ceil_div(across, ceil_div(across, most))
+    for d in range(1, min(down, max(1, most // across)) + 1):  # tiles fill the rows of brgemm's
+        rows = down // d * round_up(d * across * period, c.kernels.tile_rows)
+        rows += round_up(down % d * across * period, c.kernels.tile_rows)
+        if least < 0 or rows <= least:
+            least = rows
+            blocks.rows = g.down * d
     blocks.columns = g.across * across
     blocks.down = ceil_div(c.out[1], blocks.rows)
     blocks.across = ceil_div(c.out[2], blocks.columns)
@@ -284,6 +290,8 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     cdef Py_ssize_t most = FEW_CHANNELS if max(g.rows, g.columns) == 4 else CHANNELS
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
+    plan.whole = c.depth // plan.width
+    plan.most_taps = REDUCTION // plan.width
     tiles = INPUT_BYTES // (g.points * g.count * plan.channel_blocks * plan.width * c.packed)
     _cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles)), &plan.blocks)
 
@@ -516,10 +524,10 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
                     const char *weights, char *products) noexcept nogil:
     """Multiply the inputs of one point by one panel's weights, of channel blocks from ``first`` on."""
     cdef const Conv *c = &plan.c
-    cdef int vectors = panel_vectors(c, panel), tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, begin = first * plan.g.count, n = 0, m
+    cdef int vectors = panel_vectors(c, panel)
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, begin = first * plan.g.count
     cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks) * plan.g.count
-    cdef Py_ssize_t whole = c.depth // plan.width * plan.g.count  # slices of full channel blocks; others are less deep
+    cdef Py_ssize_t whole = plan.whole * plan.g.count  # slices of full channel blocks; the others are less deep
     cdef fc_reduction reduction
     reduction.apart = 1
     reduction.a_step = 1
@@ -527,14 +535,10 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     reduction.b_step = width
     while begin < end:
         reduction.taps = t.taps + begin
-        reduction.depth = plan.width if begin < whole else c.depth % plan.width
-        reduction.n_taps = min(max(1, REDUCTION // plan.width), (min(end, whole) if begin < whole else end) - begin)
+        reduction.depth = plan.width if begin < whole else c.depth - plan.whole * plan.width
+        reduction.n_taps = min(plan.most_taps, (min(end, whole) if begin < whole else end) - begin)
         reduction.b_tap = reduction.depth * width
-        for m from 0 <= m < t.tiles by tile_rows:
-            c.kernels.brgemm(
-                &reduction, inputs, t.offsets + m, <int>min(tile_rows, t.tiles - m), weights, vectors,
-                products + m * width * c.item, begin > 0,
-            )
+        c.kernels.brgemm(&reduction, inputs, t.offsets, t.tiles, weights, vectors, products, begin > 0)
         weights += reduction.n_taps * reduction.b_tap * c.packed
         begin += reduction.n_taps
 
@@ -725,7 +729,7 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
     """Add the products of so many parts of ``depth`` tiles, from tile ``first`` on, to the sums."""
     cdef const WeightPlan *w = &plan.w
     cdef const Conv *c = &w.c
-    cdef Py_ssize_t point, panel, width, m
+    cdef Py_ssize_t point, panel, width
     cdef const char *inputs
     cdef const char *grads
     cdef char *sums
@@ -744,11 +748,7 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
             reduction.b_tap = depth * width
             grads = t.grads + point * plan.grad_bytes + (panel * SUMMED_TILES * c.panel + first * width) * c.item
             sums = t.sums + point * plan.sum_bytes + panel * plan.panel_sums * c.item
-            for m from 0 <= m < w.width by c.kernels.tile_rows:
-                c.kernels.brgemm(
-                    &reduction, inputs, t.rows + m, <int>min(<Py_ssize_t>c.kernels.tile_rows, w.width - m), grads,
-                    width // c.kernels.lanes, sums + m * width * c.item, 1,
-                )
+            c.kernels.brgemm(&reduction, inputs, t.rows, w.width, grads, <int>(width // c.kernels.lanes), sums, 1)
 
 
 cdef void _transform_sums(const GradPlan *plan, const GradTask *t) noexcept nogil:

@@ -31,7 +31,8 @@ cdef extern from "ukernels.h" nogil:
 
     ctypedef struct fc_ukernels:
         int lanes, tile_rows, depth_step
-        void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, int, const void *, int, void *, int) noexcept nogil
+        void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, int, void *,
+                       int) noexcept nogil
         Py_ssize_t (*saturate)(Py_ssize_t, void *) noexcept nogil
         void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil

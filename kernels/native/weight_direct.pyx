@@ -412,8 +412,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
                     char *accumulators) noexcept nogil:
     """Add one block's pixels to (taps x channels of a block) x (filters of a panel), some lines at a time."""
     cdef const Conv *c = &plan.base.c
-    cdef int tile_rows = c.kernels.tile_rows
-    cdef Py_ssize_t rows = c.taps * plan.base.width, width = vectors * c.kernels.lanes, m, line, together
+    cdef Py_ssize_t rows = c.taps * plan.base.width, width = vectors * c.kernels.lanes, line, together
     cdef Py_ssize_t count = ceil_div(block.rows, plan.line_rows)
     cdef Py_ssize_t pitch = plan.lines.pitch if c.kernels.pieces else block.columns
     cdef fc_reduction reduction
@@ -427,11 +426,9 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     for line from 0 <= line < count by together:
         reduction.taps = line_offsets + line
         reduction.n_taps = min(together, count - line)
-        for m from 0 <= m < rows by tile_rows:
-            c.kernels.brgemm(
-                &reduction, part, row_offsets + m, <int>min(tile_rows, rows - m),
-                grads + line * reduction.b_tap * c.packed, vectors, accumulators + m * width * c.item, 1,
-            )
+        c.kernels.brgemm(
+            &reduction, part, row_offsets, rows, grads + line * reduction.b_tap * c.packed, vectors, accumulators, 1
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- depthwise

@@ -21,8 +21,6 @@ from .runtime import ENGINES, isa, why_missing
 Kernel = Callable[..., None]
 Dims = ConvDims | PoolDims
 
-LEAD = 1.15  #: how many times faster Winograd's products must be, as they are counted, than direct's
-
 
 class Row(NamedTuple):
     """One algorithm of one engine."""
@@ -123,7 +121,7 @@ def _winograd(op: str, dims: ConvDims) -> str:
         images, tile = 1, winograd.choose(dims)
     if tile is None:
         return "not for such filters or so short sums: less exact than plain sums there, and no faster"
-    if tile.cost * LEAD > images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction:
+    if tile.cost > images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction:
         return f"slower: the transforms take what tiles of {tile.rows}x{tile.columns} save"
     return ""
 

@@ -61,7 +61,7 @@ typedef struct {
 } tile_rows;
 
 /* Rows that the tile lacks are its last one again. */
-static void place(tile_rows *tile, const ptrdiff_t *rows, int n_rows, ptrdiff_t scale)
+static void place(tile_rows *tile, const ptrdiff_t *rows, ptrdiff_t n_rows, ptrdiff_t scale)
 {
     tile->first = rows[0] * scale;
     for (int m = 0; m < ROWS; m++)
@@ -149,38 +149,40 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
     FOR_SUMS(_tile_stored);
 }
 
-INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b, int vectors,
-                   const int pieces, void *c, int accumulate)
+INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
+                   int vectors, const int pieces, void *sums, int accumulate)
 {
     tile_rows placed[2];
-    place(&placed[0], rows, n_rows, 2 * pieces);
-    STORES_DONE;
-    if (n_rows > ROWS) {
-        place(&placed[1], rows + ROWS, n_rows - ROWS, 2 * pieces);
-        if (vectors == 2)
-            tile(r, a, placed, 1, b, 1, pieces, c, accumulate);
-        else
-            tile(r, a, placed, 1, b, 0, pieces, c, accumulate);
-    } else if (vectors == 2) {
-        tile(r, a, placed, 0, b, 1, pieces, c, accumulate);
-    } else {
-        tile(r, a, placed, 0, b, 0, pieces, c, accumulate);
+    for (float *c = sums; n_rows > 0; n_rows -= 2 * ROWS, rows += 2 * ROWS, c += 2 * ROWS * vectors * LANES) {
+        place(&placed[0], rows, n_rows, 2 * pieces);
+        STORES_DONE;
+        if (n_rows > ROWS) {
+            place(&placed[1], rows + ROWS, n_rows - ROWS, 2 * pieces);
+            if (vectors == 2)
+                tile(r, a, placed, 1, b, 1, pieces, c, accumulate);
+            else
+                tile(r, a, placed, 1, b, 0, pieces, c, accumulate);
+        } else if (vectors == 2) {
+            tile(r, a, placed, 0, b, 1, pieces, c, accumulate);
+        } else {
+            tile(r, a, placed, 0, b, 0, pieces, c, accumulate);
+        }
     }
 }
 
-static void fc_f32_brgemm_x1__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+static void fc_f32_brgemm_x1__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
     brgemm(r, a, rows, n_rows, b, vectors, 1, c, accumulate);
 }
 
-static void fc_f32_brgemm_x3__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+static void fc_f32_brgemm_x3__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
     brgemm(r, a, rows, n_rows, b, vectors, 2, c, accumulate);
 }
 
-static void fc_f32_brgemm_x6__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows,
+static void fc_f32_brgemm_x6__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
     brgemm(r, a, rows, n_rows, b, vectors, 3, c, accumulate);

@@ -59,8 +59,9 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
         }                                        \
         break;
 
-static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
-                       int vectors, void *c, int accumulate)
+static inline __attribute__((always_inline)) void FC(one_tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
+                                                               ptrdiff_t n_rows, const T *b, int vectors, T *c,
+                                                               int accumulate)
 {
     switch (n_rows) {
         TILE_CASE(1)
@@ -72,6 +73,14 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
         TILE_CASE(7)
         TILE_CASE(8)
     }
+}
+
+static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
+                       int vectors, void *c, int accumulate)
+{
+    for (ptrdiff_t m = 0; m < n_rows; m += TILE_ROWS)
+        FC(one_tile)(r, a, rows + m, n_rows - m < TILE_ROWS ? n_rows - m : TILE_ROWS, b, vectors,
+                     (T *)c + m * vectors * LANES, accumulate);
 }
 #undef TILE_CASE
 #undef TILE

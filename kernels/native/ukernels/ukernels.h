@@ -72,9 +72,9 @@ typedef struct {
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
     int depth_step; /* the depth of a reduction is a multiple of it */
 
-    /* Rows `n_rows` <= tile_rows of a tile; the sum is added to c if `accumulate`. The rows of c beyond n_rows may be
-     * overwritten, up to tile_rows. */
-    void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, int n_rows, const void *b,
+    /* Tiles of all rows; the sums are added to c if `accumulate`. The rows of c beyond n_rows may be overwritten, up to whole
+     * tiles. */
+    void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
     /* What limits brgemm: `rounds` of multiply-adds on numbers in registers, nothing loaded. Reads and writes 1 KiB at
