@@ -13,6 +13,8 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .. import winograd
+from ..winograd import SLICE
 from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, Panel, panel_for
 
 Triple = tuple[int, int, int]
@@ -22,7 +24,8 @@ PATCH_BYTES = 2 * 1024 * 1024  #: a panel of patches
 IM2COL_PIXELS = 512  #: most columns of one
 WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
 WINOGRAD_TILES = 72  #: most tiles of one
-WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32: L2
+WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32, and 144 KB for 4x4 tiles: L2
+WINOGRAD_SUMMED = (32, 16)  #: channels that are summed by themselves, and for tiles with a side of 4, lest errors grow
 
 
 class Plan(NamedTuple):
@@ -99,18 +102,48 @@ def im2col_plan(dims: Any, itemsize: int, threads: int | None = None) -> Plan:
     return plan if threads is None else plan._replace(panel=panel_for(math.prod(plan.box), False, itemsize))
 
 
+class WinogradPlan(NamedTuple):
+    """Two views of one cutting, and what the transforms work on."""
+
+    tiles: Plan  #: a tile of outputs as a pixel, which sees all cells that its outputs see
+    pixels: Plan  #: the real ones
+    rows: int  #: outputs of a tile
+    columns: int
+    points: int
+    slices: Triple  #: of a filter along depth, height and width
+    slice_taps: Triple  #: of each of them: 1 or SLICE
+    slice_count: int
+    summed: int  #: channels that are summed by themselves
+    weight_step: int  #: elements between the points of an array: a cache line more than needed,
+    input_step: int  #: lest all points fall into one set of L1
+    sum_step: int
+
+
 @lru_cache(maxsize=512)
-def winograd_plans(dims: Any, itemsize: int, threads: int) -> tuple[Plan, Plan]:
-    """Return two views of one cutting: its tiles of 2x2 outputs, as pixels that see 4x4 cells, and its real pixels."""
-    depth, height, width = dims.output_size
+def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: int) -> WinogradPlan:
+    """Return the cutting for tiles of so many outputs; it depends on ``threads``, but no result does."""
+    depth, *size = dims.output_size
+    slice_taps = (1, *(1 if side == 1 else SLICE for side in (rows, columns)))
+    slices = tuple(-(-taps // most) for taps, most in zip(dims.kernel_size, slice_taps, strict=True))
+    slice_count, points = math.prod(slices), winograd.points(rows) * winograd.points(columns)
+    cells = (side - 1 + count * taps for side, count, taps in zip((1, rows, columns), slices, slice_taps, strict=True))
+    tiles_of = (-(-outputs // side) for outputs, side in zip(size, (rows, columns), strict=True))
     tiles = dims._replace(
-        kernel_size=(1, 4, 4), stride=(dims.stride[0], 2, 2), output_size=(depth, -(-height // 2), -(-width // 2))
+        kernel_size=tuple(cells), stride=(dims.stride[0], rows, columns), output_size=(depth, *tiles_of)
     )
     channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
-    most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (tiles.taps * channels * itemsize))
+    most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (points * slice_count * channels * itemsize))
     most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
-    plan = _plan(tiles, itemsize, min(WINOGRAD_CHANNELS, channels), most, most_columns=CHUNK // 4)
-    return plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size)
+    plan = _plan(tiles, itemsize, min(WINOGRAD_CHANNELS, channels), most, most_columns=most, depthwise=False)
+    line, lanes = 64 // itemsize, plan.panel.lanes
+    most_rows = -(-math.prod(plan.box) // ROW_MULTIPLE) * ROW_MULTIPLE
+    weights = plan.block if plan.box_count == 1 else plan.channels  # used by one task, which transforms them by blocks
+    return WinogradPlan(
+        plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size),
+        rows, columns, points, slices, slice_taps, slice_count, WINOGRAD_SUMMED[4 in (rows, columns)],
+        weights * slice_count * lanes + line, plan.blocks * slice_count * most_rows * plan.block + line,
+        most_rows * lanes + line,
+    )  # fmt: skip
 
 
 class GradTasks(NamedTuple):

@@ -34,20 +34,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..interleave import input_grad
+from ..winograd import SIDES, SLICE, choose, points
 from . import conv_direct, packing
-from .blocking import Plan, winograd_plans
+from .blocking import WinogradPlan, winograd_plan
 from .compile import jit, kernel
 from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, Panel, address, flat, multiply, pointer, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, multiply, pointer, reader, shift
 
-POINTS = 16
-BIAS_POINT = 5  #: whose sum is added once to all four outputs of a tile: it may as well start at the bias
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
+SPARE_BYTES = 4 * 1024 * 1024  #: that transformed weights may take more than the weights
 
 
 class Weights(NamedTuple):
@@ -57,14 +58,6 @@ class Weights(NamedTuple):
     weight: Strided
     part: Any  #: room for a panel's weights of some channels, not yet transformed
     rows: Any  #: room for ``pack_part``
-
-
-class Steps(NamedTuple):
-    """Elements between the points of an array: a cache line more than needed, lest all fall into one set of L1."""
-
-    weight: int
-    input: int
-    sums: int
 
 
 def conv_forward(
@@ -93,49 +86,47 @@ def _convolve(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> list[int]:
     """Convolve; return the images with numbers that are not below LIMIT, whose output is to be computed otherwise."""
+    tile = choose(dims)
+    assert tile is not None, "the registry has checked it"
     dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
-    tiles, pixels = winograd_plans(dims, dtype.itemsize, threads)
-    lanes, panels, line = tiles.panel.lanes, tiles.groups * tiles.panels, 64 // dtype.itemsize
-    once = tiles.box_count == 1  # each panel is used once: transformed where it is used
+    plan = winograd_plan(dims, dtype.itemsize, threads, tile.rows, tile.columns)
+    numbers = flat(plan)
+    tiles, lanes, once = plan.tiles, plan.tiles.panel.lanes, plan.tiles.box_count == 1
+    part_numbers = tiles.block * math.prod(plan.slices) * math.prod(plan.slice_taps) * lanes
+    panel_numbers = plan.points * plan.weight_step
     most_tiles = -(-math.prod(tiles.box) // ROW_MULTIPLE) * ROW_MULTIPLE
-    steps = Steps(
-        tiles.channels * lanes + line, tiles.blocks * most_tiles * tiles.block + line, most_tiles * lanes + line
-    )
-    tile_numbers, pixel_numbers = flat(tiles), flat(pixels)
-    refused, packed, limit = np.zeros(dims.batch, OFFSET), 0, dtype.type(LIMIT)
+    refused, limit = np.zeros(dims.batch, OFFSET), dtype.type(LIMIT)
+    all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
 
     def transform(first: int, last: int) -> None:
-        part = workspace("part", tiles.block * dims.taps * lanes, dtype)
+        part = workspace("part", part_numbers, dtype)
         rows = workspace("rows", SQUARE * dims.taps, OFFSET)
         if not _transform_weight(
-            first, last, strided(weight), packed, part, rows, steps, address(pixel_numbers), limit
+            first, last, panel0, panel1, strided(weight), packed, part, rows, address(numbers), limit
         ):
             refused.fill(True)
 
-    if once:
-        steps = steps._replace(weight=tiles.block * lanes + line)
-    else:
-        packed = workspace("weight", panels * POINTS * steps.weight, dtype)
-        parallel(transform, panels, threads)
-        if refused.any():
-            return list(range(dims.batch))
-    all_bias = packing.contiguous_bias(bias, dims.out_channels, dtype)
-    boxes = tiles.box_count * tiles.groups
-    splits = min(-(-tiles.panels // PANELS), -(-threads // max(1, boxes)))  # few boxes: threads share them
-
     def work(first: int, last: int) -> None:
         _forward(
-            first, last, splits, strided(input), strided(weight), once,
-            packed or workspace("weight", PANELS * POINTS * steps.weight, dtype),
-            address(all_bias), strided(output), address(tile_numbers), address(pixel_numbers),
-            options.activation == "relu", address(refused), steps,
-            workspace("part", tiles.block * dims.taps * lanes, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
-            workspace("box", tiles.box_block, dtype),
-            workspace("inputs", POINTS * steps.input, dtype), workspace("sums", PANELS * POINTS * steps.sums, dtype),
+            first, last, splits, panel0, panel1, strided(input), strided(weight),
+            packed or workspace("weight", PANELS * panel_numbers, dtype),
+            address(all_bias), strided(output), address(numbers), options.activation == "relu", address(refused),
+            workspace("part", part_numbers, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
+            workspace("box", tiles.box_block, dtype), workspace("inputs", plan.points * plan.input_step, dtype),
+            workspace("sums", PANELS * plan.points * plan.sum_step, dtype),
             workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", 1 + most_tiles, OFFSET), limit,
         )  # fmt: skip
 
-    parallel(work, boxes * splits, threads)
+    most = (weight.size * dtype.itemsize + SPARE_BYTES) // (tiles.groups * panel_numbers * dtype.itemsize)
+    passes = 1 if once else -(-tiles.panels // max(1, most))
+    boxes = tiles.box_count * tiles.groups
+    for number in range(passes):
+        panel0, panel1 = (tiles.panels * n // passes for n in (number, number + 1))
+        packed = 0 if once else workspace("weight", tiles.groups * (panel1 - panel0) * panel_numbers, dtype)
+        if not once:
+            parallel(transform, tiles.groups * (panel1 - panel0), threads)
+        splits = min(-(-(panel1 - panel0) // PANELS), -(-threads // max(1, boxes)))  # few boxes: threads share them
+        parallel(work, boxes * splits, threads)
     return [int(image) for image in np.flatnonzero(refused)]
 
 
@@ -143,33 +134,91 @@ def _convolve(
 # Transforms
 # ---------------------------------------------------------------------------------------------------------------------
 
-_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # Bt
-_WEIGHT = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
-_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # At
+PAIRS = {2: (1.0,), 4: (0.625, 1.5)}  #: points beside 0 and infinity, each with its negative, for so many outputs
+
+Matrix = tuple[tuple[float, ...], ...]
 
 
-def _make_transform(matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Return the function Y = matrix * X * transposed matrix, whose numbers are vectors: of neighbours in memory."""
+class Axis(NamedTuple):
+    """The matrices of one axis, with a row for each point; but a pair of points has its even part and its odd part.
+
+    The values at p and -p are then even + odd and even - odd.
+    """
+
+    inputs: Matrix  #: Bt
+    taps: Matrix  #: G
+    outputs: Matrix  #: A
+
+
+def _axis(side: int) -> Axis:
+    """Return the matrices for so many outputs: Lagrange's interpolation; ``side`` 1 leaves the axis alone."""
+    if side == 1:
+        return Axis(*[((1.0,),)] * 3)
+    pairs = PAIRS[side]
+    inputs, taps, outputs = [_product(pairs)], [_powers(0, SLICE) / _product(pairs)[0]], [_powers(0, side)]
+    for p in pairs:
+        others = _product([q for q in pairs if q != p])
+        scale = 2 * p * p * math.prod(p * p - q * q for q in pairs if q != p)
+        inputs += [np.convolve(others, (0, 0, 1)), np.convolve(others, (0, p))]  # times x (x + p)
+        for parity in (0, 1):
+            taps.append(_powers(p, SLICE, parity) / scale)
+            outputs.append(_powers(p, side, parity))
+    inputs.append(np.convolve(_product(pairs), (0, 1)))
+    taps.append(_powers(0, SLICE)[::-1])
+    outputs.append(_powers(0, side)[::-1])
+    return Axis(_matrix(inputs), _matrix(taps), _matrix(outputs))
+
+
+def _product(pairs: Any) -> np.ndarray:
+    """Return the polynomial whose roots are p and -p for each of the pairs, lowest power first."""
+    return reduce(np.convolve, [(-p * p, 0, 1) for p in pairs], np.ones(1))
+
+
+def _powers(p: float, count: int, parity: int = 0) -> np.ndarray:
+    """Return the even powers of p, or the odd ones, and zeros between them."""
+    return np.array([p**i if i % 2 == parity else 0.0 for i in range(count)])
+
+
+def _matrix(rows: list[np.ndarray]) -> Matrix:
+    """Return the rows, filled up with zeros."""
+    width = max(len(row) for row in rows)
+    return tuple(tuple(float(number) for number in (*row, *[0.0] * (width - len(row)))) for row in rows)
+
+
+AXES = {side: _axis(side) for side in {side for sides in SIDES for side in sides}}
+
+
+def _make_transform(kind: str) -> Any:
+    """Return the function Y = M * X * N, M and N for the axes of a tile, whose numbers are vectors: neighbours in memory."""
 
     @intrinsic
-    def transform(typingctx: Any, y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any) -> Any:
+    def transform(
+        typingctx: Any, rows: Any, columns: Any, y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any
+    ) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            _emit_transform(builder, matrix, context.get_value_type(y.dtype), y.dtype.bitwidth // 8, *args)
+            number, (wanted, arrays) = context.get_value_type(y.dtype), (args[:2], args[2:])
+            for sides in SIDES:
+                same = [
+                    builder.icmp_signed("==", *pair) for pair in zip(wanted, map(wanted[0].type, sides), strict=True)
+                ]
+                with builder.if_then(builder.and_(*same)):
+                    _emit_transform(builder, kind, sides, number, y.dtype.bitwidth // 8, *arrays)
             return context.get_dummy_value()
 
-        return types.void(y, types.intp, types.intp, x, types.intp, types.intp), generate
+        size = types.intp
+        return types.void(size, size, y, size, size, x, size, size), generate
 
     return transform
 
 
 def _emit_transform(
-    builder: ir.IRBuilder, matrix: tuple[tuple[float, ...], ...], number: Any, itemsize: int,
+    builder: ir.IRBuilder, kind: str, sides: tuple[int, int], number: Any, itemsize: int,
     y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any,
 ) -> None:  # fmt: skip
     """Emit the loads, additions and stores of one transform; rows and columns are so many elements apart."""
     vector = ir.VectorType(number, MACHINE.vector_bytes // itemsize)
-    half = ir.Constant(vector, [0.5] * vector.count)
-    rows, columns = range(len(matrix)), range(len(matrix[0]))
+    name = f"llvm.fmuladd.v{vector.count}f{8 * itemsize}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
 
     def cell(start: Any, row_step: Any, row: int, column_step: Any, column: int) -> Any:
         index = row_step.type
@@ -177,58 +226,123 @@ def _emit_transform(
         return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
 
     def combine(factors: tuple[float, ...], vectors: list[Any]) -> Any:
-        """Return the sum of factor * vector; the factors that are not zero are all 1 or -1, or all a half or minus."""
-        plus = [v for f, v in zip(factors, vectors, strict=True) if f > 0]
-        minus = [v for f, v in zip(factors, vectors, strict=True) if f < 0]
-        total = reduce(builder.fsub, minus, reduce(builder.fadd, plus))
-        return builder.fmul(total, half) if 0.5 in factors else total
+        """Return the sum of factor * vector."""
+        total = None
+        for factor, v in sorted(zip(factors, vectors, strict=True), key=lambda term: term[0] != 1):
+            constant = ir.Constant(vector, [factor] * vector.count)
+            if total is None and factor:
+                total = v if factor == 1 else builder.fmul(v, constant)
+            elif factor:
+                total = builder.fadd(total, v) if factor == 1 else builder.call(fma, [v, constant, total])
+        return total
 
-    cells = [[builder.load(cell(x, x_row, i, x_column, j), align=itemsize) for i in columns] for j in columns]
-    halfway = [[combine(matrix[i], cells[j]) for j in columns] for i in rows]  # matrix * X
-    for i in rows:
-        for j in rows:
-            builder.store(combine(matrix[j], halfway[i]), cell(y, y_row, i, y_column, j), align=itemsize)
+    def add_and_subtract(vectors: list[Any]) -> list[Any]:
+        """Return a + b and a - b for each pair (a, b) of parts, or of points: all but the first and the last."""
+        result = list(vectors)
+        for i in range(1, len(vectors) - 2, 2):
+            result[i : i + 2] = builder.fadd(*vectors[i : i + 2]), builder.fsub(*vectors[i : i + 2])
+        return result
+
+    def along(side: int, vectors: list[Any]) -> list[Any]:
+        """Transform along one axis."""
+        matrix = getattr(AXES[side], kind)
+        if kind == "outputs":
+            parts = add_and_subtract(vectors)
+            return [combine(factors, parts) for factors in zip(*matrix, strict=True)]
+        return add_and_subtract([combine(factors, vectors) for factors in matrix])
+
+    high, wide = ((points(side) if kind == "outputs" else len(getattr(AXES[side], kind)[0])) for side in sides)
+    columns = [
+        along(sides[0], [builder.load(cell(x, x_row, i, x_column, j), align=itemsize) for i in range(high)])
+        for j in range(wide)
+    ]
+    for i, row in enumerate(zip(*columns, strict=True)):
+        for j, result in enumerate(along(sides[1], list(row))):
+            builder.store(result, cell(y, y_row, i, y_column, j), align=itemsize)
 
 
-_transform_input = _make_transform(_INPUT)
-_transform_filter = _make_transform(_WEIGHT)
-_transform_sums = _make_transform(_OUTPUT)
+_transform_inputs = _make_transform("inputs")
+_transform_taps = _make_transform("taps")
+_transform_sums = _make_transform("outputs")
+
+_read_plan = reader(WinogradPlan)
 
 
 @kernel
 def _transform_weight(
-    first: int, last: int, weight: Strided, packed: int, part: int, rows: int, steps: Steps, numbers: int, limit: float
-) -> bool:
-    """Pack and transform the panels ``first`` to ``last`` of all groups; return whether all are below the limit."""
-    pixels = packing.read_plan(numbers)
+    first: int, last: int, panel0: int, panel1: int, weight: Strided, packed: int, part: int, rows: int, numbers: int,
+    limit: float,
+) -> bool:  # fmt: skip
+    """Pack and transform the panels ``first`` to ``last``, counted over those from ``panel0`` to ``panel1`` of all groups.
+
+    Return whether all numbers are below the limit.
+    """
+    plan = _read_plan(numbers)
     weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(rows, 0))
     below = True
     for number in range(first, last):
-        target = shift(pointer(packed, limit), number * POINTS * steps.weight)
-        group, panel = number // pixels.panels, number % pixels.panels
-        below &= _transform_panel(target, weights, group, panel, 0, pixels.channels, steps, pixels, limit)
+        target = shift(pointer(packed, limit), number * plan.points * plan.weight_step)
+        group, panel = number // (panel1 - panel0), panel0 + number % (panel1 - panel0)
+        below &= _transform_panel(target, weights, group, panel, 0, plan.pixels.channels, plan, limit)
     return below
 
 
 @jit
 def _transform_panel(
-    target: Any, weights: Weights, group: int, panel: int, first: int, channels: int, steps: Steps, pixels: Plan,
-    limit: float,
-) -> bool:  # fmt: skip
+    target: Any, weights: Weights, group: int, panel: int, first: int, channels: int, plan: WinogradPlan, limit: float
+) -> bool:
     """Pack and transform some channels of one panel; return whether all are below the limit."""
-    lanes, width, below = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize, True
-    part = weights.part
+    pixels, part, below = plan.pixels, weights.part, True
+    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize
+    taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
+        tap = depth * lanes
         packing.pack_part(
             part, weights.source, weights.weight, weights.rows, pixels, group, panel, first + channel, depth
         )
-        below &= _all_below(part, pixels.taps * depth * lanes, limit)
-        tap = depth * lanes
-        for i in range(0, depth * lanes, width):
-            to = shift(target, channel * lanes + i)
-            _transform_filter(to, 4 * steps.weight, steps.weight, shift(part, i), 3 * tap, tap)
+        below &= _all_below(part, pixels.taps * tap, limit)
+        _fill_up(part, tap, plan)
+        for number in range(plan.slice_count):
+            d, h, w = _first_tap(number, plan)
+            start = (d * plan.slices[1] * plan.slice_taps[1] + h) * taps_wide + w
+            for i in range(0, tap, width):
+                _transform_taps(
+                    plan.rows, plan.columns,
+                    shift(target, (channel * plan.slice_count + number * depth) * lanes + i),
+                    points_along(plan.columns) * plan.weight_step, plan.weight_step,
+                    shift(part, start * tap + i), taps_wide * tap, tap,
+                )  # fmt: skip
     return below
+
+
+@jit
+def points_along(side: int) -> int:
+    """Return the points of an axis: ``winograd.points``."""
+    return 1 if side == 1 else side + SLICE - 1
+
+
+@jit
+def _first_tap(number: int, plan: WinogradPlan) -> tuple[int, int, int]:
+    """Return the (d, h, w) of a slice's first tap."""
+    _, high, wide = plan.slices
+    return number // (high * wide), number // wide % high * plan.slice_taps[1], number % wide * plan.slice_taps[2]
+
+
+@jit
+def _fill_up(part: Any, tap: int, plan: WinogradPlan) -> None:
+    """Move the taps of a packed filter, of so many numbers each, apart in place, so that zeros fill up the slices."""
+    _, kh, kw = plan.pixels.kernel_size
+    high, wide = plan.slices[1] * plan.slice_taps[1], plan.slices[2] * plan.slice_taps[2]
+    if (kh, kw) == (high, wide):
+        return
+    for number in range(plan.slices[0] * high * wide - 1, -1, -1):
+        d, h, w = number // (high * wide), number // wide % high, number % wide
+        target = shift(part, number * tap)
+        if h < kh and w < kw:
+            packing.copy_row(target, shift(part, ((d * kh + h) * kw + w) * tap), tap)
+        else:
+            packing.fill(target, tap)
 
 
 @jit
@@ -247,16 +361,16 @@ def _all_below(numbers: Any, count: int, limit: float) -> bool:
 
 @kernel
 def _forward(
-    first: int, last: int, splits: int, input: Strided, weight: Strided, once: bool, packed: int, bias: int,
-    output: Strided, tile_numbers: int, pixel_numbers: int, relu: bool, refused: int, steps: Steps, part: int,
-    part_rows: int, box_address: int, inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int,
-    limit: float,
+    first: int, last: int, splits: int, panel0: int, panel1: int, input: Strided, weight: Strided, packed: int,
+    bias: int, output: Strided, numbers: int, relu: bool, refused: int, part: int, part_rows: int, box_address: int,
+    inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int, limit: float,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is one part of the panels of one box of one group.
+    """Do the tasks ``first`` to ``last``: a task is a share of the panels ``panel0`` to ``panel1`` of one box of a group.
 
     ``limit`` is LIMIT in the type of all numbers.
     """
-    tiles, pixels = packing.read_plan(tile_numbers), packing.read_plan(pixel_numbers)
+    plan = _read_plan(numbers)
+    tiles, once = plan.tiles, plan.tiles.box_count == 1
     source, target, box = pointer(input.address, limit), pointer(output.address, limit), pointer(box_address, limit)
     inputs, sums, some_rows = (
         pointer(inputs_address, limit),
@@ -278,87 +392,107 @@ def _forward(
             for n in range(size[0]):
                 if not _all_below(shift(box, n * tiles.plane), tiles.plane, limit):
                     refused_images[origin[0] + n] = 1
-            _transform_box(shift(inputs, block * count * tiles.block), box, rows, count, steps, tiles)
+            _transform_box(shift(inputs, block * plan.slice_count * count * tiles.block), box, rows, count, plan)
         for tile in range(count):
             rows[tile] = tile * tiles.block
         packing.repeat_last(rows, count)
-        last_panel = tiles.panels * (split + 1) // splits
-        for panel in range(tiles.panels * split // splits, last_panel, PANELS):
+        first_panel = panel0 + (panel1 - panel0) * split // splits
+        last_panel = panel0 + (panel1 - panel0) * (split + 1) // splits
+        for panel in range(first_panel, last_panel, PANELS):
             panels = min(PANELS, last_panel - panel)
-            for i in range(panels):
-                filters = packing.filters_of(tiles, group, panel + i)
-                _start(shift(sums, i * POINTS * steps.sums), pointer(bias, limit), filters, count, steps, tiles)
+            for number_of_sums in range(panels * plan.points):
+                packing.fill(shift(sums, number_of_sums * plan.sum_step), count * tiles.panel.lanes)
             for channel in range(0, tiles.channels, tiles.block):
                 depth = min(tiles.block, tiles.channels - channel)
-                place = (group * tiles.panels + panel) * POINTS * steps.weight + channel * tiles.panel.lanes
-                weights = shift(pointer(packed, limit), 0 if once else place)
+                weights = pointer(packed, limit)
                 if once:
                     for i in range(panels):
-                        to = shift(weights, i * POINTS * steps.weight)
-                        if not _transform_panel(
-                            to, own_weights, group, panel + i, channel, depth, steps, pixels, limit
-                        ):
-                            for n in range(pixels.batch):
+                        to = shift(weights, i * plan.points * plan.weight_step)
+                        if not _transform_panel(to, own_weights, group, panel + i, channel, depth, plan, limit):
+                            for n in range(tiles.batch):
                                 refused_images[n] = 1
-                cells = shift(inputs, channel * count)
-                _multiply(sums, cells, rows, count, only_tap, depth, weights, panels, steps, tiles.panel)
+                else:
+                    place = (group * (panel1 - panel0) + panel - panel0) * plan.points * plan.weight_step
+                    weights = shift(weights, place + channel * plan.slice_count * tiles.panel.lanes)
+                cells = shift(inputs, channel * plan.slice_count * count)
+                _multiply(sums, cells, rows, count, only_tap, depth, weights, panels, plan)
             for i in range(panels):
-                some_sums = shift(sums, i * POINTS * steps.sums)
-                filters = packing.filters_of(pixels, group, panel + i)
-                _store(target, output, some_sums, some_rows, origin, size, filters, relu, steps, pixels)
+                some_sums = shift(sums, i * plan.points * plan.sum_step)
+                filters = packing.filters_of(tiles, group, panel + i)
+                _store(target, output, some_sums, some_rows, origin, size, filters, pointer(bias, limit), relu, plan)
 
 
 @jit
-def _transform_box(target: Any, box: Any, rows: Any, count: int, steps: Steps, tiles: Plan) -> None:
-    """Transform one block of channels of a packed box, tile by tile."""
+def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
+    """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
+    tiles = plan.tiles
     width = MACHINE.vector_bytes // tiles.itemsize
-    for tile in range(count):
-        for i in range(0, tiles.block, width):
-            to, source = shift(target, tile * tiles.block + i), shift(box, rows[tile] + i)
-            _transform_input(to, 4 * steps.input, steps.input, source, tiles.tap_step[1], tiles.tap_step[2])
-
-
-@jit
-def _start(sums: Any, bias: Any, filters: tuple[int, int, int], count: int, steps: Steps, tiles: Plan) -> None:
-    """Let the sums of one panel start at zero, and those of one point at the bias."""
-    for point in range(POINTS):
-        packing.fill(shift(sums, point * steps.sums), count * tiles.panel.lanes)
-    packing.start_sums(shift(sums, BIAS_POINT * steps.sums), bias, filters, count, tiles.panel.lanes)
+    for number in range(plan.slice_count):
+        d, h, w = _first_tap(number, plan)
+        cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
+        for tile in range(count):
+            for i in range(0, tiles.block, width):
+                _transform_inputs(
+                    plan.rows, plan.columns, shift(target, (number * count + tile) * tiles.block + i),
+                    points_along(plan.columns) * plan.input_step, plan.input_step,
+                    shift(cells, rows[tile] + i), tiles.tap_step[1], tiles.tap_step[2],
+                )  # fmt: skip
 
 
 @jit
 def _multiply(
     sums: Any, inputs: Any, rows: Any, count: int, only_tap: Any, depth: int, weights: Any, panels: int,
-    steps: Steps, panel: Panel,
+    plan: WinogradPlan,
 ) -> None:  # fmt: skip
     """Add the products of one block of channels to the sums of all points of some panels."""
-    for point in range(POINTS):
+    lanes, block = plan.tiles.panel.lanes, plan.tiles.block
+    for point in range(plan.points):
         for i in range(panels):
-            number = i * POINTS + point
-            multiply(
-                shift(sums, number * steps.sums), panel.lanes, shift(inputs, point * steps.input), rows, count,
-                only_tap, 1, depth, 1, shift(weights, number * steps.weight), 0, panel.lanes, panel,
-            )  # fmt: skip
+            number = i * plan.points + point
+            for slice_number in range(plan.slice_count):
+                cells = shift(inputs, point * plan.input_step + slice_number * count * block)
+                taps = shift(weights, number * plan.weight_step + slice_number * depth * lanes)
+                for channel in range(0, depth, plan.summed):
+                    multiply(
+                        shift(sums, number * plan.sum_step), lanes, shift(cells, channel), rows, count, only_tap, 1,
+                        min(plan.summed, depth - channel), 1, shift(taps, channel * lanes), 0, lanes, plan.tiles.panel,
+                    )  # fmt: skip
 
 
 @jit
 def _store(
     target: Any, output: Strided, sums: Any, some_rows: Any, origin: Quad, size: Quad, filters: tuple[int, int, int],
-    relu: bool, steps: Steps, pixels: Plan,
+    bias: Any, relu: bool, plan: WinogradPlan,
 ) -> None:  # fmt: skip
-    """Transform one panel's sums and store them, two output rows at a time."""
-    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize
-    n0, d0, h0, w0 = origin[0], origin[1], 2 * origin[2], 2 * origin[3]
-    high, wide = min(2 * size[2], pixels.output_size[1] - h0), min(2 * size[3], pixels.output_size[2] - w0)
+    """Transform one panel's sums and store them: rows of tiles, in pieces of CHUNK pixels at most."""
+    pixels, rows, columns = plan.pixels, plan.rows, plan.columns
+    lanes, width, most = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize, CHUNK // (rows * columns)
     for line in range(size[0] * size[1] * size[2]):
-        # From right to left: where the width is odd, the tile's second column falls on the start of the next row.
-        for tile in range(size[3] - 1, -1, -1):
-            for i in range(0, lanes, width):
-                source = shift(sums, (line * size[3] + tile) * lanes + i)
-                to = shift(some_rows, 2 * tile * lanes + i)
-                _transform_sums(to, wide * lanes, lanes, source, 4 * steps.sums, steps.sums)
-        image, row = line // size[2], line % size[2] * 2
-        packing.store_chunk(
-            target, output, some_rows, pixels, (n0, d0, h0, w0), (size[0], size[1], high, wide),
-            (image * high + row) * wide, min(2, high - row) * wide, filters, relu,
-        )  # fmt: skip
+        n, d, h, _ = packing.position(line * size[3], size)
+        row = (origin[2] + h) * rows
+        high = min(rows, pixels.output_size[1] - row)
+        for first in range(0, size[3], most):
+            last, column = min(first + most, size[3]), (origin[3] + first) * columns
+            wide = min((last - first) * columns, pixels.output_size[2] - column)
+            # From right to left: what the last tile has beyond the width falls on the start of the next row.
+            for tile in range(last - 1, first - 1, -1):
+                for i in range(0, lanes, width):
+                    source = shift(sums, (line * size[3] + tile) * lanes + i)
+                    to = shift(some_rows, (tile - first) * columns * lanes + i)
+                    _transform_sums(
+                        rows, columns, to, wide * lanes, lanes,
+                        source, points_along(columns) * plan.sum_step, plan.sum_step,
+                    )  # fmt: skip
+            _add_bias(some_rows, bias, filters, high * wide, lanes)
+            packing.store_chunk(
+                target, output, some_rows, pixels, (origin[0] + n, origin[1] + d, row, column), (1, 1, high, wide),
+                0, high * wide, filters, relu,
+            )  # fmt: skip
+
+
+@jit
+def _add_bias(pixels: Any, bias: Any, filters: tuple[int, int, int], count: int, lanes: int) -> None:
+    """Add the bias of the filters that there are to so many pixels."""
+    for pixel in range(count):
+        for lane in range(filters[2]):
+            pixels[pixel * lanes + lane] += bias[filters[0] + lane]

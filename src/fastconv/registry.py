@@ -132,21 +132,12 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     return _winograd(op, dims)
 
 
-def _winograd_3x3(op: str, dims: ConvDims, fewest_pixels: int) -> str:
-    if dims.kernel_size != (1, 3, 3) or dims.dilation[1:] != (1, 1) or dims.stride[1:] != (1, 1):
-        return "only for 3x3 filters with stride 1 and dilation 1"
-    if op == "conv_input_grad" and dims.stride[0] != 1:
-        return "only for stride 1"
-    if min(dims.group_in_channels, dims.group_out_channels) < 16:
-        return "not for few channels: less exact than plain sums there, and no faster"
-    pixels = math.prod(dims.input_size if op == "conv_input_grad" else dims.output_size)
-    if pixels < fewest_pixels:  # of one image: what is chosen, and so the result's bits, must not depend on the batch
-        return f"slower for small images ({pixels} pixels): transforming the weights takes longer than using them"
-    return ""
-
-
 def _winograd_numba(op: str, dims: ConvDims) -> str:
-    return "has no gradient of the weights" if op == "conv_weight_grad" else _winograd_3x3(op, dims, 100)
+    if op == "conv_weight_grad":
+        return "has no gradient of the weights"
+    if any(taps > 1 and step > 1 for taps, step in zip(dims.kernel_size[1:], dims.dilation[1:], strict=True)):
+        return "only for dilation 1 along height and width"
+    return _winograd(op, dims)
 
 
 CONVOLUTIONS = (
