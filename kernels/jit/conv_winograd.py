@@ -38,7 +38,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..interleave import input_grad
-from ..winograd import SIDES, SLICE, choose, points
+from ..winograd import SLICE, choose
 from . import conv_direct, packing
 from .blocking import WinogradPlan, winograd_plan
 from .compile import jit, kernel
@@ -185,48 +185,69 @@ def _matrix(rows: list[np.ndarray]) -> Matrix:
     return tuple(tuple(float(number) for number in (*row, *[0.0] * (width - len(row)))) for row in rows)
 
 
-AXES = {side: _axis(side) for side in {side for sides in SIDES for side in sides}}
+AXES = {side: _axis(side) for side in (1, *PAIRS)}
+MOST_POINTS = max(len(axis.inputs) for axis in AXES.values())
+
+
+@intrinsic
+def _room(typingctx: Any, like: Any) -> Any:
+    """Return a pointer like the argument to vectors on the stack, one for each cell of the largest tile of points."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        numbers = MOST_POINTS**2 * MACHINE.vector_bytes // (like.dtype.bitwidth // 8)
+        return cgutils.alloca_once(builder, context.get_value_type(like.dtype), size=ir.IntType(64)(numbers))
+
+    return like(like), generate
 
 
 def _make_transform(kind: str) -> Any:
-    """Return the function Y = M * X * N, M and N for the axes of a tile, whose numbers are vectors: neighbours in memory."""
+    """Return the function Y = M * X * N, M and N for the axes of a tile, whose numbers are vectors of neighbours."""
+    along = _make_axis_transform(kind)
 
-    @intrinsic
+    @jit
     def transform(
-        typingctx: Any, rows: Any, columns: Any, y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any
-    ) -> Any:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            number, (wanted, arrays) = context.get_value_type(y.dtype), (args[:2], args[2:])
-            for sides in SIDES:
-                same = [
-                    builder.icmp_signed("==", *pair) for pair in zip(wanted, map(wanted[0].type, sides), strict=True)
-                ]
-                with builder.if_then(builder.and_(*same)):
-                    _emit_transform(builder, kind, sides, number, y.dtype.bitwidth // 8, *arrays)
-            return context.get_dummy_value()
-
-        size = types.intp
-        return types.void(size, size, y, size, size, x, size, size), generate
+        sides: tuple[int, int], wide: int, high: int,
+        y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int,
+    ) -> None:  # fmt: skip
+        """X is ``wide``, and Y is ``high``; rows and columns are so many elements apart."""
+        half, lanes = _room(y), packing.vector_lanes(y)
+        for i in range(wide):
+            along(sides[0], shift(half, i * lanes), MOST_POINTS * lanes, shift(x, i * x_column), x_row)
+        for i in range(high):
+            along(sides[1], shift(y, i * y_row), y_column, shift(half, i * MOST_POINTS * lanes), lanes)
 
     return transform
 
 
+def _make_axis_transform(kind: str) -> Any:
+    @intrinsic
+    def along(typingctx: Any, side: Any, y: Any, y_step: Any, x: Any, x_step: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            for known, axis in AXES.items():
+                with builder.if_then(builder.icmp_signed("==", args[0], args[0].type(known))):
+                    number = context.get_value_type(y.dtype)
+                    _emit_transform(builder, getattr(axis, kind), kind == "outputs", number, *args[1:])
+            return context.get_dummy_value()
+
+        return types.void(types.intp, y, types.intp, x, types.intp), generate
+
+    return along
+
+
 def _emit_transform(
-    builder: ir.IRBuilder, kind: str, sides: tuple[int, int], number: Any, itemsize: int,
-    y: Any, y_row: Any, y_column: Any, x: Any, x_row: Any, x_column: Any,
-) -> None:  # fmt: skip
-    """Emit the loads, additions and stores of one transform; rows and columns are so many elements apart."""
+    builder: ir.IRBuilder, matrix: Matrix, back: bool, number: Any, y: Any, y_step: Any, x: Any, x_step: Any
+) -> None:
+    """Emit the transform of one axis, to points or ``back``; numbers are so many elements apart."""
+    itemsize = 4 if number == ir.FloatType() else 8
     vector = ir.VectorType(number, MACHINE.vector_bytes // itemsize)
     name = f"llvm.fmuladd.v{vector.count}f{8 * itemsize}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
 
-    def cell(start: Any, row_step: Any, row: int, column_step: Any, column: int) -> Any:
-        index = row_step.type
-        offset = builder.add(builder.mul(row_step, index(row)), builder.mul(column_step, index(column)))
-        return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
+    def cell(start: Any, step: Any, i: int) -> Any:
+        return builder.bitcast(builder.gep(start, [builder.mul(step, step.type(i))]), vector.as_pointer())
 
-    def combine(factors: tuple[float, ...], vectors: list[Any]) -> Any:
-        """Return the sum of factor * vector."""
+    def combine(factors: tuple[float, ...]) -> Any:
+        """Return the sum of factor * vector; one that needs no multiplication comes first."""
         total = None
         for factor, v in sorted(zip(factors, vectors, strict=True), key=lambda term: term[0] != 1):
             constant = ir.Constant(vector, [factor] * vector.count)
@@ -236,29 +257,21 @@ def _emit_transform(
                 total = builder.fadd(total, v) if factor == 1 else builder.call(fma, [v, constant, total])
         return total
 
-    def add_and_subtract(vectors: list[Any]) -> list[Any]:
+    def add_and_subtract(parts: list[Any]) -> list[Any]:
         """Return a + b and a - b for each pair (a, b) of parts, or of points: all but the first and the last."""
-        result = list(vectors)
-        for i in range(1, len(vectors) - 2, 2):
-            result[i : i + 2] = builder.fadd(*vectors[i : i + 2]), builder.fsub(*vectors[i : i + 2])
+        result = list(parts)
+        for i in range(1, len(parts) - 2, 2):
+            result[i : i + 2] = builder.fadd(*parts[i : i + 2]), builder.fsub(*parts[i : i + 2])
         return result
 
-    def along(side: int, vectors: list[Any]) -> list[Any]:
-        """Transform along one axis."""
-        matrix = getattr(AXES[side], kind)
-        if kind == "outputs":
-            parts = add_and_subtract(vectors)
-            return [combine(factors, parts) for factors in zip(*matrix, strict=True)]
-        return add_and_subtract([combine(factors, vectors) for factors in matrix])
-
-    high, wide = ((points(side) if kind == "outputs" else len(getattr(AXES[side], kind)[0])) for side in sides)
-    columns = [
-        along(sides[0], [builder.load(cell(x, x_row, i, x_column, j), align=itemsize) for i in range(high)])
-        for j in range(wide)
-    ]
-    for i, row in enumerate(zip(*columns, strict=True)):
-        for j, result in enumerate(along(sides[1], list(row))):
-            builder.store(result, cell(y, y_row, i, y_column, j), align=itemsize)
+    vectors = [builder.load(cell(x, x_step, i), align=itemsize) for i in range(len(matrix if back else matrix[0]))]
+    if back:
+        vectors = add_and_subtract(vectors)
+        results = [combine(factors) for factors in zip(*matrix, strict=True)]
+    else:
+        results = add_and_subtract([combine(factors) for factors in matrix])
+    for i, result in enumerate(results):
+        builder.store(result, cell(y, y_step, i), align=itemsize)
 
 
 _transform_inputs = _make_transform("inputs")
@@ -273,7 +286,7 @@ def _transform_weight(
     first: int, last: int, panel0: int, panel1: int, weight: Strided, packed: int, part: int, rows: int, numbers: int,
     limit: float,
 ) -> bool:  # fmt: skip
-    """Pack and transform the panels ``first`` to ``last``, counted over those from ``panel0`` to ``panel1`` of all groups.
+    """Pack and transform the panels ``first`` to ``last``, those from ``panel0`` to ``panel1`` of each group.
 
     Return whether all numbers are below the limit.
     """
@@ -294,6 +307,7 @@ def _transform_panel(
     """Pack and transform some channels of one panel; return whether all are below the limit."""
     pixels, part, below = plan.pixels, weights.part, True
     lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize
+    sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
     taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
@@ -308,16 +322,16 @@ def _transform_panel(
             start = (d * plan.slices[1] * plan.slice_taps[1] + h) * taps_wide + w
             for i in range(0, tap, width):
                 _transform_taps(
-                    plan.rows, plan.columns,
+                    sides, plan.slice_taps[2], high,
                     shift(target, (channel * plan.slice_count + number * depth) * lanes + i),
-                    points_along(plan.columns) * plan.weight_step, plan.weight_step,
+                    wide * plan.weight_step, plan.weight_step,
                     shift(part, start * tap + i), taps_wide * tap, tap,
                 )  # fmt: skip
     return below
 
 
 @jit
-def points_along(side: int) -> int:
+def _points(side: int) -> int:
     """Return the points of an axis: ``winograd.points``."""
     return 1 if side == 1 else side + SLICE - 1
 
@@ -365,7 +379,7 @@ def _forward(
     bias: int, output: Strided, numbers: int, relu: bool, refused: int, part: int, part_rows: int, box_address: int,
     inputs_address: int, sums_address: int, rows_of_pixels: int, offsets: int, limit: float,
 ) -> None:  # fmt: skip
-    """Do the tasks ``first`` to ``last``: a task is a share of the panels ``panel0`` to ``panel1`` of one box of a group.
+    """Do the tasks ``first`` to ``last``: a share of the panels ``panel0`` to ``panel1`` of one box of a group.
 
     ``limit`` is LIMIT in the type of all numbers.
     """
@@ -425,16 +439,16 @@ def _forward(
 @jit
 def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
     """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
-    tiles = plan.tiles
-    width = MACHINE.vector_bytes // tiles.itemsize
+    tiles, width = plan.tiles, MACHINE.vector_bytes // plan.tiles.itemsize
+    sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
     for number in range(plan.slice_count):
         d, h, w = _first_tap(number, plan)
         cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
         for tile in range(count):
             for i in range(0, tiles.block, width):
                 _transform_inputs(
-                    plan.rows, plan.columns, shift(target, (number * count + tile) * tiles.block + i),
-                    points_along(plan.columns) * plan.input_step, plan.input_step,
+                    sides, wide, high, shift(target, (number * count + tile) * tiles.block + i),
+                    wide * plan.input_step, plan.input_step,
                     shift(cells, rows[tile] + i), tiles.tap_step[1], tiles.tap_step[2],
                 )  # fmt: skip
 
@@ -480,8 +494,8 @@ def _store(
                     source = shift(sums, (line * size[3] + tile) * lanes + i)
                     to = shift(some_rows, (tile - first) * columns * lanes + i)
                     _transform_sums(
-                        rows, columns, to, wide * lanes, lanes,
-                        source, points_along(columns) * plan.sum_step, plan.sum_step,
+                        (rows, columns), _points(columns), rows, to, wide * lanes, lanes,
+                        source, _points(columns) * plan.sum_step, plan.sum_step,
                     )  # fmt: skip
             _add_bias(some_rows, bias, filters, high * wide, lanes)
             packing.store_chunk(
