@@ -134,7 +134,7 @@ def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: in
     channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
     most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (points * slice_count * channels * itemsize))
     most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
-    plan = _plan(tiles, itemsize, min(WINOGRAD_CHANNELS, channels), most, most_columns=most, depthwise=False)
+    plan = _plan(tiles, itemsize, min(WINOGRAD_CHANNELS, channels), most, most_columns=CHUNK // 4, depthwise=False)
     line, lanes = 64 // itemsize, plan.panel.lanes
     most_rows = -(-math.prod(plan.box) // ROW_MULTIPLE) * ROW_MULTIPLE
     weights = plan.block if plan.box_count == 1 else plan.channels  # used by one task, which transforms them by blocks

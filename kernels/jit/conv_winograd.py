@@ -44,7 +44,7 @@ from .blocking import WinogradPlan, winograd_plan
 from .compile import jit, kernel
 from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, multiply, pointer, reader, shift
+from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, multiply_apart, pointer, reader, shift
 
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
@@ -114,7 +114,7 @@ def _convolve(
             workspace("part", part_numbers, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
             workspace("box", tiles.box_block, dtype), workspace("inputs", plan.points * plan.input_step, dtype),
             workspace("sums", PANELS * plan.points * plan.sum_step, dtype),
-            workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", 1 + most_tiles, OFFSET), limit,
+            workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", tiles.block + most_tiles, OFFSET), limit,
         )  # fmt: skip
 
     most = (weight.size * dtype.itemsize + SPARE_BYTES) // (tiles.groups * panel_numbers * dtype.itemsize)
@@ -211,25 +211,34 @@ def _make_transform(kind: str) -> Any:
     ) -> None:  # fmt: skip
         """X is ``wide``, and Y is ``high``; rows and columns are so many elements apart."""
         half, lanes = _room(y), packing.vector_lanes(y)
-        for i in range(wide):
-            along(sides[0], shift(half, i * lanes), MOST_POINTS * lanes, shift(x, i * x_column), x_row)
-        for i in range(high):
-            along(sides[1], shift(y, i * y_row), y_column, shift(half, i * MOST_POINTS * lanes), lanes)
+        along(sides[0], wide, half, lanes, MOST_POINTS * lanes, x, x_column, x_row)
+        along(sides[1], high, y, y_row, y_column, half, MOST_POINTS * lanes, lanes)
 
     return transform
 
 
 def _make_axis_transform(kind: str) -> Any:
+    """Return the transform along one axis, for each of ``count`` places along the other, which are ``next`` apart."""
+
     @intrinsic
-    def along(typingctx: Any, side: Any, y: Any, y_step: Any, x: Any, x_step: Any) -> Any:
+    def along(
+        typingctx: Any, side: Any, count: Any, y: Any, y_next: Any, y_step: Any, x: Any, x_next: Any, x_step: Any
+    ) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             for known, axis in AXES.items():
-                with builder.if_then(builder.icmp_signed("==", args[0], args[0].type(known))):
+                here = builder.icmp_signed("==", args[0], args[0].type(known))
+                with builder.if_then(here), cgutils.for_range(builder, args[1]) as place:
+                    to, start = (
+                        builder.gep(first, [builder.mul(place.index, step)]) for first, step in (args[2:4], args[5:7])
+                    )
                     number = context.get_value_type(y.dtype)
-                    _emit_transform(builder, getattr(axis, kind), kind == "outputs", number, *args[1:])
+                    _emit_transform(
+                        builder, getattr(axis, kind), kind == "outputs", number, to, args[4], start, args[7]
+                    )
             return context.get_dummy_value()
 
-        return types.void(types.intp, y, types.intp, x, types.intp), generate
+        size = types.intp
+        return types.void(size, size, y, size, size, x, size, size), generate
 
     return along
 
@@ -392,9 +401,10 @@ def _forward(
         pointer(rows_of_pixels, limit),
     )
     own_weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(part_rows, 0))
-    only_tap, refused_images = pointer(offsets, 0), pointer(refused, 0)
-    rows = shift(only_tap, 1)
-    only_tap[0] = 0
+    parts, refused_images = pointer(offsets, 0), pointer(refused, 0)
+    rows = shift(parts, tiles.block)
+    for part_number in range(tiles.block // plan.summed):
+        parts[part_number] = part_number * plan.summed
     for task in range(first, last):
         split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
         origin, size = packing.box_of(tiles, number)
@@ -429,7 +439,7 @@ def _forward(
                     place = (group * (panel1 - panel0) + panel - panel0) * plan.points * plan.weight_step
                     weights = shift(weights, place + channel * plan.slice_count * tiles.panel.lanes)
                 cells = shift(inputs, channel * plan.slice_count * count)
-                _multiply(sums, cells, rows, count, only_tap, depth, weights, panels, plan)
+                _multiply(sums, cells, rows, count, parts, depth, weights, panels, plan)
             for i in range(panels):
                 some_sums = shift(sums, i * plan.points * plan.sum_step)
                 filters = packing.filters_of(tiles, group, panel + i)
@@ -455,22 +465,27 @@ def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradP
 
 @jit
 def _multiply(
-    sums: Any, inputs: Any, rows: Any, count: int, only_tap: Any, depth: int, weights: Any, panels: int,
+    sums: Any, inputs: Any, rows: Any, count: int, parts: Any, depth: int, weights: Any, panels: int,
     plan: WinogradPlan,
 ) -> None:  # fmt: skip
-    """Add the products of one block of channels to the sums of all points of some panels."""
-    lanes, block = plan.tiles.panel.lanes, plan.tiles.block
+    """Add the products of one block of channels to the sums of all points of some panels: part by part of the channels.
+
+    What is left of the channels after whole parts is a last, smaller one.
+    """
+    panel, block, whole = plan.tiles.panel, plan.tiles.block, depth // plan.summed
+    rest = depth - whole * plan.summed
     for point in range(plan.points):
         for i in range(panels):
             number = i * plan.points + point
+            to = shift(sums, number * plan.sum_step)
             for slice_number in range(plan.slice_count):
                 cells = shift(inputs, point * plan.input_step + slice_number * count * block)
-                taps = shift(weights, number * plan.weight_step + slice_number * depth * lanes)
-                for channel in range(0, depth, plan.summed):
-                    multiply(
-                        shift(sums, number * plan.sum_step), lanes, shift(cells, channel), rows, count, only_tap, 1,
-                        min(plan.summed, depth - channel), 1, shift(taps, channel * lanes), 0, lanes, plan.tiles.panel,
-                    )  # fmt: skip
+                taps = shift(weights, number * plan.weight_step + slice_number * depth * panel.lanes)
+                part = plan.summed * panel.lanes
+                multiply_apart(to, cells, rows, count, parts, whole, plan.summed, taps, part, panel)
+                if rest:
+                    cells, taps = shift(cells, depth - rest), shift(taps, whole * part)
+                    multiply_apart(to, cells, rows, count, parts, 1, rest, taps, part, panel)
 
 
 @jit
