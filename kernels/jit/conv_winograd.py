@@ -114,7 +114,8 @@ def _convolve(
             workspace("part", part_numbers, dtype), workspace("rows", SQUARE * dims.taps, OFFSET),
             workspace("box", tiles.box_block, dtype), workspace("inputs", plan.points * plan.input_step, dtype),
             workspace("sums", PANELS * plan.points * plan.sum_step, dtype),
-            workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", tiles.block + most_tiles, OFFSET), limit,
+            workspace("pixels", 2 * CHUNK * lanes, dtype), workspace("offsets", tiles.block + most_tiles, OFFSET),
+            limit,
         )  # fmt: skip
 
     most = (weight.size * dtype.itemsize + SPARE_BYTES) // (tiles.groups * panel_numbers * dtype.itemsize)
@@ -262,8 +263,10 @@ def _emit_transform(
             constant = ir.Constant(vector, [factor] * vector.count)
             if total is None and factor:
                 total = v if factor == 1 else builder.fmul(v, constant)
+            elif abs(factor) == 1:
+                total = (builder.fadd if factor == 1 else builder.fsub)(total, v)
             elif factor:
-                total = builder.fadd(total, v) if factor == 1 else builder.call(fma, [v, constant, total])
+                total = builder.call(fma, [v, constant, total])
         return total
 
     def add_and_subtract(parts: list[Any]) -> list[Any]:
