@@ -1,16 +1,17 @@
-"""Winograd's F(2x2, 3x3): 16 multiplications for what a 3x3 filter takes 36 for.
+"""Winograd's convolution: a tile of outputs for fewer products, 36 instead of 144 for 4x4 outputs of a 3x3 filter.
 
-    output tile (2x2) = At [ sum over channels of (G g Gt) * (Bt d B) ] A,     d: 4x4 inputs, g: 3x3 filter
+    output tile = At [ sum over channels and slices of (G taps Gt) * (Bt inputs B) ] A          3x3 taps at most
 
-    for each box of tiles (a task):
-        for each block of channels:
-            pack the image, transform it                          [point of 16][block][tile][channel]
-        for some panels of filters:
-            for each block of channels:                           their weights are transformed here if used only once
-                for each point, each panel:
-                    sums += inputs of the point * panel           16 independent matrix products: the register tile
-            for each panel:
-                output = activation(At sums A)                    the epilogue
+    for some of the panels, whose transformed weights fit the memory (a pass; nearly always all of them):
+        for each box of tiles (a task):
+            for each block of channels:
+                pack the image, transform it                      [point][block][slice][tile][channel]
+            for some panels of filters:
+                for each block of channels:                       their weights are transformed here if used only once
+                    for each point, each panel, each slice:
+                        sums += inputs of the point * panel       independent matrix products: the register tile
+                for each panel:
+                    output = activation(At sums A + bias)         the epilogue
 
       inputs of a point          panel                sums, [panel][point][tile][lane]
       +---------------+       +----------+            +----------+
@@ -18,9 +19,13 @@
       |   channels    |       | x lanes  |            |   lanes  |
       +---------------+       +----------+            +----------+
 
-To all code that packs, a tile of outputs is a pixel, of a convolution with 4x4 filters and stride 2. Sums of inputs can
-overflow, or make a NaN of two infinities, where single products would not: an image that holds such numbers is left to
-conv_direct.
+How many outputs a tile has is the choice of ``kernels/winograd.py``. Filters of more than 3 taps along an axis are cut
+into slices of 3, filled up with zeros, whose products are summed like those of channels. The error is no larger than
+that of summing all products one after another, since few are summed in a row: some channels, and then these sums.
+
+To all code that packs, a tile of outputs is a pixel, of a convolution with larger filters and the tile's sides as its
+stride. Sums of inputs can overflow, or make a NaN of two infinities, where single products would not: an image that
+holds such numbers is left to conv_direct.
 
 A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
 """
