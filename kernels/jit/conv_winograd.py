@@ -411,7 +411,7 @@ def _forward(
     own_weights = Weights(pointer(weight.address, limit), weight, pointer(part, limit), pointer(part_rows, 0))
     parts, refused_images = pointer(offsets, 0), pointer(refused, 0)
     rows = shift(parts, tiles.block)
-    for part_number in range(tiles.block // plan.summed):
+    for part_number in range(-(-tiles.block // plan.summed)):
         parts[part_number] = part_number * plan.summed
     for task in range(first, last):
         split, group, number = task % splits, task // splits % tiles.groups, task // (splits * tiles.groups)
