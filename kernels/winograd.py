@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
+SPLIT_TERMS = (120, 600, 2600)  #: the same where pieces of numbers are multiplied, each of them with a rounding of its own
 PRODUCT = (
     1.1,
     1.25,
@@ -53,12 +54,13 @@ def points(side: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def choose(dims: Any) -> Tile | None:
+def choose(dims: Any, split: bool = False) -> Tile | None:
     """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
     kernel = dims.kernel_size[1:]
+    terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
     tiles = [
         Tile(*sides, _cost(dims, *sides))
-        for sides in _exact_enough(dims.group_in_channels * _products(dims) / math.prod(dims.output_size))
+        for sides in _exact_enough(terms, SPLIT_TERMS if split else TERMS)
         if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
@@ -70,7 +72,7 @@ def choose_for_weights(dims: Any) -> Tile | None:
     depth, *kernel = dims.kernel_size
     tiles = [
         Tile(*sides, _weight_cost(dims, *sides))
-        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps)
+        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, TERMS)
         if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None) if depth == 1 else None
@@ -86,9 +88,9 @@ def _products(dims: Any) -> int:
     )
 
 
-def _exact_enough(terms: float) -> list[tuple[int, int]]:
+def _exact_enough(terms: float, least: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
-    return [sides for sides in SIDES if terms >= TERMS[sides.count(4)]]
+    return [sides for sides in SIDES if terms >= least[sides.count(4)]]
 
 
 def _tiles(dims: Any, rows: int, columns: int) -> int:
