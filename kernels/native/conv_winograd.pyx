@@ -426,6 +426,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_step = width
+    reduction.c_step = width
     while begin < end:
         reduction.taps = t.taps + begin
         reduction.depth = plan.width if begin < whole else c.depth - plan.whole * plan.width

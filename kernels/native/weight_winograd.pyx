@@ -226,6 +226,7 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
         for panel in range(t.w.panels):
             width = panel_vectors(c, t.w.panel + panel) * c.kernels.lanes
             reduction.b_step = width
+            reduction.c_step = width
             reduction.b_tap = depth * width
             grads = t.grads + point * plan.grad_bytes + (panel * TILES * c.panel + first * width) * c.item
             sums = t.sums + point * plan.sum_bytes + panel * plan.panel_sums * c.item
