@@ -24,6 +24,11 @@ from typing import Any, NamedTuple
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
+SPLIT_TERMS = (
+    120,
+    600,
+    2600,
+)  #: the same where pieces of numbers are multiplied, each of them with a rounding of its own
 PRODUCT = (
     1.1,
     1.25,
@@ -31,6 +36,8 @@ PRODUCT = (
 TRANSFORM = 7  #: products that fit into the time of packing and transforming one number of an image, or back
 WEIGHT_TRANSFORM = 7  #: the same for a number of the weights
 SUM_TRANSFORM = 12  #: the same for a number of their gradient
+PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
+ROOM = 2**19  #: transformed numbers of the smallest block, at most
 SHARED = 64  #: channels, and filters, for which the gradient of the weights transforms a number once
 
 
@@ -44,22 +51,37 @@ class Tile(NamedTuple):
     @property
     def points(self) -> int:
         """Products of a tile, for each channel and filter."""
-        return points(self.rows) * points(self.columns)
+        return _points(self.rows, self.columns)
 
 
-def points(side: int) -> int:
-    """Inputs that so many outputs along one axis see, and products that they take."""
-    return 1 if side == 1 else side + SLICE - 1
+def _points(rows: int, columns: int) -> int:
+    """Inputs that a tile of outputs sees, and products that it takes."""
+    return math.prod(1 if side == 1 else side + SLICE - 1 for side in (rows, columns))
+
+
+def _slices(dims: Any, rows: int, columns: int) -> int:
+    """Slices that the filters are cut into."""
+    depth, height, width = dims.kernel_size
+    high, wide = (1 if side == 1 else SLICE for side in (rows, columns))
+    return int(depth * math.ceil(height / high) * math.ceil(width / wide))
+
+
+def _period(dims: Any) -> int:
+    """Tiles that dilation interleaves."""
+    return math.prod(dims.dilation[1:])
 
 
 @lru_cache(maxsize=1024)
-def choose(dims: Any) -> Tile | None:
+def choose(dims: Any, split: bool = False) -> Tile | None:
     """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
     kernel = dims.kernel_size[1:]
+    terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
     tiles = [
         Tile(*sides, _cost(dims, *sides))
-        for sides in _exact_enough(dims.group_in_channels * _products(dims) / math.prod(dims.output_size))
+        for sides in _exact_enough(terms, SPLIT_TERMS if split else TERMS)
         if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
+        and _period(dims) <= PERIOD
+        and max(8, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
 
@@ -70,10 +92,10 @@ def choose_for_weights(dims: Any) -> Tile | None:
     depth, *kernel = dims.kernel_size
     tiles = [
         Tile(*sides, _weight_cost(dims, *sides))
-        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps)
+        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, TERMS)
         if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
     ]
-    return min(tiles, key=lambda tile: tile.cost, default=None) if depth == 1 else None
+    return min(tiles, key=lambda tile: tile.cost, default=None) if depth == 1 and _period(dims) <= PERIOD else None
 
 
 def _products(dims: Any) -> int:
@@ -86,9 +108,9 @@ def _products(dims: Any) -> int:
     )
 
 
-def _exact_enough(terms: float) -> list[tuple[int, int]]:
+def _exact_enough(terms: float, least: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
-    return [sides for sides in SIDES if terms >= TERMS[sides.count(4)]]
+    return [sides for sides in SIDES if terms >= least[sides.count(4)]]
 
 
 def _tiles(dims: Any, rows: int, columns: int) -> int:
@@ -103,13 +125,10 @@ def _tiles(dims: Any, rows: int, columns: int) -> int:
 def _cost(dims: Any, rows: int, columns: int) -> float:
     """Products of an image and a group, transforms included."""
     channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, _tiles(dims, rows, columns)
-    depth, *kernel = dims.kernel_size
-    slices = depth
-    for side, taps in zip((rows, columns), kernel, strict=True):
-        slices *= taps if side == 1 else math.ceil(taps / SLICE)
+    slices = _slices(dims, rows, columns)
     products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters * slices
     transforms = TRANSFORM * tiles * (channels * slices + filters) + WEIGHT_TRANSFORM * channels * filters * slices
-    return float(points(rows) * points(columns) * (products + transforms))
+    return float(_points(rows, columns) * (products + transforms))
 
 
 def _weight_cost(dims: Any, rows: int, columns: int) -> float:
@@ -118,4 +137,4 @@ def _weight_cost(dims: Any, rows: int, columns: int) -> float:
     shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
     products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters
     transforms = TRANSFORM * tiles * shared + SUM_TRANSFORM * channels * filters
-    return float(points(rows) * points(columns) * (products + transforms))
+    return float(_points(rows, columns) * (products + transforms))

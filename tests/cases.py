@@ -117,6 +117,8 @@ CONV_CASES = [
     ConvCase("3x3 in tiles of 4x4, of weights", (4, 16, 24, 25), (17, 16, 3, 3), 1, 1),
     ConvCase("3x3 in tiles of two sizes, dilation 2", (2, 72, 17, 18), (18, 72, 3, 3), 1, 2, 2),
     ConvCase("3x3, dilation of two sizes", (1, 72, 13, 25), (18, 72, 3, 3), 1, (2, 3), (2, 3)),
+    ConvCase("3x3, dilation 9 in both dimensions", (1, 40, 29, 30), (16, 40, 3, 3), 1, 9, 9),
+    ConvCase("3x3, dilation 7 and 8", (1, 40, 29, 30), (16, 40, 3, 3), 1, (7, 8), (7, 8)),
     ConvCase("5x5 in slices", (1, 40, 16, 13), (20, 40, 5, 5), 1, 2),
     ConvCase("7x1 in slices", (2, 90, 20, 6), (17, 90, 7, 1), 1, (3, 0)),
     ConvCase("1x7 in slices, dilation 2", (2, 90, 6, 30), (17, 90, 1, 7), 1, (0, 6), 2),

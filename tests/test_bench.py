@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import registry, runtime
-from fastconv.bench import cli, engines, peers, report, tile, timing, training
+from fastconv.bench import cli, engines, peers, report, tile, timing, training, winograd_error
 from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_layers, slice_layer
 
 pytest.importorskip("threadpoolctl")
@@ -393,3 +393,22 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
         assert result["x_naive"] > 0
         assert result["x_peers"] is None
         assert (result["tile_share"] is not None) == (result["layer"] == "tiny" and runtime.isa() != "none")
+
+
+# Winograd's errors
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_the_transforms_convolve(outputs: int, rng: np.random.Generator) -> None:
+    transforms = winograd_error.matrices(outputs)
+    signal, taps = rng.standard_normal(outputs + 2), rng.standard_normal(3)
+    result = transforms.outputs @ ((transforms.taps @ taps) * (transforms.inputs @ signal))
+    np.testing.assert_allclose(result, np.correlate(signal, taps), atol=1e-12)
+
+
+def test_larger_tiles_have_larger_errors_and_longer_sums_smaller_ones() -> None:
+    two, four = map(winograd_error.matrices, (2, 4))
+    assert (
+        winograd_error.error_ratio(64, two, two, 32, False) < 1 < winograd_error.error_ratio(64, four, four, 16, False)
+    )
+    assert winograd_error.error_ratio(256, four, four, 16, False) < 1

@@ -80,7 +80,8 @@ cdef bint taps_continue(const Conv *c) noexcept nogil
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil
 cdef char *pack_bias(const Conv *c, bias, char *out)
-cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil
+cdef bint start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums,
+                     Py_ssize_t step) noexcept nogil
 cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_ssize_t column_limit,
               Blocks *blocks) noexcept nogil
 cdef void divide(const Conv *c, Py_ssize_t rows, Py_ssize_t columns, Blocks *blocks) noexcept nogil

@@ -193,18 +193,19 @@ cdef char *pack_bias(const Conv *c, bias, char *out):
     return out
 
 
-cdef void start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums) noexcept nogil:
-    """Let sums, [filter][width], start at the bias."""
+cdef bint start_sums(const Conv *c, const char *bias, Py_ssize_t filters, Py_ssize_t width, char *sums,
+                     Py_ssize_t step) noexcept nogil:
+    """Let sums, a row of ``width`` for each filter, start at the bias; return whether there is one."""
     cdef Py_ssize_t row, i
     if bias == NULL:
-        memset(sums, 0, <size_t>(filters * width * c.item))
-        return
+        return False
     for row in range(filters):
         for i in range(width):
             if c.item == 4:
-                (<float *>sums)[row * width + i] = (<const float *>bias)[row]
+                (<float *>sums)[row * step + i] = (<const float *>bias)[row]
             else:
-                (<double *>sums)[row * width + i] = (<const double *>bias)[row]
+                (<double *>sums)[row * step + i] = (<const double *>bias)[row]
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------- blocks

@@ -278,6 +278,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
     reduction.taps = taps
     reduction.b_taps = NULL
     reduction.a_step = 1
+    reduction.c_step = width
     if c.folded:  # neighbours along a row of taps are neighbours in memory, too
         reduction.n_taps = c.kernel[0] * c.kernel[1]
         reduction.depth = c.kernel[2] * channels

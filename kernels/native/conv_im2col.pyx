@@ -6,7 +6,7 @@
         for block of the reduction:
             gather the patches, padding included                        [reduction][pixels]: L2
             for chunk of filters: for panel of pixels:                  the panel's share of the patches in L1
-                for tile of filters: brgemm                             weights from L2
+                for tile of filters: brgemm                             weights from L2; to the output, if lanes fit it
         store the sums: activation, the caller's layout
 
                   r                 panel
@@ -88,6 +88,14 @@ ctypedef struct Plan:
     int relu
 
 
+# A panel of pixels: where the sums of its filters are, rows of so many lanes that are ``step`` apart.
+ctypedef struct Panel:
+    char *sums
+    Py_ssize_t width, step
+    int vectors
+    bint in_place               # in the output
+
+
 cdef void plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
     """Make a block of a whole output plane, number ``index`` of the batch."""
     block.image = index // c.out[0]
@@ -154,38 +162,63 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef char *sums = memory + offset_bytes
     cdef char *patches = sums + sum_bytes
     cdef Block block
+    cdef Panel panel
     cdef Py_ssize_t i, channel
+    cdef bint started
     plane(c, number // plan.boxes, &block)
     for i in range(filters):
         rows[i] = (first + i) * plan.filter_step
     for i in range(plan.together):
         channel_offsets[i] = i * plan.channel_step
-    for i from 0 <= i < pixels by c.panel:
-        start_sums(
-            c, bias_at(plan.bias, first * c.item), filters, _vectors(c, pixels - i) * c.kernels.lanes,
-            sums + i * filters * c.item,
-        )
+    started = plan.bias != NULL
+    if started:
+        for i from 0 <= i < pixels by c.panel:
+            panel = _place(plan, &block, first, filters, first_pixel, pixels, i, sums)
+            start_sums(c, bias_at(plan.bias, first * c.item), filters, panel.width, panel.sums, panel.step)
     for channel from 0 <= channel < c.channels by plan.together:
         i = min(plan.together, c.channels - channel)
         gather(c, &block, group * c.channels + channel, i, first_pixel, pixels, pitch, patches)
-        _multiply(plan, channel, i, pixels, pitch, rows, filters, channel_offsets, patches, sums)
+        _multiply(
+            plan, &block, channel, i, first_pixel, pixels, pitch, rows, first, filters, channel_offsets, patches, sums,
+            started or channel > 0,
+        )
     _store(plan, &block, first, filters, first_pixel, pixels, sums)
     return 0
 
 
-cdef int _vectors(const Conv *c, Py_ssize_t pixels) noexcept nogil:
-    """Vectors in a panel of pixels: two, or one where no more are left than that."""
-    return 1 if pixels <= c.kernels.lanes else 2
+cdef Panel _place(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
+                  Py_ssize_t pixels, Py_ssize_t pixel, char *sums) noexcept nogil:
+    """Return the panel that starts at ``pixel`` of a box, two vectors or a last one: in the output, where its pixels are
+    neighbours there, else in ``sums``, [panel][filter][pixel of the panel]."""
+    cdef const Conv *c = &plan.c
+    cdef const View *y = &c.y
+    cdef Py_ssize_t row = (first_pixel + pixel) // block.columns, column = (first_pixel + pixel) % block.columns
+    cdef Panel panel
+    panel.vectors = 1 if pixels - pixel <= c.kernels.lanes else 2
+    panel.width = panel.vectors * c.kernels.lanes
+    panel.in_place = (
+        pixel + panel.width <= pixels and y.stride[4] == 1
+        and (column + panel.width <= block.columns or y.stride[3] == block.columns)
+    )
+    if panel.in_place:
+        panel.step = y.stride[1]
+        panel.sums = y.data + (
+            block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2] + row * y.stride[3] + column
+        ) * c.item
+    else:
+        panel.step = panel.width
+        panel.sums = sums + pixel * filters * c.item
+    return panel
 
 
-cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t pixels, Py_ssize_t pitch,
-                    const Py_ssize_t *rows, Py_ssize_t filters, const Py_ssize_t *channel_offsets, const char *patches,
-                    char *sums) noexcept nogil:
-    """Add weights x patches of some channels to the sums, [panel][filter][pixel of the panel]."""
+cdef void _multiply(const Plan *plan, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t first_pixel,
+                    Py_ssize_t pixels, Py_ssize_t pitch, const Py_ssize_t *rows, Py_ssize_t first, Py_ssize_t filters,
+                    const Py_ssize_t *channel_offsets, const char *patches, char *sums, bint accumulate) noexcept nogil:
+    """Add weights x patches of some channels to the sums of all panels."""
     cdef const Conv *c = &plan.c
     cdef const char *weights = plan.weights + channel * plan.channel_step * c.item
-    cdef Py_ssize_t chunk, end, pixel
-    cdef int vectors
+    cdef Py_ssize_t chunk, pixel
+    cdef Panel panel
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.taps = channel_offsets
@@ -200,22 +233,23 @@ cdef void _multiply(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, P
         reduction.depth = channels * c.taps
         reduction.a_step = plan.channel_step if c.taps == 1 else plan.tap_step
     for chunk from 0 <= chunk < filters by CHUNK:
-        end = min(chunk + CHUNK, filters)
         for pixel from 0 <= pixel < pixels by c.panel:
-            vectors = _vectors(c, pixels - pixel)
+            panel = _place(plan, block, first, filters, first_pixel, pixels, pixel, sums)
+            reduction.c_step = panel.step
             c.kernels.brgemm(
-                &reduction, weights, rows + chunk, end - chunk, patches + pixel * c.item, vectors,
-                sums + (pixel * filters + chunk * vectors * c.kernels.lanes) * c.item, 1,
+                &reduction, weights, rows + chunk, min(<Py_ssize_t>CHUNK, filters - chunk), patches + pixel * c.item,
+                panel.vectors, panel.sums + chunk * panel.step * c.item, accumulate,
             )
 
 
 cdef void _store(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
-                 Py_ssize_t pixels, const char *sums) noexcept nogil:
+                 Py_ssize_t pixels, char *sums) noexcept nogil:
     """Store a box's sums through the activation, panel by panel and row by row of the image."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
     cdef fc_epilogue epilogue
-    cdef Py_ssize_t pixel, end, row, column, run, width, done
+    cdef Py_ssize_t pixel, end, row, column, run, done
+    cdef Panel panel
     cdef bint one_run = y.stride[3] == block.columns * y.stride[4]
     cdef char *base = y.data + (block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]) * c.item
     epilogue.bias = NULL
@@ -223,15 +257,17 @@ cdef void _store(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssiz
     epilogue.pixel_stride = y.stride[1]  # the roles are exchanged: rows of the tile are filters
     epilogue.channel_stride = y.stride[4]
     for pixel from 0 <= pixel < pixels by c.panel:
+        panel = _place(plan, block, first, filters, first_pixel, pixels, pixel, sums)
+        if panel.in_place and not plan.relu:
+            continue
         end = min(pixel + c.panel, pixels)
-        width = _vectors(c, pixels - pixel) * c.kernels.lanes
         done = pixel
         while done < end:
             row = (first_pixel + done) // block.columns
             column = (first_pixel + done) % block.columns
             run = end - done if one_run else min(end - done, block.columns - column)
             c.kernels.epilogue(
-                &epilogue, sums + (pixel * filters + done - pixel) * c.item, width, filters, run,
+                &epilogue, panel.sums + (done - pixel) * c.item, panel.step, filters, run,
                 base + (row * y.stride[3] + column * y.stride[4]) * c.item,
             )
             done += run
@@ -372,4 +408,5 @@ cdef void _weight_panel(const WeightPlan *plan, const Block *block, const Weight
     add_bias(plan, t, panel, grads, pixels)
     reduction.b_tap = reduction.depth * width
     reduction.b_step = width
+    reduction.c_step = width
     c.kernels.brgemm(reduction, patches, offsets, rows, grads, vectors, accumulators, 1)

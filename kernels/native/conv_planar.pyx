@@ -149,6 +149,7 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     cdef Py_ssize_t width = vectors * c.kernels.lanes, pixel, channel, row
     cdef Py_ssize_t pixels = (block.rows - 1) * block.wide + block.columns
     cdef Py_ssize_t rows[16]
+    cdef bint started
     cdef fc_reduction reduction
     for row in range(filters):
         rows[row] = (first + row) * c.w.stride[0]
@@ -159,13 +160,14 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     reduction.a_step = c.w.stride[1]
     reduction.b_tap = 0
     reduction.b_step = plane_bytes // c.item
+    reduction.c_step = width
     for pixel from 0 <= pixel < pixels by width:
-        start_sums(c, bias_at(plan.bias, first * c.item), filters, width, sums)
+        started = start_sums(c, bias_at(plan.bias, first * c.item), filters, width, sums, width)
         for channel from 0 <= channel < c.channels by plan.together:
             reduction.depth = min(plan.together, c.channels - channel)
             c.kernels.brgemm(
                 &reduction, c.w.data + channel * c.w.stride[1] * c.item, rows, filters,
-                planes + channel * plane_bytes + pixel * c.item, vectors, sums, 1,
+                planes + channel * plane_bytes + pixel * c.item, vectors, sums, started or channel > 0,
             )
         _store_tile(plan, block, first, filters, pixel, min(pixel + width, pixels), width, sums)
 

@@ -2,7 +2,7 @@ cdef extern from "ukernels.h" nogil:
     ctypedef struct fc_reduction:
         const Py_ssize_t *taps
         const Py_ssize_t *b_taps
-        Py_ssize_t n_taps, depth, a_step, b_tap, b_step
+        Py_ssize_t n_taps, depth, a_step, b_tap, b_step, c_step
         int apart
 
     ctypedef struct fc_epilogue:

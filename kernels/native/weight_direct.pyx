@@ -422,6 +422,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     reduction.b_taps = NULL
     reduction.b_tap = pitch * width
     reduction.b_step = width
+    reduction.c_step = width
     together = max(1, PIXELS * c.item // (c.packed * pitch))
     for line from 0 <= line < count by together:
         reduction.taps = line_offsets + line

@@ -72,6 +72,11 @@ def _direct(op: str, dims: ConvDims) -> str:
         return ""
     if dims.taps == 1 and not _fills_pieces(dims):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
+    pixels = math.prod(dims.output_size)
+    if op == "conv_forward" and dims.reduction <= 16 <= dims.group_out_channels and pixels >= 4096:
+        return (
+            f"slower than im2col: {dims.group_out_channels} filters make more than patches of {dims.reduction} elements"
+        )
     apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
     if dims.taps > 1 and apart and dims.reduction <= 64:
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"

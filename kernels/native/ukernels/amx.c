@@ -108,8 +108,8 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
     char copies[2][MAX_PIECES][TILE_BYTES] __attribute__((aligned(64)));
     const int evenly[2] = {rows[0].evenly, high && rows[1].evenly};
     const ptrdiff_t spacing[2] = {rows[0].offset[1], high ? rows[1].offset[1] : 0};
-    const ptrdiff_t scale = 2 * pieces, blocks = r->depth / CHANNELS, c_bytes = (wide + 1) * ROW_BYTES;
-    float *const lower = c + ROWS * (wide + 1) * LANES;
+    const ptrdiff_t scale = 2 * pieces, blocks = r->depth / CHANNELS, c_bytes = r->c_step * (ptrdiff_t)sizeof(float);
+    float *const lower = c + ROWS * r->c_step;
     if (accumulate)
         FOR_SUMS(_tile_loadd);
     else
@@ -153,7 +153,7 @@ INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, 
                    int vectors, const int pieces, void *sums, int accumulate)
 {
     tile_rows placed[2];
-    for (float *c = sums; n_rows > 0; n_rows -= 2 * ROWS, rows += 2 * ROWS, c += 2 * ROWS * vectors * LANES) {
+    for (float *c = sums; n_rows > 0; n_rows -= 2 * ROWS, rows += 2 * ROWS, c += 2 * ROWS * r->c_step) {
         place(&placed[0], rows, n_rows, 2 * pieces);
         STORES_DONE;
         if (n_rows > ROWS) {
@@ -371,7 +371,7 @@ static int works(const fc_ukernels *kernels)
     static char a[sizeof image / 2 * MAX_PIECES] __attribute__((aligned(64)));
     static char b[sizeof weights / 2 * MAX_PIECES] __attribute__((aligned(64)));
     ptrdiff_t rows[M], tap = 0;
-    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = CHANNELS, .a_step = 1, .b_step = N};
+    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = CHANNELS, .a_step = 1, .b_step = N, .c_step = N};
     for (int m = 0; m < M; m++) {
         rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * CHANNELS;
         for (int k = 0; k < CHANNELS; k++) {

@@ -35,7 +35,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
             continue;
         UNROLL for (int m = 0; m < n_rows; m++)
             UNROLL for (int v = 0; v < vectors; v++) {
-                V *sum = (V *)(c + (m * vectors + v) * LANES);
+                V *sum = (V *)(c + m * r->c_step + v * LANES);
                 if (accumulate)
                     acc[m][v] += *sum;
                 *sum = acc[m][v];
@@ -80,7 +80,7 @@ static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *ro
 {
     for (ptrdiff_t m = 0; m < n_rows; m += TILE_ROWS)
         FC(one_tile)(r, a, rows + m, n_rows - m < TILE_ROWS ? n_rows - m : TILE_ROWS, b, vectors,
-                     (T *)c + m * vectors * LANES, accumulate);
+                     (T *)c + m * r->c_step, accumulate);
 }
 #undef TILE_CASE
 #undef TILE

@@ -15,7 +15,7 @@
  *
  *            n ->                      a: packed image (or patches), reached through offsets: a tile may span image rows
  *        +---------+  b panel          b: packed panel, `width` = 1, 2 or 4 vectors of contiguous elements for each (t, k)
- *        |         |  (taps * depth    c: tile_rows x width scratch, contiguous rows
+ *        |         |  (taps * depth    c: rows x width, scratch or the output itself
  *   k|   +---------+   rows)
  *    v   +---------+
  *  a --->|  m x n  |  c, in registers
@@ -24,6 +24,7 @@
 typedef struct {
     const ptrdiff_t *taps, *b_taps;
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
+    ptrdiff_t c_step; /* between rows of c */
     int apart; /* each tap is summed by itself and then added to c: sums of sums have smaller errors */
 } fc_reduction;
 

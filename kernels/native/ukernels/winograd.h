@@ -11,8 +11,8 @@
  *
  * The gradient of the taps is Gt [ (A gradients At) * (Bt inputs B) ] G.
  *
- * NEAR and FAR had the smallest errors of all numbers of four bits (docs/performance.md); their squares, and the product of
- * these, are exact.
+ * No other sixteenths than NEAR and FAR have smaller errors, by more than noise (docs/performance.md); their squares, and the
+ * product of these, are exact.
  */
 #define POINTS(m) ((m) == 1 ? 1 : (m) + 2)
 #define TAPS(m) ((m) == 1 ? 1 : 3)

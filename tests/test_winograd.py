@@ -1,0 +1,63 @@
+"""Which tile Winograd's convolution takes: the cheapest that is exact enough, and that fits its workspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastconv.dims import ConvDims, conv_dims
+from fastconv.kernels import winograd
+
+
+def square(channels: int, size: int, taps: int = 3, dilation: int = 1) -> ConvDims:
+    """As many channels as filters, padded to keep the size."""
+    pad = taps // 2 * dilation
+    return conv_dims((1, channels, size, size), (channels, channels, taps, taps), 1, pad, dilation, 1)
+
+
+def sides(tile: Any) -> tuple[int, int] | None:
+    return tile and (tile.rows, tile.columns)
+
+
+@pytest.mark.parametrize(
+    ("channels", "tile"), [(8, None), (16, (2, 2)), (32, (2, 2)), (64, (2, 4)), (128, (2, 4)), (256, (4, 4))]
+)
+def test_tiles_grow_with_the_sums(channels: int, tile: tuple[int, int] | None) -> None:
+    assert sides(winograd.choose(square(channels, 56))) == tile
+
+
+def test_pieces_of_numbers_need_longer_sums() -> None:
+    assert sides(winograd.choose(square(256, 56), split=True)) == (2, 4)
+    assert sides(winograd.choose(square(512, 56), split=True)) == (4, 4)
+
+
+def test_padding_is_no_term_of_a_sum() -> None:
+    assert sides(winograd.choose(square(48, 56))) == (2, 4)
+    assert sides(winograd.choose(square(48, 8))) == (2, 2)
+
+
+def test_weights_are_summed_over_the_outputs() -> None:
+    assert sides(winograd.choose_for_weights(square(64, 56))) == (4, 4)
+    assert sides(winograd.choose_for_weights(square(64, 28))) == (2, 4)
+    assert sides(winograd.choose_for_weights(square(64, 12))) == (2, 2)
+    assert winograd.choose_for_weights(square(64, 8)) is None
+    assert winograd.choose_for_weights(square(64, 56, taps=5)) is None
+
+
+def test_small_images_are_not_worth_large_tiles_of_weights() -> None:
+    assert sides(winograd.choose(square(512, 7))) == (2, 2)
+    assert sides(winograd.choose(square(512, 28))) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dilation", "fits"), [(64, 2, True), (512, 6, True), (2048, 6, False), (64, 9, False)]
+)
+def test_the_tiles_that_dilation_interleaves_fit_a_block(channels: int, dilation: int, fits: bool) -> None:
+    dims = square(channels, 48, dilation=dilation)
+    assert (winograd.choose(dims) is not None) == fits
+    assert (winograd.choose_for_weights(dims) is not None) == (dilation**2 <= winograd.PERIOD)
+
+
+def test_the_points_of_a_tile() -> None:
+    assert [winograd.Tile(*pair, 0.0).points for pair in ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4))] == [4, 6, 16, 24, 36]
