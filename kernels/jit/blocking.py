@@ -125,7 +125,7 @@ def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: in
     depth, *size = dims.output_size
     slice_taps = 1, 1 if rows == 1 else SLICE, 1 if columns == 1 else SLICE
     slices: Any = tuple(-(-taps // most) for taps, most in zip(dims.kernel_size, slice_taps, strict=True))
-    slice_count, points = math.prod(slices), winograd.points(rows) * winograd.points(columns)
+    slice_count, points = math.prod(slices), winograd.Tile(rows, columns, 0.0).points
     cells = (side - 1 + count * taps for side, count, taps in zip((1, rows, columns), slices, slice_taps, strict=True))
     tiles_of = (-(-outputs // side) for outputs, side in zip(size, (rows, columns), strict=True))
     tiles = dims._replace(

@@ -192,15 +192,16 @@ def _matrix(rows: list[np.ndarray]) -> Matrix:
 
 
 AXES = {side: _axis(side) for side in (1, *PAIRS)}
+VECTORS = 8  #: neighbours that are transformed together
 MOST_POINTS = max(len(axis.inputs) for axis in AXES.values())
 
 
 @intrinsic
 def _room(typingctx: Any, like: Any) -> Any:
-    """Return a pointer like the argument to vectors on the stack, one for each cell of the largest tile of points."""
+    """Return a pointer like the argument to room on the stack: VECTORS for each cell of the largest tile of points."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        numbers = MOST_POINTS**2 * MACHINE.vector_bytes // (like.dtype.bitwidth // 8)
+        numbers = VECTORS * MOST_POINTS**2 * MACHINE.vector_bytes // (like.dtype.bitwidth // 8)
         return cgutils.alloca_once(builder, context.get_value_type(like.dtype), size=ir.IntType(64)(numbers))
 
     return like(like), generate
@@ -212,39 +213,52 @@ def _make_transform(kind: str) -> Any:
 
     @jit
     def transform(
-        sides: tuple[int, int], wide: int, high: int,
+        sides: tuple[int, int], wide: int, high: int, numbers: int,
         y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int,
     ) -> None:  # fmt: skip
-        """X is ``wide``, and Y is ``high``; rows and columns are so many elements apart."""
+        """X is ``wide``, and Y is ``high``; rows and columns are so many elements apart, cells so many numbers."""
         half, lanes = _room(y), packing.vector_lanes(y)
-        along(sides[0], wide, half, lanes, MOST_POINTS * lanes, x, x_column, x_row)
-        along(sides[1], high, y, y_row, y_column, half, MOST_POINTS * lanes, lanes)
+        for i in range(0, numbers, VECTORS * lanes):
+            some = min(VECTORS * lanes, numbers - i)
+            along(sides[0], wide, some, half, some, MOST_POINTS * some, shift(x, i), x_column, x_row)
+            along(sides[1], high, some, shift(y, i), y_row, y_column, half, MOST_POINTS * some, some)
 
     return transform
 
 
 def _make_axis_transform(kind: str) -> Any:
-    """Return the transform along one axis, for each of ``count`` places along the other, which are ``next`` apart."""
+    """Return the transform along one axis, for each of ``count`` places along the other, which are ``next`` apart.
+
+    It is asked once what the axis is, and then transforms some neighbouring numbers of all these places.
+    """
 
     @intrinsic
     def along(
-        typingctx: Any, side: Any, count: Any, y: Any, y_next: Any, y_step: Any, x: Any, x_next: Any, x_step: Any
-    ) -> Any:
+        typingctx: Any, side: Any, count: Any, some: Any, y: Any, y_next: Any, y_step: Any,
+        x: Any, x_next: Any, x_step: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             for known, axis in AXES.items():
                 here = builder.icmp_signed("==", args[0], args[0].type(known))
-                with builder.if_then(here), cgutils.for_range(builder, args[1]) as place:
+                vectors = builder.udiv(args[2], args[2].type(MACHINE.vector_bytes // (y.dtype.bitwidth // 8)))
+                with (
+                    builder.if_then(here),
+                    cgutils.for_range(builder, args[1]) as place,
+                    cgutils.for_range(builder, vectors) as vector,
+                ):
+                    lane = builder.mul(vector.index, vector.index.type(MACHINE.vector_bytes // (y.dtype.bitwidth // 8)))
                     to, start = (
-                        builder.gep(first, [builder.mul(place.index, step)]) for first, step in (args[2:4], args[5:7])
+                        builder.gep(first, [builder.add(builder.mul(place.index, step), lane)])
+                        for first, step in (args[3:5], args[6:8])
                     )
                     number = context.get_value_type(y.dtype)
                     _emit_transform(
-                        builder, getattr(axis, kind), kind == "outputs", number, to, args[4], start, args[7]
+                        builder, getattr(axis, kind), kind == "outputs", number, to, args[5], start, args[8]
                     )
             return context.get_dummy_value()
 
         size = types.intp
-        return types.void(size, size, y, size, size, x, size, size), generate
+        return types.void(size, size, size, y, size, size, x, size, size), generate
 
     return along
 
@@ -323,7 +337,7 @@ def _transform_panel(
 ) -> bool:
     """Pack and transform some channels of one panel; return whether all are below the limit."""
     pixels, part, below = plan.pixels, weights.part, True
-    lanes, width = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize
+    lanes = pixels.panel.lanes
     sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
     taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
@@ -337,13 +351,11 @@ def _transform_panel(
         for number in range(plan.slice_count):
             d, h, w = _first_tap(number, plan)
             start = (d * plan.slices[1] * plan.slice_taps[1] + h) * taps_wide + w
-            for i in range(0, tap, width):
-                _transform_taps(
-                    sides, plan.slice_taps[2], high,
-                    shift(target, (channel * plan.slice_count + number * depth) * lanes + i),
-                    wide * plan.weight_step, plan.weight_step,
-                    shift(part, start * tap + i), taps_wide * tap, tap,
-                )  # fmt: skip
+            _transform_taps(
+                sides, plan.slice_taps[2], high, tap,
+                shift(target, (channel * plan.slice_count + number * depth) * lanes),
+                wide * plan.weight_step, plan.weight_step, shift(part, start * tap), taps_wide * tap, tap,
+            )  # fmt: skip
     return below
 
 
@@ -457,18 +469,17 @@ def _forward(
 @jit
 def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
     """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
-    tiles, width = plan.tiles, MACHINE.vector_bytes // plan.tiles.itemsize
+    tiles = plan.tiles
     sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
     for number in range(plan.slice_count):
         d, h, w = _first_tap(number, plan)
         cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
         for tile in range(count):
-            for i in range(0, tiles.block, width):
-                _transform_inputs(
-                    sides, wide, high, shift(target, (number * count + tile) * tiles.block + i),
-                    wide * plan.input_step, plan.input_step,
-                    shift(cells, rows[tile] + i), tiles.tap_step[1], tiles.tap_step[2],
-                )  # fmt: skip
+            _transform_inputs(
+                sides, wide, high, tiles.block, shift(target, (number * count + tile) * tiles.block),
+                wide * plan.input_step, plan.input_step,
+                shift(cells, rows[tile]), tiles.tap_step[1], tiles.tap_step[2],
+            )  # fmt: skip
 
 
 @jit
@@ -503,7 +514,7 @@ def _store(
 ) -> None:  # fmt: skip
     """Transform one panel's sums and store them: rows of tiles, in pieces of CHUNK pixels at most."""
     pixels, rows, columns = plan.pixels, plan.rows, plan.columns
-    lanes, width, most = pixels.panel.lanes, MACHINE.vector_bytes // pixels.itemsize, CHUNK // (rows * columns)
+    lanes, most = pixels.panel.lanes, CHUNK // (rows * columns)
     for line in range(size[0] * size[1] * size[2]):
         n, d, h, _ = packing.position(line * size[3], size)
         row = (origin[2] + h) * rows
@@ -513,13 +524,11 @@ def _store(
             wide = min((last - first) * columns, pixels.output_size[2] - column)
             # From right to left: what the last tile has beyond the width falls on the start of the next row.
             for tile in range(last - 1, first - 1, -1):
-                for i in range(0, lanes, width):
-                    source = shift(sums, (line * size[3] + tile) * lanes + i)
-                    to = shift(some_rows, (tile - first) * columns * lanes + i)
-                    _transform_sums(
-                        (rows, columns), _points(columns), rows, to, wide * lanes, lanes,
-                        source, _points(columns) * plan.sum_step, plan.sum_step,
-                    )  # fmt: skip
+                _transform_sums(
+                    (rows, columns), _points(columns), rows, lanes,
+                    shift(some_rows, (tile - first) * columns * lanes), wide * lanes, lanes,
+                    shift(sums, (line * size[3] + tile) * lanes), _points(columns) * plan.sum_step, plan.sum_step,
+                )  # fmt: skip
             _add_bias(some_rows, bias, filters, high * wide, lanes)
             packing.store_chunk(
                 target, output, some_rows, pixels, (origin[0] + n, origin[1] + d, row, column), (1, 1, high, wide),
