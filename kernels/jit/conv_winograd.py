@@ -43,7 +43,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..interleave import input_grad
-from ..winograd import SLICE, choose
+from ..winograd import SIDES, SLICE, choose
 from . import conv_direct, packing
 from .blocking import WinogradPlan, winograd_plan
 from .compile import jit, kernel
@@ -192,88 +192,73 @@ def _matrix(rows: list[np.ndarray]) -> Matrix:
 
 
 AXES = {side: _axis(side) for side in (1, *PAIRS)}
-VECTORS = 8  #: neighbours that are transformed together
-MOST_POINTS = max(len(axis.inputs) for axis in AXES.values())
-
-
-@intrinsic
-def _room(typingctx: Any, like: Any) -> Any:
-    """Return a pointer like the argument to room on the stack: VECTORS for each cell of the largest tile of points."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        numbers = VECTORS * MOST_POINTS**2 * MACHINE.vector_bytes // (like.dtype.bitwidth // 8)
-        return cgutils.alloca_once(builder, context.get_value_type(like.dtype), size=ir.IntType(64)(numbers))
-
-    return like(like), generate
 
 
 def _make_transform(kind: str) -> Any:
-    """Return the function Y = M * X * N, M and N for the axes of a tile, whose numbers are vectors of neighbours."""
-    along = _make_axis_transform(kind)
+    """Return the function Y = M * X * N, M and N for the axes of a tile, for neighbouring ``numbers`` at once.
 
-    @jit
-    def transform(
-        sides: tuple[int, int], wide: int, high: int, numbers: int,
-        y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int,
-    ) -> None:  # fmt: skip
-        """X is ``wide``, and Y is ``high``; rows and columns are so many elements apart, cells so many numbers."""
-        half, lanes = _room(y), packing.vector_lanes(y)
-        for i in range(0, numbers, VECTORS * lanes):
-            some = min(VECTORS * lanes, numbers - i)
-            along(sides[0], wide, some, half, some, MOST_POINTS * some, shift(x, i), x_column, x_row)
-            along(sides[1], high, some, shift(y, i), y_row, y_column, half, MOST_POINTS * some, some)
-
-    return transform
-
-
-def _make_axis_transform(kind: str) -> Any:
-    """Return the transform along one axis, for each of ``count`` places along the other, which are ``next`` apart.
-
-    It is asked once what the axis is, and then transforms some neighbouring numbers of all these places.
+    Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged.
     """
 
     @intrinsic
-    def along(
-        typingctx: Any, side: Any, count: Any, some: Any, y: Any, y_next: Any, y_step: Any,
-        x: Any, x_next: Any, x_step: Any,
+    def emitted(
+        typingctx: Any, rows: Any, columns: Any, numbers: Any, y: Any, y_row: Any, y_column: Any,
+        x: Any, x_row: Any, x_column: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            for known, axis in AXES.items():
-                here = builder.icmp_signed("==", args[0], args[0].type(known))
-                vectors = builder.udiv(args[2], args[2].type(MACHINE.vector_bytes // (y.dtype.bitwidth // 8)))
-                with (
-                    builder.if_then(here),
-                    cgutils.for_range(builder, args[1]) as place,
-                    cgutils.for_range(builder, vectors) as vector,
-                ):
-                    lane = builder.mul(vector.index, vector.index.type(MACHINE.vector_bytes // (y.dtype.bitwidth // 8)))
-                    to, start = (
-                        builder.gep(first, [builder.add(builder.mul(place.index, step), lane)])
-                        for first, step in (args[3:5], args[6:8])
-                    )
-                    number = context.get_value_type(y.dtype)
-                    _emit_transform(
-                        builder, getattr(axis, kind), kind == "outputs", number, to, args[5], start, args[8]
-                    )
+            lanes = MACHINE.vector_bytes // (y.dtype.bitwidth // 8)
+            vectors = builder.udiv(args[2], args[2].type(lanes))
+            vector_type = ir.VectorType(context.get_value_type(y.dtype), lanes)
+            for sides in (sides for sides in SIDES if sides[0] <= sides[1]):
+                here = [builder.icmp_signed("==", arg, arg.type(side)) for arg, side in zip(args, sides, strict=False)]
+                with builder.if_then(builder.and_(*here)), cgutils.for_range(builder, vectors) as vector:
+                    lane = builder.mul(vector.index, vector.index.type(lanes))
+                    to, start = builder.gep(args[3], [lane]), builder.gep(args[6], [lane])
+                    axes = [AXES[side] for side in sides]
+                    _emit_transform(builder, kind, axes, vector_type, to, args[4:6], start, args[7:9])
             return context.get_dummy_value()
 
         size = types.intp
         return types.void(size, size, size, y, size, size, x, size, size), generate
 
-    return along
+    @jit
+    def transform(
+        rows: int, columns: int, numbers: int, y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int
+    ) -> None:
+        if rows > columns:
+            rows, columns, y_row, y_column, x_row, x_column = columns, rows, y_column, y_row, x_column, x_row
+        emitted(rows, columns, numbers, y, y_row, y_column, x, x_row, x_column)
+
+    return transform
 
 
 def _emit_transform(
-    builder: ir.IRBuilder, matrix: Matrix, back: bool, number: Any, y: Any, y_step: Any, x: Any, x_step: Any
+    builder: ir.IRBuilder, kind: str, axes: list[Axis], vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
 ) -> None:
-    """Emit the transform of one axis, to points or ``back``; numbers are so many elements apart."""
-    itemsize = 4 if number == ir.FloatType() else 8
-    vector = ir.VectorType(number, MACHINE.vector_bytes // itemsize)
-    name = f"llvm.fmuladd.v{vector.count}f{8 * itemsize}"
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+    """Emit the loads, the transforms of columns and of rows, and the stores of one vector of each cell."""
+    align = 4 if vector.element == ir.FloatType() else 8
+    high, wide = (len(getattr(axis, kind)) if kind == "outputs" else len(getattr(axis, kind)[0]) for axis in axes)
 
-    def cell(start: Any, step: Any, i: int) -> Any:
-        return builder.bitcast(builder.gep(start, [builder.mul(step, step.type(i))]), vector.as_pointer())
+    def cell(start: Any, steps: Any, i: int, j: int) -> Any:
+        offset = builder.add(*(builder.mul(step, step.type(n)) for step, n in zip(steps, (i, j), strict=True)))
+        return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
+
+    half = [
+        _emit_axis(
+            builder, kind, axes[0], vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
+        )
+        for j in range(wide)
+    ]
+    for i in range(len(half[0])):
+        for j, result in enumerate(_emit_axis(builder, kind, axes[1], vector, [column[i] for column in half])):
+            builder.store(result, cell(y, y_steps, i, j), align=align)
+
+
+def _emit_axis(builder: ir.IRBuilder, kind: str, axis: Axis, vector: Any, vectors: list[Any]) -> list[Any]:
+    """Emit the transform of one axis, to points or (the outputs) back."""
+    matrix = getattr(axis, kind)
+    name = f"llvm.fmuladd.v{vector.count}f{32 if vector.element == ir.FloatType() else 64}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
 
     def combine(factors: tuple[float, ...]) -> Any:
         """Return the sum of factor * vector; one that needs no multiplication comes first."""
@@ -295,14 +280,10 @@ def _emit_transform(
             result[i : i + 2] = builder.fadd(*parts[i : i + 2]), builder.fsub(*parts[i : i + 2])
         return result
 
-    vectors = [builder.load(cell(x, x_step, i), align=itemsize) for i in range(len(matrix if back else matrix[0]))]
-    if back:
+    if kind == "outputs":
         vectors = add_and_subtract(vectors)
-        results = [combine(factors) for factors in zip(*matrix, strict=True)]
-    else:
-        results = add_and_subtract([combine(factors) for factors in matrix])
-    for i, result in enumerate(results):
-        builder.store(result, cell(y, y_step, i), align=itemsize)
+        return [combine(factors) for factors in zip(*matrix, strict=True)]
+    return add_and_subtract([combine(factors) for factors in matrix])
 
 
 _transform_inputs = _make_transform("inputs")
@@ -338,7 +319,7 @@ def _transform_panel(
     """Pack and transform some channels of one panel; return whether all are below the limit."""
     pixels, part, below = plan.pixels, weights.part, True
     lanes = pixels.panel.lanes
-    sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
+    wide = _points(plan.columns)
     taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
@@ -352,7 +333,7 @@ def _transform_panel(
             d, h, w = _first_tap(number, plan)
             start = (d * plan.slices[1] * plan.slice_taps[1] + h) * taps_wide + w
             _transform_taps(
-                sides, plan.slice_taps[2], high, tap,
+                plan.rows, plan.columns, tap,
                 shift(target, (channel * plan.slice_count + number * depth) * lanes),
                 wide * plan.weight_step, plan.weight_step, shift(part, start * tap), taps_wide * tap, tap,
             )  # fmt: skip
@@ -470,13 +451,13 @@ def _forward(
 def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
     """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
     tiles = plan.tiles
-    sides, high, wide = (plan.rows, plan.columns), _points(plan.rows), _points(plan.columns)
+    wide = _points(plan.columns)
     for number in range(plan.slice_count):
         d, h, w = _first_tap(number, plan)
         cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
         for tile in range(count):
             _transform_inputs(
-                sides, wide, high, tiles.block, shift(target, (number * count + tile) * tiles.block),
+                plan.rows, plan.columns, tiles.block, shift(target, (number * count + tile) * tiles.block),
                 wide * plan.input_step, plan.input_step,
                 shift(cells, rows[tile]), tiles.tap_step[1], tiles.tap_step[2],
             )  # fmt: skip
@@ -525,7 +506,7 @@ def _store(
             # From right to left: what the last tile has beyond the width falls on the start of the next row.
             for tile in range(last - 1, first - 1, -1):
                 _transform_sums(
-                    (rows, columns), _points(columns), rows, lanes,
+                    rows, columns, lanes,
                     shift(some_rows, (tile - first) * columns * lanes), wide * lanes, lanes,
                     shift(sums, (line * size[3] + tile) * lanes), _points(columns) * plan.sum_step, plan.sum_step,
                 )  # fmt: skip
