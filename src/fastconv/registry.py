@@ -73,7 +73,8 @@ def _direct(op: str, dims: ConvDims) -> str:
     if dims.taps == 1 and not _fills_pieces(dims):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     pixels = math.prod(dims.output_size)
-    if op == "conv_forward" and dims.reduction <= 16 <= dims.group_out_channels and pixels >= 4096:
+    many = dims.group_out_channels >= 1.75 * dims.reduction and dims.reduction <= 32
+    if op == "conv_forward" and many and pixels >= 4096:
         return (
             f"slower than im2col: {dims.group_out_channels} filters make more than patches of {dims.reduction} elements"
         )
