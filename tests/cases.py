@@ -116,6 +116,7 @@ CONV_CASES = [
     ConvCase("3x3 in tiles of 4x4", (1, 260, 16, 11), (18, 260, 3, 3), 1, 1),
     ConvCase("3x3 in tiles of 4x4, of weights", (4, 16, 24, 25), (17, 16, 3, 3), 1, 1),
     ConvCase("3x3 in tiles of two sizes, dilation 2", (2, 72, 17, 18), (18, 72, 3, 3), 1, 2, 2),
+    ConvCase("3x3 in high tiles, one column more", (1, 72, 40, 25), (40, 72, 3, 3), 1, 1),
     ConvCase("3x3, dilation of two sizes", (1, 72, 13, 25), (18, 72, 3, 3), 1, (2, 3), (2, 3)),
     ConvCase("3x3, dilation 9 in both dimensions", (1, 40, 29, 30), (16, 40, 3, 3), 1, 9, 9),
     ConvCase("3x3, dilation 7 and 8", (1, 40, 29, 30), (16, 40, 3, 3), 1, (7, 8), (7, 8)),

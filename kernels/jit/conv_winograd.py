@@ -197,8 +197,10 @@ AXES = {side: _axis(side) for side in (1, *PAIRS)}
 def _make_transform(kind: str) -> Any:
     """Return the function Y = M * X * N, M and N for the axes of a tile, for neighbouring ``numbers`` at once.
 
-    Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged.
+    Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged, but
+    for outputs, which must be stored row by row: ``_store`` lets rows overlap.
     """
+    exchanged = kind != "outputs"
 
     @intrinsic
     def emitted(
@@ -209,7 +211,7 @@ def _make_transform(kind: str) -> Any:
             lanes = MACHINE.vector_bytes // (y.dtype.bitwidth // 8)
             vectors = builder.udiv(args[2], args[2].type(lanes))
             vector_type = ir.VectorType(context.get_value_type(y.dtype), lanes)
-            for sides in (sides for sides in SIDES if sides[0] <= sides[1]):
+            for sides in (sides for sides in SIDES if not exchanged or sides[0] <= sides[1]):
                 here = [builder.icmp_signed("==", arg, arg.type(side)) for arg, side in zip(args, sides, strict=False)]
                 with builder.if_then(builder.and_(*here)), cgutils.for_range(builder, vectors) as vector:
                     lane = builder.mul(vector.index, vector.index.type(lanes))
@@ -225,7 +227,7 @@ def _make_transform(kind: str) -> Any:
     def transform(
         rows: int, columns: int, numbers: int, y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int
     ) -> None:
-        if rows > columns:
+        if exchanged and rows > columns:
             rows, columns, y_row, y_column, x_row, x_column = columns, rows, y_column, y_row, x_column, x_row
         emitted(rows, columns, numbers, y, y_row, y_column, x, x_row, x_column)
 
