@@ -6,7 +6,7 @@ taps, which are summed like channels; an axis of one output has slices of one ta
     outputs of a tile    products of an output, 3x3 taps    terms that a sum must have
          1 x 1                        9
          1 x 2                        6                               120
-         1 x 4                        4.5                             450
+         1 x 4                        4.5                             400
          2 x 2                        4                               120
          2 x 4                        3                               400
          4 x 4                        2.25                           1600
@@ -24,18 +24,11 @@ from typing import Any, NamedTuple
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
-SPLIT_TERMS = (
-    120,
-    600,
-    2600,
-)  #: the same where pieces of numbers are multiplied, each of them with a rounding of its own
-PRODUCT = (
-    1.1,
-    1.25,
-)  #: what a product takes compared with those of other algorithms; with a side of 4: sums are shorter
-TRANSFORM = 7  #: products that fit into the time of packing and transforming one number of an image, or back
-WEIGHT_TRANSFORM = 7  #: the same for a number of the weights
-SUM_TRANSFORM = 12  #: the same for a number of their gradient
+SPLIT_TERMS = (120, 600, 2600)  #: the same where pieces of numbers are multiplied, each with a rounding of its own
+PRODUCT = (1.1, 1.25)  #: time of a product in those of other algorithms; the latter with a side of 4, for shorter sums
+TRANSFORM = 7  #: products that fit into the time of packing and transforming one number, or of transforming it back
+SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, which is stored in the caller's layout, too
+LEAST_TILES = 8  #: of a block
 PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
 ROOM = 2**19  #: transformed numbers of the smallest block, at most
 SHARED = 64  #: channels, and filters, for which the gradient of the weights transforms a number once
@@ -74,14 +67,15 @@ def _period(dims: Any) -> int:
 @lru_cache(maxsize=1024)
 def choose(dims: Any, split: bool = False) -> Tile | None:
     """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
+    if _period(dims) > PERIOD:
+        return None
     kernel = dims.kernel_size[1:]
     terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
     tiles = [
         Tile(*sides, _cost(dims, *sides))
         for sides in _exact_enough(terms, SPLIT_TERMS if split else TERMS)
         if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
-        and _period(dims) <= PERIOD
-        and max(8, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
+        and max(LEAST_TILES, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
 
@@ -90,12 +84,14 @@ def choose(dims: Any, split: bool = False) -> Tile | None:
 def choose_for_weights(dims: Any) -> Tile | None:
     """Return the cheapest tile for the gradient of weights of 3 taps along one axis or two, or None."""
     depth, *kernel = dims.kernel_size
+    if depth > 1 or _period(dims) > PERIOD:
+        return None
     tiles = [
         Tile(*sides, _weight_cost(dims, *sides))
         for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, TERMS)
         if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
     ]
-    return min(tiles, key=lambda tile: tile.cost, default=None) if depth == 1 and _period(dims) <= PERIOD else None
+    return min(tiles, key=lambda tile: tile.cost, default=None)
 
 
 def _products(dims: Any) -> int:
@@ -127,7 +123,7 @@ def _cost(dims: Any, rows: int, columns: int) -> float:
     channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, _tiles(dims, rows, columns)
     slices = _slices(dims, rows, columns)
     products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters * slices
-    transforms = TRANSFORM * tiles * (channels * slices + filters) + WEIGHT_TRANSFORM * channels * filters * slices
+    transforms = TRANSFORM * (tiles * (channels * slices + filters) + channels * filters * slices)
     return float(_points(rows, columns) * (products + transforms))
 
 

@@ -140,14 +140,15 @@ class _Kernel(JITCodeLibrary):  # type: ignore[misc]
 
 class _PartCompiler(Compiler):  # type: ignore[misc]
     def define_pipelines(self) -> Any:
-        self.state.library = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state["library"] = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         return super().define_pipelines()
 
 
 class _KernelCompiler(Compiler):  # type: ignore[misc]
     def define_pipelines(self) -> Any:
-        self.state.library = _Kernel(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
-        self.state.library.enable_object_caching()
+        kernel = _Kernel(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        kernel.enable_object_caching()
+        self.state["library"] = kernel
         return super().define_pipelines()
 
 

@@ -8,7 +8,7 @@
         transform it, once for each slice of the filters                   [point][channel block][slice][tile][width]
         for some panels of filters:
             for some channel blocks (all, or what fits L2):                transform weights that only this task uses
-                for point: for panel: for slice: for tile of rows: brgemm  independent matrix products, one for each point
+                for point: for panel: brgemm over slices, some at a time   independent matrix products, one for each point
             for panel: transform back, store: bias, activation, layout
 
       inputs of a point          panel                products, [panel][point][tile][filter]
