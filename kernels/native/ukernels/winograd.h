@@ -130,6 +130,24 @@ INLINE void FC(gather_taps)(const int m, const V *points, V *g) /* Gt m */
     }
 }
 
+INLINE void FC(transform_axis)(const int kind, const int m, const V *cells, V *points)
+{
+    if (kind == FC_INPUTS)
+        FC(transform_inputs)(m, cells, points);
+    else if (kind == FC_TAPS)
+        FC(transform_taps)(m, cells, points);
+    else
+        FC(transform_gradients)(m, cells, points);
+}
+
+INLINE void FC(gather_axis)(const int kind, const int m, const V *points, V *cells)
+{
+    if (kind == FC_TAPS)
+        FC(gather_taps)(m, points, cells);
+    else
+        FC(gather_outputs)(m, points, cells);
+}
+
 /* ------------------------------------------------------------------------------------------------- tiles of m x n */
 
 INLINE void FC(to_points)(const int kind, const int m, const int n, const fc_tiles *tiles, const T *in, ptrdiff_t block,
@@ -146,22 +164,12 @@ INLINE void FC(to_points)(const int kind, const int m, const int n, const fc_til
                     from[r] = kind != FC_TAPS || (r < tiles->high && c < tiles->wide)
                                   ? *(const V *)(cells + r * row_step + c * cell_step)
                                   : (V){0};
-                if (kind == FC_INPUTS)
-                    FC(transform_inputs)(m, from, to);
-                else if (kind == FC_TAPS)
-                    FC(transform_taps)(m, from, to);
-                else
-                    FC(transform_gradients)(m, from, to);
+                FC(transform_axis)(kind, m, from, to);
                 for (int r = 0; r < POINTS(m); r++)
                     half[r][c] = to[r];
             }
             for (int r = 0; r < POINTS(m); r++) { /* rows to points */
-                if (kind == FC_INPUTS)
-                    FC(transform_inputs)(n, half[r], to);
-                else if (kind == FC_TAPS)
-                    FC(transform_taps)(n, half[r], to);
-                else
-                    FC(transform_gradients)(n, half[r], to);
+                FC(transform_axis)(kind, n, half[r], to);
                 for (int c = 0; c < POINTS(n); c++)
                     *(V *)(points + (r * POINTS(n) + c) * point_stride) = to[c];
             }
@@ -180,18 +188,12 @@ INLINE void FC(from_points)(const int kind, const int m, const int n, const fc_t
             for (int c = 0; c < POINTS(n); c++) { /* columns of points */
                 for (int r = 0; r < POINTS(m); r++)
                     from[r] = *(const V *)(points + (r * POINTS(n) + c) * point_stride);
-                if (kind == FC_TAPS)
-                    FC(gather_taps)(m, from, to);
-                else
-                    FC(gather_outputs)(m, from, to);
+                FC(gather_axis)(kind, m, from, to);
                 for (int r = 0; r < CELLS(kind, m); r++)
                     half[r][c] = to[r];
             }
             for (int r = 0; r < CELLS(kind, m); r++) { /* rows of points */
-                if (kind == FC_TAPS)
-                    FC(gather_taps)(n, half[r], to);
-                else
-                    FC(gather_outputs)(n, half[r], to);
+                FC(gather_axis)(kind, n, half[r], to);
                 for (int c = 0; c < CELLS(kind, n); c++)
                     *(V *)(cells + r * row_step + c * cell_step) = to[c];
             }
