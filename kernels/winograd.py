@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
-SPLIT_TERMS = (120, 600, 2600)  #: the same where pieces of numbers are multiplied, each with a rounding of its own
+ROUNDED_TERMS = (120, 600, 2600)  #: the same where products, or pieces of numbers, are rounded before they are added
 PRODUCT = (1.1, 1.25)  #: time of a product in those of other algorithms; the latter with a side of 4, for shorter sums
 TRANSFORM = 7  #: products that fit into the time of packing and transforming one number, or of transforming it back
 SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, which is stored in the caller's layout, too
@@ -65,7 +65,7 @@ def _period(dims: Any) -> int:
 
 
 @lru_cache(maxsize=1024)
-def choose(dims: Any, split: bool = False) -> Tile | None:
+def choose(dims: Any, fused: bool = True) -> Tile | None:
     """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
     if _period(dims) > PERIOD:
         return None
@@ -73,7 +73,7 @@ def choose(dims: Any, split: bool = False) -> Tile | None:
     terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
     tiles = [
         Tile(*sides, _cost(dims, *sides))
-        for sides in _exact_enough(terms, SPLIT_TERMS if split else TERMS)
+        for sides in _exact_enough(terms, fused)
         if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
         and max(LEAST_TILES, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
     ]
@@ -81,14 +81,14 @@ def choose(dims: Any, split: bool = False) -> Tile | None:
 
 
 @lru_cache(maxsize=1024)
-def choose_for_weights(dims: Any) -> Tile | None:
+def choose_for_weights(dims: Any, fused: bool = True) -> Tile | None:
     """Return the cheapest tile for the gradient of weights of 3 taps along one axis or two, or None."""
     depth, *kernel = dims.kernel_size
     if depth > 1 or _period(dims) > PERIOD:
         return None
     tiles = [
         Tile(*sides, _weight_cost(dims, *sides))
-        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, TERMS)
+        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, fused)
         if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
@@ -104,8 +104,9 @@ def _products(dims: Any) -> int:
     )
 
 
-def _exact_enough(terms: float, least: tuple[int, int, int]) -> list[tuple[int, int]]:
+def _exact_enough(terms: float, fused: bool) -> list[tuple[int, int]]:
     """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
+    least = TERMS if fused else ROUNDED_TERMS
     return [sides for sides in SIDES if terms >= least[sides.count(4)]]
 
 

@@ -28,8 +28,8 @@ def test_tiles_grow_with_the_sums(channels: int, tile: tuple[int, int] | None) -
 
 
 def test_pieces_of_numbers_need_longer_sums() -> None:
-    assert sides(winograd.choose(square(256, 56), split=True)) == (2, 4)
-    assert sides(winograd.choose(square(512, 56), split=True)) == (4, 4)
+    assert sides(winograd.choose(square(256, 56), fused=False)) == (2, 4)
+    assert sides(winograd.choose(square(512, 56), fused=False)) == (4, 4)
 
 
 def test_padding_is_no_term_of_a_sum() -> None:

@@ -30,7 +30,7 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t row_step, cell_step
 
     ctypedef struct fc_ukernels:
-        int lanes, tile_rows, depth_step
+        int lanes, tile_rows, depth_step, fused
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, int, void *,
                        int) noexcept nogil
         Py_ssize_t (*saturate)(Py_ssize_t, void *) noexcept nogil

@@ -406,6 +406,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].lanes = LANES;
             tables[p].tile_rows = 2 * ROWS;
             tables[p].depth_step = CHANNELS;
+            tables[p].fused = 0; /* pieces are rounded, each on its own */
             tables[p].pieces = p + 1;
             tables[p].saturate = fc_f32_saturate__amx;
             tables[p].split_image = fc_f32_split_image__amx;

@@ -21,6 +21,12 @@
 #endif
 #endif
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FUSED 1
+#else
+#define FUSED 0
+#endif
+
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define SQUARES(name, side) PASTE(PASTE(FC(name), _x), side)

@@ -402,6 +402,7 @@ static const fc_ukernels FC(table) = {
     .lanes = VECTOR_BYTES / sizeof(T),
     .tile_rows = TILE_ROWS,
     .depth_step = 1,
+    .fused = FUSED,
     .brgemm = FC(brgemm),
     .saturate = FC(saturate),
     .epilogue = FC(epilogue),

@@ -72,6 +72,7 @@ typedef struct {
     int lanes;      /* elements in a vector */
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
     int depth_step; /* the depth of a reduction is a multiple of it */
+    int fused;      /* whether a product is not rounded before it is added */
 
     /* Tiles of all rows; the sums are added to c if `accumulate`. The rows of c beyond n_rows may be overwritten, up to whole
      * tiles. */
