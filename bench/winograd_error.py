@@ -19,7 +19,7 @@ from tqdm import tqdm
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NEAR, FAR = Fraction(10, 16), Fraction(24, 16)  #: of kernels/native/ukernels/winograd.h
-FILTERS, TILES = 8, 48
+FILTERS, TILES = 32, 48
 CHANNELS = (16, 32, 48, 64, 128, 176, 192, 256, 512)
 
 
