@@ -77,6 +77,11 @@ CONVOLUTION = {
     "a fractional stride": Wrong(
         lambda: fc.conv2d(X, W, stride=1.5), TypeError, r"stride must be an integer, got 1\.5"
     ),
+    "strides that equal those of a call before": Wrong(
+        lambda: (fc.conv2d(X, W, stride=(1, 1)), fc.conv2d(X, W, stride=(1.0, True))),
+        TypeError,
+        r"stride\[0\] must be an integer, got 1\.0",
+    ),
     "stride None": Wrong(lambda: fc.conv2d(X, W, stride=None), TypeError, r"stride must be an integer, got None"),
     "stride True": Wrong(lambda: fc.conv2d(X, W, stride=True), TypeError, r"stride must be an integer, got True"),
     "three strides": Wrong(lambda: fc.conv2d(X, W, stride=(1, 1, 1)), ValueError, r"stride must be .* 2, got 3 values"),

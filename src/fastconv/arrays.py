@@ -24,6 +24,7 @@ _EXPAND: dict[int, Any] = {
     2: (slice(None), slice(None), None),
     3: (),
 }
+_BYTE, _WORD = np.dtype(np.uint8), np.dtype(np.uint16)
 _FLIP = (slice(None), slice(None)) + (slice(None, None, -1),) * 3
 
 
@@ -105,6 +106,11 @@ def image_shape(batch: int, channels: int, size: Triple, spatial: int, last: boo
     return (batch, *sizes, channels) if last else (batch, channels, *sizes)
 
 
+def plain_shape(first: np.ndarray, spatial: int) -> tuple[int, ...]:
+    """Return the shape of an (N, C, D, H, W) image or (K, C, KD, KH, KW) weight without the ones it was given."""
+    return first.shape[:2] + first.shape[5 - spatial :]
+
+
 def first_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, ...]:
     """Return the shape of a batched image of the caller's layout as (N, C, *spatial)."""
     return tuple(shape[axis] for axis in _IMAGE_FIRST[spatial]) if last else shape
@@ -142,7 +148,7 @@ def storable(out: np.ndarray, *inputs: np.ndarray | None) -> bool:
 
 def winner_dtype(dims: PoolDims) -> np.dtype[Any]:
     """Return the type of the compact form: one byte unless the window has more than 256 cells."""
-    return np.dtype(np.uint8 if dims.taps <= 256 else np.uint16)
+    return _BYTE if dims.taps <= 256 else _WORD
 
 
 def winners_to_offsets(winners: np.ndarray, dims: PoolDims) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import functional, grad
-from .arrays import as_image, as_weight, first_shape, first_weight_shape
+from .arrays import as_image, as_weight, first_shape, first_weight_shape, plain_shape
 from .dims import ConvDims, PoolDims, channels_last, conv_dims
 from .functional import freeze, pooling_dims, transpose_dims
 from .registry import Verdict, verdicts
@@ -89,31 +89,27 @@ def _dims(name: str, call: dict[str, Any]) -> tuple[str, ConvDims | PoolDims]:
     spatial, last = int(digit), channels_last(call["layout"])
     if operation in ("max_pool", "avg_pool"):
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
-        sizes = [freeze(call.get(key, 1)) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
-        pool = pooling_dims(spatial, x.shape, *sizes)
+        sizes = [call.get(key, 1) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
+        pool = pooling_dims(plain_shape(x, spatial), *sizes)
         return ("max_pool_forward", pool) if operation == "max_pool" else ("conv_forward", pool.as_depthwise())
     image, weight = _shapes(call, spatial, last)
     names = ("stride", "padding", "dilation", "groups", "output_padding")
-    geometry = {key: freeze(call[key]) for key in names if key in call}
+    geometry = {key: freeze(call[key], key) for key in names if key in call}
     if operation == "conv_transpose":
-        ones = (1,) * (3 - spatial)
-        return "conv_input_grad", transpose_dims(
-            spatial, (*image[:2], *ones, *image[2:]), (*weight[:2], *ones, *weight[2:]), **geometry
-        )
+        return "conv_input_grad", transpose_dims(image, weight, **geometry)
     kernel_op = {"": "conv_forward", "_input": "conv_input_grad", "_weight": "conv_weight_grad"}[of]
     return kernel_op, conv_dims(image, weight, **geometry)
 
 
 def _shapes(call: dict[str, Any], spatial: int, last: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the (N, C, *spatial) and (K, C, *kernel) shapes of a call that gives arrays, shapes or sizes."""
-    skip = 5 - spatial
     if "input_size" in call:
         size = tuple(call["input_size"])
         image = first_shape(size if len(size) == spatial + 2 else (1, *size), spatial, last)
     else:
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
-        image = x.shape[:2] + x.shape[skip:]
+        image = plain_shape(x, spatial)
     if "weight_size" in call:
         return image, first_weight_shape(tuple(call["weight_size"]), spatial, last)
     w = as_weight(_stand_in(call["weight"]), "weight", spatial, last, False)
-    return image, w.shape[:2] + w.shape[skip:]
+    return image, plain_shape(w, spatial)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 
 from . import arrays
-from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape
+from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape, plain_shape
 from .buffers import empty, packed
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
@@ -36,21 +36,30 @@ Indices: TypeAlias = bool | Literal["compact"]
 def options(activation: str | None = None, precision: str | None = None) -> Options:
     """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
     config = get_config()
-    return _options(activation, config.precision if precision is None else precision, threads_of(config))
+    return kernel_options(activation, config.precision if precision is None else precision, threads_of(config))
 
 
 @lru_cache
-def _options(activation: str | None, precision: str, threads: int) -> Options:
+def kernel_options(activation: str | None, precision: str, threads: int) -> Options:
+    """Return the same from words that are yet to be checked."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     return Options(activation, check_precision(precision), threads)
 
 
-def freeze(value: Any) -> Any:
-    """Return a hashable copy of an argument that may be an int, a word or (nested) lists."""
-    if type(value) is int:
+def freeze(value: Any, name: str) -> Any:
+    """Return a hashable copy of an argument that may be an int, a word or (nested) lists.
+
+    The numbers of a list must be integers: a cache that knows (1, 1) would take (1.0, True) for it.
+    """
+    if type(value) is int or not isinstance(value, (list, tuple)):
         return value
-    return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+    if set(map(type, value)) == {int}:
+        return tuple(value)
+    return tuple(
+        freeze(each, f"{name}[{i}]") if isinstance(each, (list, tuple)) else integer(each, f"{name}[{i}]", -(2**31))
+        for i, each in enumerate(value)
+    )
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -121,9 +130,9 @@ def _conv(
     check_same_dtype(w, "weight", x, "input")
     config = get_config()
     plan = _conv_plan(
-        spatial, last, x.shape, w.shape, freeze(stride), freeze(padding), freeze(dilation), groups,
-        engine or config.engine, algorithm, activation, config.precision if precision is None else precision,
-        threads_of(config),
+        spatial, last, x.shape, w.shape, freeze(stride, "stride"), freeze(padding, "padding"),
+        freeze(dilation, "dilation"), groups, engine or config.engine, algorithm, activation,
+        config.precision if precision is None else precision, threads_of(config),
     )  # fmt: skip
     b = None if bias is None else as_bias(bias, x, plan.dims.out_channels)
     batched = is_batched(input, spatial)
@@ -163,7 +172,7 @@ def _conv_plan(
     skip = 5 - spatial
     dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
     shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
-    how = _options(activation, precision, threads)
+    how = kernel_options(activation, precision, threads)
     return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm), how)
 
 
@@ -327,7 +336,6 @@ def conv3d(
 
 @lru_cache(maxsize=1024, typed=True)
 def transpose_dims(
-    spatial: int,
     x: tuple[int, ...],
     w: tuple[int, ...],
     stride: Ints,
@@ -336,12 +344,13 @@ def transpose_dims(
     groups: int,
     dilation: Ints,
 ) -> ConvDims:
-    """Return the dims of the convolution whose input gradient the transposed convolution of (5-D shapes) x and w is."""
-    skip = 5 - spatial
-    small, kernel_shape = x[:2] + x[skip:], w[:2] + w[skip:]
-    large = conv_transpose_shape(small, kernel_shape, stride, padding, output_padding, groups, dilation)
-    dims = conv_dims(large, kernel_shape, stride, padding, dilation, groups)
-    depth, height, width = x[2:]
+    """Return the dims of the convolution whose input gradient the transposed convolution is.
+
+    Shapes x and w are (N, C, *spatial) and (C, K/groups, *kernel).
+    """
+    large = conv_transpose_shape(x, w, stride, padding, output_padding, groups, dilation)
+    dims = conv_dims(large, w, stride, padding, dilation, groups)
+    depth, height, width = (1,) * (5 - len(x)) + x[2:]
     return dims._replace(output_size=(depth, height, width))  # less than dims has if output_padding reaches the stride
 
 
@@ -367,8 +376,9 @@ def _conv_transpose(
     w = as_weight(weight, "weight", spatial, last, False)
     check_same_dtype(w, "weight", x, "input")
     dims = transpose_dims(
-        spatial, x.shape, w.shape, freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation)
-    )
+        plain_shape(x, spatial), plain_shape(w, spatial), freeze(stride, "stride"), freeze(padding, "padding"),
+        freeze(output_padding, "output_padding"), groups, freeze(dilation, "dilation"),
+    )  # fmt: skip
     b = as_bias(bias, x, dims.in_channels)
     how = options(activation, precision)
     batched = is_batched(input, spatial)
@@ -504,17 +514,32 @@ def conv_transpose3d(
 
 
 @lru_cache(maxsize=1024, typed=True)
-def pooling_dims(
-    spatial: int,
-    x: tuple[int, ...],
+def _kept_dims(
+    shape: tuple[int, ...],
     kernel_size: Ints,
     stride: Ints | None,
     padding: Ints,
     dilation: Ints,
     ceil_mode: bool,
+    input_name: str,
 ) -> PoolDims:
-    """Return the dims of a pooling of the (5-D shape) x."""
-    return pool_dims(x[:2] + x[5 - spatial :], kernel_size, stride, padding, dilation, ceil_mode)
+    return pool_dims(shape, kernel_size, stride, padding, dilation, ceil_mode, input_name=input_name)
+
+
+def pooling_dims(
+    shape: tuple[int, ...],
+    kernel_size: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    input_name: str = "input",
+) -> PoolDims:
+    """Return the dims of a pooling of an image of that (N, C, *spatial) shape."""
+    return _kept_dims(
+        shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
+        freeze(dilation, "dilation"), ceil_mode, input_name,
+    )  # fmt: skip
 
 
 def _max_pool(
@@ -535,9 +560,7 @@ def _max_pool(
     x = as_image(input, "input", spatial, last)
     if return_indices not in (False, True, "compact"):
         raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
-    dims = pooling_dims(
-        spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), freeze(dilation), ceil_mode
-    )
+    dims = pooling_dims(plain_shape(x, spatial), kernel_size, stride, padding, dilation, ceil_mode)
     batched = is_batched(input, spatial)
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
     result = allocate(out, shape, batched, x)
@@ -712,18 +735,24 @@ def max_pool3d(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def ones_filter(dims: PoolDims, dtype: np.dtype[Any]) -> Array:
     """Return depthwise (C, 1, KD, KH, KW) weights of ones; a single number in memory."""
     return np.broadcast_to(np.ones((), dtype), (dims.channels, 1, *dims.kernel_size))
 
 
-def window_counts(dims: PoolDims, count_include_pad: bool, divisor_override: int | None) -> Array:
-    """Return what an average divides by, (OD, OH, OW) or broadcastable to it, as float64."""
-    if divisor_override is not None:
-        divisor = integer(divisor_override, "divisor_override", -(2**31))
-        if divisor == 0:
-            raise ValueError("divisor_override must not be 0, got 0")
-        return np.full((1, 1, 1), float(divisor))
+def divisors(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Array:
+    """Return what an average divides by, (OD, OH, OW) or broadcastable to it."""
+    if divisor_override is None:
+        return _window_counts(dims, count_include_pad, dtype)
+    divisor = integer(divisor_override, "divisor_override", -(2**31))
+    if divisor == 0:
+        raise ValueError("divisor_override must not be 0, got 0")
+    return np.full((1, 1, 1), divisor, dtype)
+
+
+@lru_cache
+def _window_counts(dims: PoolDims, count_include_pad: bool, dtype: np.dtype[Any]) -> Array:
     counts = np.ones((1, 1, 1))
     for axis in range(3):
         n, pad = dims.input_size[axis], dims.pad_before[axis]
@@ -732,7 +761,7 @@ def window_counts(dims: PoolDims, count_include_pad: bool, divisor_override: int
         if not count_include_pad:
             start, stop = np.maximum(start, 0), np.minimum(stop, n)
         counts = counts * (stop - start).reshape([-1 if i == axis else 1 for i in range(3)])
-    return counts
+    return counts.astype(dtype)
 
 
 def _avg_pool(
@@ -751,13 +780,13 @@ def _avg_pool(
 ) -> Array:
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
-    dims = pooling_dims(spatial, x.shape, freeze(kernel_size), freeze(stride), freeze(padding), 1, ceil_mode)
-    counts = window_counts(dims, count_include_pad, divisor_override)
+    dims = pooling_dims(plain_shape(x, spatial), kernel_size, stride, padding, 1, ceil_mode)
+    counts = divisors(dims, count_include_pad, divisor_override, x.dtype)
     batched = is_batched(input, spatial)
     result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), batched, x)
     target, ones = first_image(result, spatial, last), ones_filter(dims, x.dtype)
     run("conv_forward", dims.as_depthwise(), x, ones, None, target, how=options(), engine=engine, algorithm=algorithm)
-    target /= counts.astype(x.dtype)
+    target /= counts
     return deliver(result, out, batched)
 
 
@@ -881,21 +910,20 @@ class BlurPlan(NamedTuple):
     weight: Array  #: (C, 1, KD, KH, KW) binomial filter
 
 
-def blur_plan(
-    spatial: int, x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any]
-) -> BlurPlan:
-    """Return the plan of a max-blur pooling of the (5-D shape) x."""
+def blur_plan(x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any]) -> BlurPlan:
+    """Return the plan of a max-blur pooling of an image of the (N, C, *spatial) shape x."""
+    spatial = len(x) - 2
     size = integer(filter_size, "filter_size", 1)
     if size > 64:
         raise ValueError(f"filter_size must be at most 64, got {size}")
-    dense = pooling_dims(spatial, x, freeze(kernel_size), 1, 0, 1, False)
+    dense = pooling_dims(x, kernel_size, 1, 0, 1, False)
     row = np.array([math.comb(size - 1, i) for i in range(size)], np.float64) / 2 ** (size - 1)
     rows = [row if axis >= 3 - spatial else np.ones(1) for axis in range(3)]
     cube = np.einsum("d,h,w->dhw", *rows).astype(dtype)
     borders = tuple(((len(r) - 1) // 2, len(r) // 2) for r in rows)
     padded = tuple(n + sum(b) for n, b in zip(dense.output_size, borders, strict=True))
     shape = (x[0], x[1], *padded[3 - spatial :])
-    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, freeze(stride), 0, 1, x[1])
+    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, freeze(stride, "stride"), 0, 1, x[1])
     return BlurPlan(dense, blur, borders, np.broadcast_to(cube, (x[1], 1, *cube.shape)))
 
 
@@ -917,7 +945,7 @@ def _max_blur_pool(
 ) -> Any:
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
-    plan = blur_plan(spatial, x.shape, kernel_size, stride, filter_size, x.dtype)
+    plan = blur_plan(plain_shape(x, spatial), kernel_size, stride, filter_size, x.dtype)
     batched = is_batched(input, spatial)
     blur = plan.blur
     result = allocate(out, image_shape(blur.batch, blur.out_channels, blur.output_size, spatial, last), batched, x)

@@ -7,28 +7,44 @@ once. Sizes (``input_size``, ``weight_size``) are full shapes in the caller's la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import arrays
-from .arrays import as_image, as_weight, check_same_dtype, first_image, first_shape, first_weight, first_weight_shape
-from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer, pool_dims
+from .arrays import (
+    as_image,
+    as_weight,
+    check_same_dtype,
+    first_image,
+    first_shape,
+    first_weight,
+    first_weight_shape,
+    image_shape,
+    plain_shape,
+)
+from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer
 from .functional import (
     Array,
     Ints,
     allocate,
     blur_plan,
     deliver,
+    divisors,
     freeze,
     is_batched,
+    kernel,
+    kernel_options,
     ones_filter,
     options,
+    pooling_dims,
     reflected,
     run,
     transpose_dims,
-    window_counts,
 )
+from .registry import Kernel
+from .runtime import Options, get_config, threads_of
 
 __all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_pool") for n in (1, 2, 3)] + [
     f"{name}{n}d_{what}" for name in ("conv", "conv_transpose") for n in (1, 2, 3) for what in ("input", "weight")
@@ -57,6 +73,8 @@ def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     if len(size) not in ndims:
         wanted = " or ".join(map(str, ndims))
         raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
+    if set(map(type, size)) == {int} and min(size) >= 0 and max(size) < 2**31:
+        return tuple(size)
     return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
 
 
@@ -68,23 +86,47 @@ def _image_size(size: object, spatial: int, grad_output: Array) -> tuple[int, ..
     return shape if len(shape) == spatial + 2 else (1, *shape)
 
 
-def _check_grad_output(grad: Array, batch: int, channels: int, size: tuple[int, ...], spatial: int, last: bool) -> None:
-    """Raise ValueError unless the (5-D view) gradient has the shape of the operation's output."""
-    if grad.shape != (batch, channels, *size):
-        wanted = arrays.image_shape(batch, channels, (size[0], size[1], size[2]), spatial, last)
-        got = arrays.image_shape(
-            grad.shape[0], grad.shape[1], (grad.shape[2], grad.shape[3], grad.shape[4]), spatial, last
-        )
+def _check_grad_output(grad: Array, shape: tuple[int, ...], spatial: int, last: bool) -> None:
+    """Raise ValueError unless the gradient has the shape of the operation's output, both (N, C, D, H, W)."""
+    if grad.shape != shape:
+        wanted, got = (image_shape(n, c, (d, h, w), spatial, last) for n, c, d, h, w in (shape, grad.shape))
         raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
-
-
-def _check_conv_output(grad: Array, dims: ConvDims, last: bool) -> None:
-    _check_grad_output(grad, dims.batch, dims.out_channels, dims.output_size, dims.spatial, last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolution
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class GradPlan(NamedTuple):
+    """What the shapes and options of a convolution's gradient come to, kept as `functional.ConvPlan` is."""
+
+    dims: ConvDims
+    output: tuple[int, ...]  #: of the convolution, which grad_output must have, (N, K, OD, OH, OW)
+    kernel: Kernel
+    options: Options
+
+
+def _conv_plan(
+    op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, engine: str | None, algorithm: str | None, precision: str | None,
+) -> GradPlan:  # fmt: skip
+    config = get_config()
+    return _kept_plan(
+        op, image, weight, freeze(stride, "stride"), freeze(padding, "padding"), freeze(dilation, "dilation"), groups,
+        engine or config.engine, algorithm, config.precision if precision is None else precision, threads_of(config),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _kept_plan(
+    op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, engine: str | None, algorithm: str | None, precision: str, threads: int,
+) -> GradPlan:  # fmt: skip
+    size = {"conv_input_grad": {"input_name": "input_size"}, "conv_weight_grad": {"weight_name": "weight_size"}}[op]
+    dims = conv_dims(image, weight, stride, padding, dilation, groups, **size)
+    output = (dims.batch, dims.out_channels, *dims.output_size)
+    return GradPlan(dims, output, kernel(op, dims, engine, algorithm), kernel_options(None, precision, threads))
 
 
 def _conv_input(
@@ -97,16 +139,14 @@ def _conv_input(
     w = as_weight(weight, "weight", spatial, last, flip_kernel)
     check_same_dtype(w, "weight", g, "grad_output")
     shape = _image_size(input_size, spatial, grad_output)
-    first = first_shape(shape, spatial, last)
-    kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
-    dims = conv_dims(
-        first, kernel_shape, freeze(stride), freeze(padding), freeze(dilation), groups, input_name="input_size"
-    )
-    _check_conv_output(g, dims, last)
+    plan = _conv_plan(
+        "conv_input_grad", first_shape(shape, spatial, last), plain_shape(w, spatial),
+        stride, padding, dilation, groups, engine, algorithm, precision,
+    )  # fmt: skip
+    _check_grad_output(g, plan.output, spatial, last)
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g, w)
-    target, how = first_image(result, spatial, last), options(precision=precision)
-    run("conv_input_grad", dims, g, w, None, target, how=how, engine=engine, algorithm=algorithm)
+    plan.kernel(g, w, None, first_image(result, spatial, last), plan.dims, plan.options)
     return deliver(result, out, batched)
 
 
@@ -120,14 +160,14 @@ def _conv_weight(
     g = as_image(grad_output, "grad_output", spatial, last)
     check_same_dtype(g, "grad_output", x, "input")
     shape = _size(weight_size, "weight_size", (spatial + 2,))
-    first = first_weight_shape(shape, spatial, last)
-    image = x.shape[:2] + x.shape[5 - spatial :]
-    dims = conv_dims(image, first, freeze(stride), freeze(padding), freeze(dilation), groups, weight_name="weight_size")
-    _check_conv_output(g, dims, last)
+    plan = _conv_plan(
+        "conv_weight_grad", plain_shape(x, spatial), first_weight_shape(shape, spatial, last),
+        stride, padding, dilation, groups, engine, algorithm, precision,
+    )  # fmt: skip
+    _check_grad_output(g, plan.output, spatial, last)
     result = allocate(out, shape, True, x, g)
-    bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
-    target, how = first_weight(result, spatial, last, flip_kernel), options(precision=precision)
-    run("conv_weight_grad", dims, x, g, target, bias, how=how, engine=engine, algorithm=algorithm)
+    bias = np.empty(plan.dims.out_channels, x.dtype) if with_bias else None
+    plan.kernel(x, g, first_weight(result, spatial, last, flip_kernel), bias, plan.dims, plan.options)
     return deliver(result, out, True), bias
 
 
@@ -500,9 +540,8 @@ def _transpose_dims(
     small: tuple[int, ...], weight: tuple[int, ...], grad: Array, geometry: tuple[Any, ...], spatial: int, last: bool
 ) -> ConvDims:
     """Return the transposed convolution's dims; ``small`` and ``weight`` are (N, C, *spatial) and (C, K/g, *kernel)."""
-    ones = (1,) * (3 - spatial)
-    dims = transpose_dims(spatial, (*small[:2], *ones, *small[2:]), (*weight[:2], *ones, *weight[2:]), *geometry)
-    _check_grad_output(grad, dims.batch, dims.in_channels, dims.input_size, spatial, last)
+    dims = transpose_dims(small, weight, *geometry)
+    _check_grad_output(grad, (dims.batch, dims.in_channels, *dims.input_size), spatial, last)
     return dims
 
 
@@ -515,8 +554,11 @@ def _conv_transpose_input(
     w = as_weight(weight, "weight", spatial, last, False)
     check_same_dtype(w, "weight", g, "grad_output")
     shape = _image_size(input_size, spatial, grad_output)
-    geometry = (freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation))
-    kernel_shape = w.shape[:2] + w.shape[5 - spatial :]
+    geometry = (
+        freeze(stride, "stride"), freeze(padding, "padding"), freeze(output_padding, "output_padding"), groups,
+        freeze(dilation, "dilation"),
+    )  # fmt: skip
+    kernel_shape = plain_shape(w, spatial)
     dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, g, geometry, spatial, last)
     result = np.empty(shape, g.dtype)
     target = first_image(result, spatial, last)
@@ -533,8 +575,11 @@ def _conv_transpose_weight(
     g = as_image(grad_output, "grad_output", spatial, last)
     check_same_dtype(g, "grad_output", x, "input")
     shape = _size(weight_size, "weight_size", (spatial + 2,))
-    geometry = (freeze(stride), freeze(padding), freeze(output_padding), groups, freeze(dilation))
-    small = x.shape[:2] + x.shape[5 - spatial :]
+    geometry = (
+        freeze(stride, "stride"), freeze(padding, "padding"), freeze(output_padding, "output_padding"), groups,
+        freeze(dilation, "dilation"),
+    )  # fmt: skip
+    small = plain_shape(x, spatial)
     dims = _transpose_dims(small, first_weight_shape(shape, spatial, last), g, geometry, spatial, last)
     result = np.empty(shape, x.dtype)
     target = first_weight(result, spatial, last, False)
@@ -763,9 +808,9 @@ def _max_pool(
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output)
-    sizes = (kernel_size, stride, padding, dilation, ceil_mode)
-    dims = pool_dims(first_shape(shape, spatial, last), *sizes, input_name="input_size")
-    _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
+    first = first_shape(shape, spatial, last)
+    dims = pooling_dims(first, kernel_size, stride, padding, dilation, ceil_mode, "input_size")
+    _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
     winners = _winners(indices, g, dims, spatial, last)
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g, winners)
@@ -908,9 +953,9 @@ def _avg_pool(
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output)
     first = first_shape(shape, spatial, last)
-    dims = pool_dims(first, kernel_size, stride, padding, 1, ceil_mode, input_name="input_size")
-    _check_grad_output(g, dims.batch, dims.channels, dims.output_size, spatial, last)
-    share = g / window_counts(dims, count_include_pad, divisor_override).astype(g.dtype)
+    dims = pooling_dims(first, kernel_size, stride, padding, 1, ceil_mode, "input_size")
+    _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
+    share = g / divisors(dims, count_include_pad, divisor_override, g.dtype)
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g)
     target, ones, conv = first_image(result, spatial, last), ones_filter(dims, g.dtype), dims.as_depthwise()
@@ -1051,11 +1096,9 @@ def _max_blur_pool(
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output)
     first = first_shape(shape, spatial, last)
-    plan = blur_plan(
-        spatial, (*first[:2], *(1,) * (3 - spatial), *first[2:]), kernel_size, stride, filter_size, g.dtype
-    )
+    plan = blur_plan(first, kernel_size, stride, filter_size, g.dtype)
     blur, dense = plan.blur, plan.dense
-    _check_conv_output(g, blur, last)
+    _check_grad_output(g, (blur.batch, blur.out_channels, *blur.output_size), spatial, last)
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g)
     maxima = np.empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)

@@ -695,7 +695,7 @@ class MaxBlurPool2d(_Maximum):
 
     def _output_shape(self, shape: Shape) -> Shape:
         batch, channels, *size = shape
-        plan = functional.blur_plan(2, (batch, channels, 1, *size), dtype=np.dtype(np.float32), **self._geometry)
+        plan = functional.blur_plan((batch, channels, *size), dtype=np.dtype(np.float32), **self._geometry)
         return (batch, channels, *plan.blur.output_size[1:])
 
 

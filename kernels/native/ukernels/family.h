@@ -272,6 +272,8 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 
 #undef V /* max_pool.h has its own, at two widths */
 
+#define SEGMENT 256 /* cells of a class that are kept in L1 until they are interleaved */
+
 #define POOL(name) FC(name##_vector)
 #define WIDTH (VECTOR_BYTES / T_BYTES)
 #include "max_pool.h"
@@ -360,40 +362,58 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
     return sum;
 }
 
-static inline __attribute__((always_inline)) void FC(gather_runs)(const fc_cells *sources, const int classes,
-                                                                  ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
-                                                                  const fc_runs *winners, const fc_runs *out)
+/* The cells of one class. */
+static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad, const uint8_t *winners, T *out,
+                             ptrdiff_t step)
 {
-    for (ptrdiff_t r = 0; r < runs; r++) {
-        const T *from = (const T *)grad->data + r * grad->run;
-        const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
-        T *to = (T *)out->data + r * out->run;
-        if (n >= 4 * LANES)
-            FC(gather_run_vector)(sources, classes, 4, n, from, won, to, out->step);
-        else if (n >= 2 * LANES)
-            FC(gather_run_vector)(sources, classes, 2, n, from, won, to, out->step);
-        else if (n >= LANES)
-            FC(gather_run_vector)(sources, classes, 1, n, from, won, to, out->step);
+    if (n >= 2 * LANES && LANES <= 8)
+        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step);
+    else if (n >= LANES)
+        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step);
 #if VECTOR_BYTES > 4 * T_BYTES
-        else if (n >= 4)
-            FC(gather_run_quad)(sources, classes, 1, n, from, won, to, out->step);
+    else if (n >= 4)
+        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step);
 #endif
-        else
-            for (ptrdiff_t i = 0; i < n; i++)
-                UNROLL for (int c = 0; c < classes; c++)
-                    to[i * out->step + c] = FC(gather_cell)(&sources[c], from + i, won + i);
-    }
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
+}
+
+static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], const int classes, ptrdiff_t n, T *out)
+{
+    if (n >= LANES)
+        FC(interleave_vector)(x, classes, n, out);
+#if VECTOR_BYTES > 4 * T_BYTES
+    else if (n >= 4)
+        FC(interleave_quad)(x, classes, n, out);
+#endif
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            for (int c = 0; c < classes; c++)
+                out[i * classes + c] = x[c][i];
 }
 
 static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
                               const fc_runs *winners, const fc_runs *out)
 {
-    if (classes == 1)
-        FC(gather_runs)(sources, 1, runs, n, grad, winners, out);
-    else if (classes == 2)
-        FC(gather_runs)(sources, 2, runs, n, grad, winners, out);
-    else
-        FC(gather_runs)(sources, 4, runs, n, grad, winners, out);
+    T side_by_side[4][SEGMENT];
+    const ptrdiff_t most = classes > 1 && n > SEGMENT ? SEGMENT : n;
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t next = 0; next < n; next += most) {
+            const ptrdiff_t i = next + most <= n ? next : n - most;
+            const T *from = (const T *)grad->data + r * grad->run + i;
+            const uint8_t *won = (const uint8_t *)winners->data + r * winners->run + i;
+            T *to = (T *)out->data + r * out->run + i * out->step * classes;
+            for (int c = 0; c < classes; c++)
+                if (classes == 1)
+                    FC(gather_class)(sources, most, from, won, to, out->step);
+                else
+                    FC(gather_class)(&sources[c], most, from, won, side_by_side[c], 1);
+            if (classes == 2)
+                FC(interleave)(side_by_side, 2, most, to);
+            else if (classes == 4)
+                FC(interleave)(side_by_side, 4, most, to);
+        }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */
@@ -418,4 +438,5 @@ static const fc_ukernels FC(table) = {
 
 #undef LANES
 #undef LINE
+#undef SEGMENT
 #undef WIDE

@@ -3,13 +3,14 @@
  */
 typedef T POOL(vector) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
 typedef T_INT POOL(mask) __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef uint8_t POOL(bytes) __attribute__((vector_size(WIDTH * sizeof(T)), may_alias));
 typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_alias));
 #define V POOL(vector)
 #define M POOL(mask)
 
 /* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b, and ORDER puts what EVEN gives into
- * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. SWAP exchanges groups of n lanes,
- * SPREAD gives each group of 4 its word. */
+ * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. SWAP exchanges groups of n lanes.
+ * OWN gives each byte that of its lane in one of `half` 2 vectors; each 16 bytes hold those of both lanes' vectors. */
 #define ORDER(x) x
 #if WIDTH == 2
 #define LANE_NUMBERS 0, 1
@@ -33,7 +34,6 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5)
-#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1)
 #define SWAP_4(x) SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3)
 #else
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
@@ -42,7 +42,19 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
-#define SPREAD(low, high) SHUFFLE(low, high, 0, 0, 0, 0, 1, 1, 1, 1, 16, 16, 16, 16, 17, 17, 17, 17)
+#endif
+#define OWN_1(half, j) (half) * WIDTH + (j) / T_BYTES + (j) / 16 * 16
+#define OWN_4(half, j) OWN_1(half, j), OWN_1(half, j + 1), OWN_1(half, j + 2), OWN_1(half, j + 3)
+#define OWN_16(half, j) OWN_4(half, j), OWN_4(half, j + 4), OWN_4(half, j + 8), OWN_4(half, j + 12)
+#if WIDTH * T_BYTES == 16
+#define OWN(half) OWN_16(half, 0)
+#define REPEAT(low, high) low, high
+#elif WIDTH * T_BYTES == 32
+#define OWN(half) OWN_16(half, 0), OWN_16(half, 16)
+#define REPEAT(low, high) low, high, low, high
+#else
+#define OWN(half) OWN_16(half, 0), OWN_16(half, 16), OWN_16(half, 32), OWN_16(half, 48)
+#define REPEAT(low, high) low, high, low, high, low, high, low, high
 #endif
 
 /* WIDTH elements, `step` apart, in EVEN's order where the step is 2 or 4; nothing beyond the last of them is read. */
@@ -70,26 +82,27 @@ static inline __attribute__((always_inline)) void POOL(store)(T *out, ptrdiff_t 
 }
 
 /* Winners have a byte each in memory and a lane each in registers. A word, as wide as T, holds those of sizeof(T) lanes (or of
- * all, if there are fewer): a lane that has its word compares, or is merged, in its own byte of it. */
+ * all, if there are fewer): to be stored, a lane is merged into its own byte of it. */
 static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
 {
     const M byte = (M){LANE_NUMBERS} % T_BYTES;
     return x << 8 * byte;
 }
 
-static inline __attribute__((always_inline)) M POOL(won_by)(M number, const uint8_t *winners)
+/* Which windows of 1 or 2 vectors (no more than 16 windows) have that winner. Bytes are compared, and then widened. */
+static inline __attribute__((always_inline)) void POOL(won_by)(POOL(bytes) number, const uint8_t *winners,
+                                                               const int vectors, M *won)
 {
-#if WIDTH <= T_BYTES
-    T_INT bytes = 0;
-    memcpy(&bytes, winners, WIDTH);
-    const M word = (M){0} + bytes;
-#else
-    int64_t low, high;
-    memcpy(&low, winners, 8);
-    memcpy(&high, winners + WIDTH - 8, 8);
-    const M word = SPREAD((M)((POOL(longs)){0} + low), (M)((POOL(longs)){0} + high));
+    int64_t low = 0, high = 0;
+    memcpy(&low, winners, vectors * WIDTH < 8 ? vectors * WIDTH : 8);
+    if (vectors * WIDTH == 16)
+        memcpy(&high, winners + 8, 8);
+    const POOL(bytes) equal = (POOL(bytes))((POOL(bytes))(POOL(longs)){REPEAT(low, high)} == number);
+    won[0] = (M)SHUFFLE(equal, equal, OWN(0));
+#if WIDTH <= 8
+    if (vectors == 2)
+        won[1] = (M)SHUFFLE(equal, equal, OWN(1));
 #endif
-    return (word & POOL(in_own_byte)((M){0} + 255)) == POOL(in_own_byte)(number);
 }
 
 static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_runs *winners, ptrdiff_t at, M winner)
@@ -166,46 +179,58 @@ static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *
     }
 }
 
-/* What `vectors` vectors of cells get from their sources: one class of max_pool_grad. */
-static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const T *grad,
-                                                               const uint8_t *winners, const int vectors, V *sum)
-{
-    UNROLL for (int v = 0; v < vectors; v++)
-        sum[v] = (V){0};
-    for (ptrdiff_t t = 0; t < sources->count; t++) {
-        const ptrdiff_t from = sources->offsets[t];
-        const M number = (M){0} + sources->numbers[t];
-        UNROLL for (int v = 0; v < vectors; v++) {
-            M mine = POOL(won_by)(number, winners + from + v * WIDTH);
-            sum[v] += (V)(mine & *(const M *)(grad + from + v * WIDTH));
-        }
-    }
-}
-
-/* A run of n >= vectors * WIDTH cells of each class, stored with the classes side by side. */
-static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cells *sources, const int classes,
-                                                                   const int vectors, ptrdiff_t n, const T *grad,
-                                                                   const uint8_t *winners, T *out, ptrdiff_t step)
+/* n >= vectors * WIDTH cells of one class of max_pool_grad; count, the number of their sources, is best a constant. Those of the
+ * last vectors overlap those before them. */
+static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const ptrdiff_t count,
+                                                               ptrdiff_t n, const T *grad, const uint8_t *winners,
+                                                               const int vectors, T *out, ptrdiff_t step)
 {
     for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
         const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
-        V x[4][4];
+        V sum[2] = {{0}};
+        UNROLL for (ptrdiff_t t = 0; t < count; t++) {
+            const ptrdiff_t from = i + sources->offsets[t];
+            M won[2];
+            POOL(won_by)((POOL(bytes)){0} + (uint8_t)sources->numbers[t], winners + from, vectors, won);
+            UNROLL for (int v = 0; v < vectors; v++)
+                sum[v] += (V)(won[v] & *(const M *)(grad + from + v * WIDTH));
+        }
+        UNROLL for (int v = 0; v < vectors; v++)
+            POOL(store)(out + (i + v * WIDTH) * step, step, sum[v]);
+    }
+}
+
+static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad,
+                                                                     const uint8_t *winners, const int vectors, T *out,
+                                                                     ptrdiff_t step)
+{
+    if (sources->count == 1)
+        POOL(gather)(sources, 1, n, grad, winners, vectors, out, step);
+    else if (sources->count == 2)
+        POOL(gather)(sources, 2, n, grad, winners, vectors, out, step);
+    else if (sources->count == 4)
+        POOL(gather)(sources, 4, n, grad, winners, vectors, out, step);
+    else
+        POOL(gather)(sources, sources->count, n, grad, winners, vectors, out, step);
+}
+
+/* out[i * classes + c] = x[c][i] for i < n, n >= WIDTH, classes 2 or 4. */
+static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], const int classes, ptrdiff_t n, T *out)
+{
+    for (ptrdiff_t next = 0; next < n; next += WIDTH) {
+        const ptrdiff_t i = next + WIDTH <= n ? next : n - WIDTH;
+        V *to = (V *)(out + i * classes), in[4];
         UNROLL for (int c = 0; c < classes; c++)
-            POOL(gather)(&sources[c], grad + i, winners + i, vectors, x[c]);
-        UNROLL for (int v = 0; v < vectors; v++) {
-            V *to = (V *)(out + (i + v * WIDTH) * classes);
-            if (classes == 1) {
-                POOL(store)(out + (i + v * WIDTH) * step, step, x[0][v]);
-            } else if (classes == 2) {
-                to[0] = ZIP_LOW(x[0][v], x[1][v]);
-                to[1] = ZIP_HIGH(x[0][v], x[1][v]);
-            } else {
-                V even[2] = {ZIP_LOW(x[0][v], x[2][v]), ZIP_HIGH(x[0][v], x[2][v])};
-                V odd[2] = {ZIP_LOW(x[1][v], x[3][v]), ZIP_HIGH(x[1][v], x[3][v])};
-                UNROLL for (int h = 0; h < 2; h++) {
-                    to[2 * h] = ZIP_LOW(even[h], odd[h]);
-                    to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
-                }
+            in[c] = *(const V *)(x[c] + i);
+        if (classes == 2) {
+            to[0] = ZIP_LOW(in[0], in[1]);
+            to[1] = ZIP_HIGH(in[0], in[1]);
+        } else {
+            V even[2] = {ZIP_LOW(in[0], in[2]), ZIP_HIGH(in[0], in[2])};
+            V odd[2] = {ZIP_LOW(in[1], in[3]), ZIP_HIGH(in[1], in[3])};
+            UNROLL for (int h = 0; h < 2; h++) {
+                to[2 * h] = ZIP_LOW(even[h], odd[h]);
+                to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
             }
         }
     }
@@ -221,4 +246,8 @@ static inline __attribute__((always_inline)) void POOL(gather_run)(const fc_cell
 #undef SWAP_1
 #undef SWAP_2
 #undef SWAP_4
-#undef SPREAD
+#undef OWN
+#undef OWN_1
+#undef OWN_4
+#undef OWN_16
+#undef REPEAT
