@@ -42,8 +42,8 @@ cdef extern from "ukernels.h" nogil:
                                  Py_ssize_t, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
-        void (*max_pool_grad)(const fc_cells *, int, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
-                              const fc_runs *) noexcept nogil
+        void (*max_pool_grad)(const fc_cells *, int, Py_ssize_t, Py_ssize_t, Py_ssize_t, const fc_runs *,
+                              const fc_runs *, const fc_runs *) noexcept nogil
         void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_gather)(int, const fc_tiles *, const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil

@@ -15,13 +15,21 @@
         +-+----------------+-+
 
 Backward gathers: cells of the input that are a stride apart make up a class, and are seen by windows at the same distance
-from them. The classes of a row are stored side by side (for strides of 1, 2 and 4), so that every cell is written once and
-never read. Where windows are large or rows short, gradients are scattered to their winners instead. Either way a sum
-runs over the windows in their order.
+from them. The classes of a row are stored together, so that every cell is written once and never read. Channels last, a
+border is, as above, a call of its own. Channels first, a task copies the gradients and winners that it needs and
+puts windows that nothing wins around them, so that there is no border:
+
+        o o o o o o      a group of cells, one of each class,    . : . : . :
+        o w w w w o      sees the same windows everywhere        : : : : : :
+        o w w w w o                                              . : . : . :
+        o o o o o o
+
+Where windows are large, gradients are scattered to their winners instead. Either way a sum runs over the windows in
+their order.
 """
 
 cimport numpy as cnp
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastconv.kernels.native.blocking cimport View, ceil_div, make_view, run_tasks
 from fastconv.kernels.native.machine cimport (
@@ -35,7 +43,11 @@ cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
     TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
     GATHER_TAPS = 36            # larger windows are scattered, ...
-    SHORT = 4                   # ... and so are rows of fewer windows; rows of fewer than a vector, if windows overlap
+    GATHER_CLASSES = 16         # ... and so are those that have more classes of cells, ...
+    SHORT = 4                   # ... and rows of fewer windows; rows of fewer than a vector, if windows overlap
+    NOBODY = 255                # wins this window
+    CHUNK = 8_192               # bytes of rows that are written by one call for each residue of y
+    CLASSES = 4                 # that are done together, at most
     CHANNELS = 64               # channels that a task has of a channels-last image where gradients are scattered
 
 # One pooling. A channels-last image is a single plane.
@@ -54,8 +66,14 @@ ctypedef struct Pool:
     Py_ssize_t depth, height    # of a plane: rows of outputs, or groups of `stride` rows of the input
     Py_ssize_t first[3]         # the interior along each axis: outputs, or members of each class
     Py_ssize_t last[3]
-    int classes                 # that are stored side by side
+    int classes                 # that are done together
     Py_ssize_t rows, task_rows  # in all, of a task
+    Py_ssize_t groups[3]        # of cells, one of each class; the rest is for gathering along W
+    Py_ssize_t low[3]           # the first and the last window that group 0 sees
+    Py_ssize_t high[3]
+    bint padded                 # whether groups see windows that don't exist
+    Py_ssize_t parts, part      # of a plane, groups of a part: along H, or along D where there is one
+    Py_ssize_t task_planes
     int threads
 
 # Rows that see the same cells, from one at z, y on.
@@ -207,24 +225,15 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
     cdef Pool *p = &pool
     cdef Py_ssize_t tasks
     _make_pool(p, grad_input, grad_output, winners, dims, options)
-    if _can_gather(p):
+    if _can_gather(p) and not p.along_channels:
+        run_tasks(_planes_task, p, _share_planes(p), p.threads)
+    elif _can_gather(p):
         _make_classes(p)
         tasks = _share_out(p, p.x.size[2], ceil_div(p.x.size[3], p.stride[1]), p.y.size[4] * p.taps)
         run_tasks(_gather_task, p, tasks, p.threads)
     else:
         tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
         run_tasks(_scatter_task, p, tasks, p.threads)
-
-
-# Workspace of a task that gathers. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
-ctypedef struct Listing:
-    Py_ssize_t *residue[3]
-    Py_ssize_t *shift[3]
-    Py_ssize_t lines            # rows of windows that see a row of the input: where they are, ...
-    Py_ssize_t *line_offsets
-    int *line_numbers           # ... and the number of their first cell
-    Py_ssize_t *offsets         # of the sources
-    int *numbers
 
 
 cdef bint _can_gather(const Pool *p) noexcept nogil:
@@ -237,14 +246,221 @@ cdef bint _can_gather(const Pool *p) noexcept nogil:
     for axis in range(3):
         if (p.kernel[axis] - 1) * p.dilation[axis] >= p.stride[axis]:
             shortest = p.kernels.lanes
-    return p.taps <= GATHER_TAPS and p.y.stride[along] == 1 and p.y.size[along] >= shortest
+    if p.taps > GATHER_TAPS or <double>p.stride[0] * p.stride[1] * p.stride[2] > GATHER_CLASSES:
+        return False
+    return p.y.stride[along] == 1 and p.y.size[along] >= shortest
+
+
+# ------------------------------------------------------------------------------- backward, vectors along W
+
+# Windows of a task, copied or where they are.
+ctypedef struct Windows:
+    const char *grads           # of the window that has the number of the task's first group
+    const uchar *winners
+    Py_ssize_t z_step, y_step
+
+
+cdef Py_ssize_t _share_planes(Pool *p) noexcept nogil:
+    """Find groups and the windows they see; share out planes or parts of them; return the number of tasks."""
+    cdef Py_ssize_t t, shift, cells = p.taps
+    cdef int axis, cut = 0 if p.x.size[2] > 1 else 1
+    p.classes = <int>p.stride[2] if p.stride[2] <= CLASSES else 1
+    p.padded = False
+    for axis in range(3):
+        p.groups[axis] = ceil_div(p.x.size[2 + axis], p.stride[axis])
+        p.low[axis] = p.high[axis] = 0
+        for t in range(p.kernel[axis]):
+            shift = _shift(p, axis, t)
+            p.low[axis] = min(p.low[axis], shift)
+            p.high[axis] = max(p.high[axis], shift)
+        p.padded |= p.low[axis] < 0 or p.groups[axis] + p.high[axis] > p.y.size[2 + axis]
+        cells *= p.groups[axis]
+    if not p.padded:
+        _pile_planes(p)
+        cells = p.taps * p.groups[0] * p.groups[1] * p.groups[2]
+    p.part = 1 + TASK_CELLS // (cells // p.groups[cut])
+    p.parts = ceil_div(p.groups[cut], p.part)
+    p.task_planes = 1 + TASK_CELLS // cells if p.parts == 1 else 1
+    return ceil_div(p.x.size[0] * p.x.size[1], p.task_planes) * p.parts
+
+
+cdef void _pile_planes(Pool *p) noexcept nogil:
+    """Take all planes for a single one where rows of groups go on evenly from plane to plane."""
+    cdef Py_ssize_t planes = p.x.size[0] * p.x.size[1], rows = p.groups[1] * p.stride[1]
+    if p.x.size[2] > 1 or p.y.size[2] > 1 or rows != p.x.size[3] or p.groups[1] != p.y.size[3]:
+        return
+    if p.x.stride[1] != rows * p.x.stride[3] or p.y.stride[1] != p.groups[1] * p.y.stride[3]:
+        return
+    if p.x.size[0] > 1 and (
+        p.x.stride[0] != p.x.size[1] * p.x.stride[1] or p.y.stride[0] != p.x.size[1] * p.y.stride[1]
+    ):
+        return
+    p.x.size[0] = p.x.size[1] = 1
+    p.x.size[3] *= planes
+    p.y.size[3] *= planes
+    p.groups[1] *= planes
+
+
+cdef Py_ssize_t _residue(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
+    """Return which cell of each group is cell ``t`` of a window."""
+    cdef Py_ssize_t distance = t * p.dilation[axis] - p.pad[axis]
+    return (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
+
+
+cdef Py_ssize_t _shift(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
+    """Return which window has that cell of group 0 for its cell ``t``."""
+    return (_residue(p, axis, t) - t * p.dilation[axis] + p.pad[axis]) // p.stride[axis]
+
+
+cdef int _planes_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Pool *p = <const Pool *>shared
+    cdef int cut = 0 if p.x.size[2] > 1 else 1
+    cdef Py_ssize_t first[3]
+    cdef Py_ssize_t last[3]
+    cdef Py_ssize_t plane = task // p.parts * p.task_planes, pitch = p.groups[2] + p.high[2] - p.low[2]
+    cdef Py_ssize_t end = min(plane + p.task_planes, p.x.size[0] * p.x.size[1]), windows = 0
+    cdef Py_ssize_t classes = p.stride[0] * p.stride[1] * p.stride[2], list_bytes
+    cdef Windows w
+    first[0] = first[1] = first[2] = 0
+    first[cut] = task % p.parts * p.part
+    last[0], last[1], last[2] = p.groups[0], p.groups[1], p.groups[2]
+    last[cut] = min(first[cut] + p.part, last[cut])
+    if p.padded:
+        w.y_step = pitch
+        w.z_step = pitch * (last[1] - first[1] + p.high[1] - p.low[1])
+        windows = w.z_step * (last[0] - first[0] + p.high[0] - p.low[0])
+    else:
+        w.z_step, w.y_step = p.y.stride[2], p.y.stride[3]
+    list_bytes = classes * <Py_ssize_t>sizeof(fc_cells) + p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    cdef char *memory = arena(FC_ARENA_BLOCK, list_bytes + windows * (p.item + 1))
+    if memory == NULL:
+        return 1
+    cdef fc_cells *sources = <fc_cells *>memory
+    cdef char *copy = memory + list_bytes
+    _list_classes(p, &w, sources)
+    for plane in range(plane, end):
+        if p.padded:
+            _copy_windows(p, plane, first, last, &w, copy, <uchar *>(copy + windows * p.item))
+        else:
+            _find_windows(p, plane, first, &w)
+        _gather_plane(p, plane, first, last, &w, sources)
+    return 0
+
+
+cdef void _list_classes(const Pool *p, const Windows *w, fc_cells *sources) noexcept nogil:
+    """List the windows that each class of cells of a group sees, in their order; [residue of z][of y][of x]."""
+    cdef Py_ssize_t classes = p.stride[0] * p.stride[1] * p.stride[2], i, d, h, x, at, of
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>&sources[classes]
+    cdef int *numbers = <int *>(offsets + p.taps)
+    cdef Py_ssize_t n = 0
+    for i in range(classes):
+        sources[i].offsets = offsets + n
+        sources[i].numbers = numbers + n
+        sources[i].count = 0
+        for d in range(p.kernel[0] - 1, -1, -1):
+            for h in range(p.kernel[1] - 1, -1, -1):
+                of = (_residue(p, 0, d) * p.stride[1] + _residue(p, 1, h)) * p.stride[2]
+                if not of <= i < of + p.stride[2]:
+                    continue
+                at = _shift(p, 0, d) * w.z_step + _shift(p, 1, h) * w.y_step
+                for x in range(p.kernel[2] - 1, -1, -1):
+                    if of + _residue(p, 2, x) == i:
+                        offsets[n] = at + _shift(p, 2, x)
+                        numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2] + x)
+                        n += 1
+        sources[i].count = offsets + n - sources[i].offsets
+
+
+cdef void _find_windows(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first, Windows *w) noexcept nogil:
+    """Point to a plane's windows where they are."""
+    cdef Py_ssize_t at = (
+        plane // p.x.size[1] * p.y.stride[0] + plane % p.x.size[1] * p.y.stride[1] + first[0] * w.z_step
+        + first[1] * w.y_step
+    )
+    w.grads = p.y.data + at * p.item
+    w.winners = <const uchar *>p.winners.data + at
+
+
+cdef void _copy_windows(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first, const Py_ssize_t *last, Windows *w,
+                        char *grads, uchar *winners) noexcept nogil:
+    """Copy what groups ``first`` to ``last`` of a plane see; around it, nobody wins."""
+    cdef Py_ssize_t z, y, at, to = 0, pitch = w.y_step, left = -p.low[2], n = min(p.y.size[4], pitch - left)
+    cdef Py_ssize_t base = plane // p.x.size[1] * p.y.stride[0] + plane % p.x.size[1] * p.y.stride[1]
+    at = -p.low[0] * w.z_step - p.low[1] * w.y_step + left
+    w.grads = grads + at * p.item
+    w.winners = winners + at
+    for z in range(first[0] + p.low[0], last[0] + p.high[0]):
+        for y in range(first[1] + p.low[1], last[1] + p.high[1]):
+            if 0 <= z < p.y.size[2] and 0 <= y < p.y.size[3]:
+                at = base + z * p.y.stride[2] + y * p.y.stride[3]
+                memset(winners + to, NOBODY, <size_t>left)
+                memcpy(winners + to + left, p.winners.data + at, <size_t>n)
+                memset(winners + to + left + n, NOBODY, <size_t>(pitch - left - n))
+                memcpy(grads + (to + left) * p.item, p.y.data + at * p.item, <size_t>(n * p.item))
+            else:
+                memset(winners + to, NOBODY, <size_t>pitch)
+            to += pitch
+
+
+cdef void _gather_plane(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first, const Py_ssize_t *last,
+                        const Windows *w, const fc_cells *sources) noexcept nogil:
+    """Compute groups ``first`` to ``last``: all rows of one residue in some rows of groups, then those of the next."""
+    cdef Py_ssize_t z, y, r, rows, at, most = 1 + CHUNK // (p.stride[1] * p.x.size[4] * p.item)
+    cdef char *to = p.x.data + (plane // p.x.size[1] * p.x.stride[0] + plane % p.x.size[1] * p.x.stride[1]) * p.item
+    cdef Windows of
+    of.y_step = w.y_step
+    for z in range(first[0] * p.stride[0], min(last[0] * p.stride[0], p.x.size[2])):
+        for y from first[1] <= y < last[1] by most:
+            for r in range(p.stride[1]):
+                rows = min(min(y + most, last[1]), (p.x.size[3] - r + p.stride[1] - 1) // p.stride[1]) - y
+                at = (z // p.stride[0] - first[0]) * w.z_step + (y - first[1]) * w.y_step
+                of.grads = w.grads + at * p.item
+                of.winners = w.winners + at
+                _gather_rows(
+                    p, &of, &sources[(z % p.stride[0] * p.stride[1] + r) * p.stride[2]], rows,
+                    to + (z * p.x.stride[2] + (y * p.stride[1] + r) * p.x.stride[3]) * p.item,
+                )
+
+
+cdef void _gather_rows(const Pool *p, const Windows *w, const fc_cells *sources, Py_ssize_t rows, char *to) noexcept nogil:
+    """Compute some rows: whole groups, then the rest."""
+    cdef Py_ssize_t columns = p.x.size[4] // p.stride[2], rest = p.x.size[4] % p.stride[2], r
+    cdef fc_runs grads, winners, cells
+    grads.data, grads.run, grads.step, grads.item = <char *>w.grads, w.y_step, 1, <int>p.item
+    winners.data, winners.run, winners.step, winners.item = <uchar *>w.winners, w.y_step, 1, 1
+    cells.run, cells.step, cells.item = p.stride[1] * p.x.stride[3], p.stride[2] * p.x.stride[4], <int>p.item
+    if columns:
+        for r from 0 <= r < p.stride[2] by p.classes:
+            cells.data = to + r * p.x.stride[4] * p.item
+            p.kernels.max_pool_grad(
+                &sources[r], p.classes, p.x.stride[4], rows, columns, &grads, &winners, &cells
+            )
+    grads.data = <char *>w.grads + columns * p.item
+    winners.data = <uchar *>w.winners + columns
+    for r in range(rest):
+        cells.data = to + (columns * p.stride[2] + r) * p.x.stride[4] * p.item
+        p.kernels.max_pool_grad(&sources[r], 1, 0, rows, 1, &grads, &winners, &cells)
+
+
+# ------------------------------------------------------------------------------- backward, vectors along C
+
+
+# Workspace of a task. Input i is cell t of window i // stride + shift[t], if residue[t] is i % stride.
+ctypedef struct Listing:
+    Py_ssize_t *residue[3]
+    Py_ssize_t *shift[3]
+    Py_ssize_t lines            # rows of windows that see a row of the input: where they are, ...
+    Py_ssize_t *line_offsets
+    int *line_numbers           # ... and the number of their first cell
+    Py_ssize_t *offsets         # of the sources
+    int *numbers
 
 
 cdef void _make_classes(Pool *p) noexcept nogil:
     """Find the members of all classes that are seen by all windows of their class."""
     cdef Py_ssize_t t, distance
     cdef int axis
-    p.classes = <int>p.stride[2] if not p.along_channels and p.x.stride[4] == 1 and p.stride[2] in (1, 2, 4) else 1
+    p.classes = <int>p.stride[2] if p.stride[2] <= CLASSES else 1
     for axis in range(3):
         p.first[axis] = 0
         p.last[axis] = min(p.x.size[2 + axis] // p.stride[axis], p.y.size[2 + axis])
@@ -267,7 +483,7 @@ cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
         _locate(p, index, end, &rows)
         for r in range(min(p.stride[1], p.x.size[3] - rows.y * p.stride[1])):
             _list_lines(p, &rows, r, &listing)
-            _gather_rows(p, &rows, r, &listing)
+            _gather_row(p, &rows, r, &listing)
         index += rows.count
     return 0
 
@@ -312,7 +528,7 @@ cdef void _list_lines(const Pool *p, const Rows *rows, Py_ssize_t r, Listing *li
     listing.lines = n
 
 
-cdef void _gather_rows(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing) noexcept nogil:
+cdef void _gather_row(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *listing) noexcept nogil:
     """Compute row ``row`` of some groups of rows: first the interior of all classes, then the borders of each."""
     cdef Py_ssize_t columns = p.last[2] - p.first[2], r, i
     if columns:
@@ -331,12 +547,9 @@ cdef void _gather(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *list
     cdef fc_runs to_x = _runs(
         p, &p.x, p.item, rows, rows.z, rows.y * p.stride[1] + row, first * p.stride[2] + r, p.stride[1], p.stride[2]
     )
-    cdef fc_cells sources[4]
+    cdef fc_cells sources[CLASSES]
     _list_sources(p, listing, r, classes, first, first + columns, sources)
-    if p.along_channels:
-        p.kernels.max_pool_grad(sources, classes, columns, p.x.size[1], &from_y, &from_winners, &to_x)
-    else:
-        p.kernels.max_pool_grad(sources, classes, rows.count, columns, &from_y, &from_winners, &to_x)
+    p.kernels.max_pool_grad(sources, classes, p.x.stride[4], columns, p.x.size[1], &from_y, &from_winners, &to_x)
 
 
 cdef void _list_sources(const Pool *p, const Listing *listing, Py_ssize_t r, int classes, Py_ssize_t first,
@@ -428,25 +641,39 @@ cdef void _scatter_row(const Pool *p, Py_ssize_t channels, const Cell *cells, Py
                        const real *y, const index *winners) noexcept nogil:
     """Add the gradients of one row of windows, whose first cells are at depth z and row y0."""
     cdef const View *vx = &p.x
-    cdef const View *vy = &p.y
-    cdef const View *vw = &p.winners
-    cdef const Cell *last = &cells[p.taps - 1]
-    cdef bint rows_inside = (
-        0 <= z and z + last.z < vx.size[2] and 0 <= y0 and y0 + last.y < vx.size[3]
-    )
-    cdef Py_ssize_t ox, c, x0, first
+    cdef const Cell *far = &cells[p.taps - 1]
+    cdef Py_ssize_t y_step = p.y.stride[4], won_step = p.winners.stride[4], n = p.y.size[4], inside = 0, last = 0, ox
+    if 0 <= z and z + far.z < vx.size[2] and 0 <= y0 and y0 + far.y < vx.size[3]:
+        inside = min(ceil_div(p.pad[2], p.stride[2]), n)
+        last = max(inside, min(ceil_div(vx.size[4] + p.pad[2] - far.x, p.stride[2]), n))
+    cdef real *row = x + z * vx.stride[2] + y0 * vx.stride[3] - p.pad[2] * vx.stride[4]
+    for ox in range(n):
+        if inside <= ox < last:
+            _scatter_window(channels, cells, vx.stride[1], p.y.stride[1], p.winners.stride[1],
+                            row + ox * p.stride[2] * vx.stride[4], y + ox * y_step, winners + ox * won_step)
+        else:
+            _scatter_checked(p, channels, cells, z, y0, ox * p.stride[2] - p.pad[2], x, y + ox * y_step,
+                             winners + ox * won_step)
+
+
+cdef inline void _scatter_window(Py_ssize_t channels, const Cell *cells, Py_ssize_t x_step, Py_ssize_t y_step,
+                                 Py_ssize_t won_step, real *x, const real *y, const index *winners) noexcept nogil:
+    """Add the gradients of a window that is inside the image, in each of some channels."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        x[cells[winners[c * won_step]].offset + c * x_step] += y[c * y_step]
+
+
+cdef void _scatter_checked(const Pool *p, Py_ssize_t channels, const Cell *cells, Py_ssize_t z, Py_ssize_t y0,
+                           Py_ssize_t x0, real *x, const real *y, const index *winners) noexcept nogil:
+    """The same for a window that may reach beyond the image, where nothing is added."""
+    cdef const View *vx = &p.x
+    cdef Py_ssize_t c, first = z * vx.stride[2] + y0 * vx.stride[3] + x0 * vx.stride[4]
     cdef const Cell *cell
-    cdef bint inside
-    for ox in range(vy.size[4]):
-        x0 = ox * p.stride[2] - p.pad[2]
-        first = z * vx.stride[2] + y0 * vx.stride[3] + x0 * vx.stride[4]
-        inside = rows_inside and 0 <= x0 and x0 + last.x < vx.size[4]  # so is every cell of this window
-        for c in range(channels):
-            cell = &cells[winners[ox * vw.stride[4] + c * vw.stride[1]]]
-            if inside or (
-                0 <= z + cell.z < vx.size[2] and 0 <= y0 + cell.y < vx.size[3] and 0 <= x0 + cell.x < vx.size[4]
-            ):
-                x[first + cell.offset + c * vx.stride[1]] += y[ox * vy.stride[4] + c * vy.stride[1]]
+    for c in range(channels):
+        cell = &cells[winners[c * p.winners.stride[1]]]
+        if 0 <= z + cell.z < vx.size[2] and 0 <= y0 + cell.y < vx.size[3] and 0 <= x0 + cell.x < vx.size[4]:
+            x[first + cell.offset + c * vx.stride[1]] += y[c * p.y.stride[1]]
 
 
 cdef void _zero(const View *vx, Py_ssize_t channels, real *x) noexcept nogil:

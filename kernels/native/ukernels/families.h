@@ -7,6 +7,10 @@
 #include <math.h>
 #include <string.h>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "ukernels.h"
 
 #if defined(__clang__)

@@ -379,41 +379,56 @@ static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad
             out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
 }
 
-static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], const int classes, ptrdiff_t n, T *out)
+static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], ptrdiff_t first, const int classes,
+                                                                 ptrdiff_t n, T *out)
 {
     if (n >= LANES)
-        FC(interleave_vector)(x, classes, n, out);
+        FC(interleave_vector)(x, first, classes, n, out);
 #if VECTOR_BYTES > 4 * T_BYTES
     else if (n >= 4)
-        FC(interleave_quad)(x, classes, n, out);
+        FC(interleave_quad)(x, first, classes, n, out);
 #endif
     else
         for (ptrdiff_t i = 0; i < n; i++)
             for (int c = 0; c < classes; c++)
-                out[i * classes + c] = x[c][i];
+                out[i * classes + c] = x[c][first + i];
 }
 
-static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
-                              const fc_runs *winners, const fc_runs *out)
+/* Classes side by side: those of some runs, and of what is between them, are gathered into L1, and each run is interleaved. */
+static void FC(gather_interleaved)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
+                                   const fc_runs *winners, const fc_runs *out)
 {
     T side_by_side[4][SEGMENT];
-    const ptrdiff_t most = classes > 1 && n > SEGMENT ? SEGMENT : n;
-    for (ptrdiff_t r = 0; r < runs; r++)
+    const ptrdiff_t gap = grad->run, most = n < SEGMENT ? n : SEGMENT;
+    const ptrdiff_t together = n <= gap && 2 * n > gap && gap <= SEGMENT ? SEGMENT / gap : 1;
+    for (ptrdiff_t first = 0; first < runs; first += together)
         for (ptrdiff_t next = 0; next < n; next += most) {
-            const ptrdiff_t i = next + most <= n ? next : n - most;
-            const T *from = (const T *)grad->data + r * grad->run + i;
-            const uint8_t *won = (const uint8_t *)winners->data + r * winners->run + i;
-            T *to = (T *)out->data + r * out->run + i * out->step * classes;
+            const ptrdiff_t i = next + most <= n ? next : n - most, rows = runs - first < together ? runs - first : together;
+            const T *from = (const T *)grad->data + first * gap + i;
+            const uint8_t *won = (const uint8_t *)winners->data + first * gap + i;
             for (int c = 0; c < classes; c++)
-                if (classes == 1)
-                    FC(gather_class)(sources, most, from, won, to, out->step);
+                FC(gather_class)(&sources[c], (rows - 1) * gap + most, from, won, side_by_side[c], 1);
+            for (ptrdiff_t r = 0; r < rows; r++) {
+                T *to = (T *)out->data + (first + r) * out->run + i * classes;
+                if (classes == 2)
+                    FC(interleave)(side_by_side, r * gap, 2, most, to);
                 else
-                    FC(gather_class)(&sources[c], most, from, won, side_by_side[c], 1);
-            if (classes == 2)
-                FC(interleave)(side_by_side, 2, most, to);
-            else if (classes == 4)
-                FC(interleave)(side_by_side, 4, most, to);
+                    FC(interleave)(side_by_side, r * gap, 4, most, to);
+            }
         }
+}
+
+static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t class_step, ptrdiff_t runs, ptrdiff_t n,
+                              const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
+{
+    if (class_step == 1 && (classes == 2 || classes == 4) && out->step == classes)
+        FC(gather_interleaved)(sources, classes, runs, n, grad, winners, out);
+    else
+        for (ptrdiff_t r = 0; r < runs; r++)
+            for (int c = 0; c < classes; c++)
+                FC(gather_class)(&sources[c], n, (const T *)grad->data + r * grad->run,
+                                 (const uint8_t *)winners->data + r * winners->run,
+                                 (T *)out->data + r * out->run + c * class_step, out->step);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */

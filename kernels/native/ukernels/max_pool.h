@@ -46,15 +46,25 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define OWN_1(half, j) (half) * WIDTH + (j) / T_BYTES + (j) / 16 * 16
 #define OWN_4(half, j) OWN_1(half, j), OWN_1(half, j + 1), OWN_1(half, j + 2), OWN_1(half, j + 3)
 #define OWN_16(half, j) OWN_4(half, j), OWN_4(half, j + 4), OWN_4(half, j + 8), OWN_4(half, j + 12)
+#define LOAD_16(from) _mm_loadu_si128((const __m128i *)(from))
 #if WIDTH * T_BYTES == 16
 #define OWN(half) OWN_16(half, 0)
 #define REPEAT(low, high) low, high
 #elif WIDTH * T_BYTES == 32
 #define OWN(half) OWN_16(half, 0), OWN_16(half, 16)
 #define REPEAT(low, high) low, high, low, high
+#ifdef __AVX2__ /* GCC doesn't see it everywhere */
+#define REPEAT_16(from) (POOL(bytes))_mm256_broadcastsi128_si256(LOAD_16(from))
+#endif
 #else
 #define OWN(half) OWN_16(half, 0), OWN_16(half, 16), OWN_16(half, 32), OWN_16(half, 48)
 #define REPEAT(low, high) low, high, low, high, low, high, low, high
+#ifdef __AVX512F__
+#define REPEAT_16(from) (POOL(bytes))_mm512_broadcast_i32x4(LOAD_16(from))
+#endif
+#endif
+#ifndef REPEAT_16
+#define REPEAT_16(from) (POOL(bytes))(POOL(longs)){REPEAT(low, high)}
 #endif
 
 /* WIDTH elements, `step` apart, in EVEN's order where the step is 2 or 4; nothing beyond the last of them is read. */
@@ -97,7 +107,8 @@ static inline __attribute__((always_inline)) void POOL(won_by)(POOL(bytes) numbe
     memcpy(&low, winners, vectors * WIDTH < 8 ? vectors * WIDTH : 8);
     if (vectors * WIDTH == 16)
         memcpy(&high, winners + 8, 8);
-    const POOL(bytes) equal = (POOL(bytes))((POOL(bytes))(POOL(longs)){REPEAT(low, high)} == number);
+    const POOL(bytes) repeated = vectors * WIDTH == 16 ? REPEAT_16(winners) : (POOL(bytes))(POOL(longs)){REPEAT(low, high)};
+    const POOL(bytes) equal = (POOL(bytes))(repeated == number);
     won[0] = (M)SHUFFLE(equal, equal, OWN(0));
 #if WIDTH <= 8
     if (vectors == 2)
@@ -214,14 +225,15 @@ static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_ce
         POOL(gather)(sources, sources->count, n, grad, winners, vectors, out, step);
 }
 
-/* out[i * classes + c] = x[c][i] for i < n, n >= WIDTH, classes 2 or 4. */
-static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], const int classes, ptrdiff_t n, T *out)
+/* out[i * classes + c] = x[c][first + i] for i < n, n >= WIDTH, classes 2 or 4. */
+static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], ptrdiff_t first, const int classes,
+                                                                   ptrdiff_t n, T *out)
 {
     for (ptrdiff_t next = 0; next < n; next += WIDTH) {
         const ptrdiff_t i = next + WIDTH <= n ? next : n - WIDTH;
         V *to = (V *)(out + i * classes), in[4];
         UNROLL for (int c = 0; c < classes; c++)
-            in[c] = *(const V *)(x[c] + i);
+            in[c] = *(const V *)(x[c] + first + i);
         if (classes == 2) {
             to[0] = ZIP_LOW(in[0], in[1]);
             to[1] = ZIP_HIGH(in[0], in[1]);
@@ -251,3 +263,5 @@ static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMEN
 #undef OWN_4
 #undef OWN_16
 #undef REPEAT
+#undef REPEAT_16
+#undef LOAD_16

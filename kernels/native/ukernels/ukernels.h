@@ -105,11 +105,12 @@ typedef struct {
     void (*max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
                      const fc_runs *winners);
 
-    /* What each cell of the input gets from the windows that it may have won, in their order. Neighbouring cells that repeat
-     * every `classes` (1, 2 or 4) have their own sources each; grad and winners have step 1 and the same runs.
-     *     out[r][i * classes + c] = sum over t of grad[r][i + offsets[c][t]] where winners[r][i + offsets[c][t]] = numbers[c][t] */
-    void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
-                          const fc_runs *winners, const fc_runs *out);
+    /* What each cell of the input gets from the windows that it may have won, in their order. Up to 4 classes of cells,
+     * `class_step` apart, have their own sources each; grad and winners have step 1 and the same runs.
+     *     out[r][i + c * class_step] =
+     *         sum over t of grad[r][i + offsets[c][t]] where winners[r][i + offsets[c][t]] = numbers[c][t] */
+    void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t class_step, ptrdiff_t runs, ptrdiff_t n,
+                          const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
     /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
      * points to cells. Of inputs, taps and (gradients of) outputs in one direction, of outputs and taps in the other. */
