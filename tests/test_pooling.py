@@ -131,6 +131,23 @@ def test_channels_last_pools_the_same(pool_row: Row) -> None:
             np.testing.assert_array_equal(a.transpose(first), b)
 
 
+@pytest.mark.parametrize("width", [260, 259])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1)], ids=str)
+def test_an_image_larger_than_the_caches(
+    engine: str, window: tuple[int, int, int], layout: str, width: int, rng: np.random.Generator
+) -> None:
+    """Results of such images pass by the caches, if rows are whole numbers of 16 bytes."""
+    shape = (1, 64, 272, width) if layout == "NCHW" else (1, 272, width, 64)
+    x = rng.standard_normal(shape, np.float32)
+    wanted, indices = fc.max_pool2d(x, *window, return_indices="compact", layout=layout, engine="numpy")
+    np.testing.assert_array_equal(fc.max_pool2d(x, *window, layout=layout, engine=engine), wanted)
+    gradients = [
+        fc.grad.max_pool2d(shape, indices, wanted, *window, layout=layout, engine=each) for each in (engine, "numpy")
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-6, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Average pooling
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,19 @@ cdef extern from "ukernels.h" nogil:
     ctypedef struct fc_runs:
         void *data
         Py_ssize_t run, step
-        int item
+        int item, stream
 
     ctypedef struct fc_cells:
         Py_ssize_t count
         const Py_ssize_t *offsets
         const int *numbers
+
+    enum:
+        FC_CLASSES
+
+    ctypedef struct fc_classes:
+        int rows, columns, rest
+        Py_ssize_t row_step, column_step
 
     ctypedef struct fc_lines:
         Py_ssize_t channels, run, step, pitch
@@ -42,7 +49,7 @@ cdef extern from "ukernels.h" nogil:
                                  Py_ssize_t, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
-        void (*max_pool_grad)(const fc_cells *, int, Py_ssize_t, Py_ssize_t, Py_ssize_t, const fc_runs *,
+        void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,
                               const fc_runs *, const fc_runs *) noexcept nogil
         void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_gather)(int, const fc_tiles *, const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
@@ -73,6 +80,7 @@ cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil
 cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil
 cdef int usable_threads(int wanted) noexcept nogil
+cdef void fence() noexcept nogil
 
 # Weights that a driver keeps for the next call, and whether it found numbers among them that it can't use.
 cdef class Memory:

@@ -15,6 +15,7 @@ cdef extern from "ukernels.h" nogil:
     void *fc_arena(int slot, size_t bytes)
     int fc_max_threads()
     int fc_usable_threads(int wanted)
+    void fc_fence()
 
 cdef extern from *:
     """
@@ -63,6 +64,11 @@ cdef class Memory:
 
 cdef int usable_threads(int wanted) noexcept nogil:
     return fc_usable_threads(wanted)
+
+
+cdef void fence() noexcept nogil:
+    """Let all that this thread has stored come before what it stores from now on."""
+    fc_fence()
 
 
 def isa() -> str:

@@ -31,6 +31,16 @@
 #define FUSED 0
 #endif
 
+/* A store of 16 bytes, to an address that is a multiple of them, for which no cache line is read. */
+#ifdef __SSE2__
+#include <emmintrin.h>
+#define STREAMS 1
+#define STREAM_16(to, from) _mm_stream_si128((__m128i *)(to), _mm_loadu_si128((const __m128i *)(from)))
+#else
+#define STREAMS 0
+#define STREAM_16(to, from) memcpy(to, from, 16)
+#endif
+
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define SQUARES(name, side) PASTE(PASTE(FC(name), _x), side)
@@ -40,21 +50,25 @@
 #define T float
 #define T_BYTES 4
 #define T_INT int32_t
+#define SUFFIX ps
 #define FC(name) PASTE(fc_f32_##name##__, ISA)
 #include "family.h"
 #undef T
 #undef T_BYTES
 #undef T_INT
+#undef SUFFIX
 #undef FC
 
 #define T double
 #define T_BYTES 8
 #define T_INT int64_t
+#define SUFFIX pd
 #define FC(name) PASTE(fc_f64_##name##__, ISA)
 #include "family.h"
 #undef T
 #undef T_BYTES
 #undef T_INT
+#undef SUFFIX
 #undef FC
 
 const fc_isa PASTE(fc_isa_, ISA) = {

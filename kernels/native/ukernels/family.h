@@ -288,6 +288,12 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 #undef WIDTH
 #endif
 
+/* Whether vectors that are those bytes apart (several distances, or-ed) can be streamed. */
+static inline int FC(can_stream)(const fc_runs *out, ptrdiff_t distances)
+{
+    return STREAMS && out->stream && ((uintptr_t)out->data | (uintptr_t)distances) % 16 == 0;
+}
+
 static inline void FC(max_window)(const fc_cells *cells, const T *in, const fc_runs *out, ptrdiff_t out_at,
                                   const fc_runs *winners, ptrdiff_t winners_at)
 {
@@ -310,18 +316,19 @@ static inline __attribute__((always_inline)) void FC(max_runs)(const fc_cells *c
                                                                const fc_runs *in, ptrdiff_t step, const int wanted,
                                                                const fc_runs *out, const fc_runs *winners)
 {
+    const int stream = FC(can_stream)(out, (out->run | n) * T_BYTES);
     for (ptrdiff_t r = 0; r < runs; r++) {
         const T *from = (const T *)in->data + r * in->run;
         const ptrdiff_t to = r * out->run, won = r * winners->run;
         if (n >= 4 * LANES)
-            FC(max_run_vector)(cells, n, from, step, 4, wanted, out, to, winners, won);
+            FC(max_run_vector)(cells, n, from, step, 4, wanted, out, to, stream, winners, won);
         else if (n >= 2 * LANES)
-            FC(max_run_vector)(cells, n, from, step, 2, wanted, out, to, winners, won);
+            FC(max_run_vector)(cells, n, from, step, 2, wanted, out, to, 0, winners, won);
         else if (n >= LANES)
-            FC(max_run_vector)(cells, n, from, step, 1, wanted, out, to, winners, won);
+            FC(max_run_vector)(cells, n, from, step, 1, wanted, out, to, 0, winners, won);
 #if VECTOR_BYTES > 4 * T_BYTES
         else if (n >= 4)
-            FC(max_run_quad)(cells, n, from, step, 1, wanted, out, to, winners, won);
+            FC(max_run_quad)(cells, n, from, step, 1, wanted, out, to, 0, winners, won);
 #endif
         else
             for (ptrdiff_t i = 0; i < n; i++)
@@ -364,71 +371,87 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
 
 /* The cells of one class. */
 static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad, const uint8_t *winners, T *out,
-                             ptrdiff_t step)
+                             ptrdiff_t step, int stream)
 {
-    if (n >= 2 * LANES && LANES <= 8)
-        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step);
+    if (n >= 2 * LANES && LANES <= 8 && stream)
+        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step, 1);
+    else if (n >= 2 * LANES && LANES <= 8)
+        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step, 0);
     else if (n >= LANES)
-        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step);
+        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step, stream);
 #if VECTOR_BYTES > 4 * T_BYTES
     else if (n >= 4)
-        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step);
+        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step, stream);
 #endif
     else
         for (ptrdiff_t i = 0; i < n; i++)
             out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
 }
 
-static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], ptrdiff_t first, const int classes,
-                                                                 ptrdiff_t n, T *out)
+static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], const fc_classes *classes,
+                                                                 const int columns, ptrdiff_t gap, ptrdiff_t runs,
+                                                                 ptrdiff_t n, int rest, T *out, ptrdiff_t run, int stream)
 {
-    if (n >= LANES)
-        FC(interleave_vector)(x, first, classes, n, out);
+    if (n >= LANES && stream)
+        FC(interleave_vector)(x, classes, columns, gap, runs, n, rest, out, run, 1);
+    else if (n >= LANES)
+        FC(interleave_vector)(x, classes, columns, gap, runs, n, rest, out, run, 0);
 #if VECTOR_BYTES > 4 * T_BYTES
     else if (n >= 4)
-        FC(interleave_quad)(x, first, classes, n, out);
+        FC(interleave_quad)(x, classes, columns, gap, runs, n, rest, out, run, 0);
 #endif
     else
-        for (ptrdiff_t i = 0; i < n; i++)
-            for (int c = 0; c < classes; c++)
-                out[i * classes + c] = x[c][first + i];
+        for (ptrdiff_t r = 0; r < runs; r++)
+            for (int y = 0; y < classes->rows; y++)
+                for (ptrdiff_t i = 0; i < n * columns + rest; i++)
+                    out[r * run + y * classes->row_step + i] = x[y * columns + i % columns][r * gap + i / columns];
 }
 
-/* Classes side by side: those of some runs, and of what is between them, are gathered into L1, and each run is interleaved. */
-static void FC(gather_interleaved)(const fc_cells *sources, int classes, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grad,
-                                   const fc_runs *winners, const fc_runs *out)
+/* Columns side by side: the classes of some runs, and of what is between them, are gathered into L1, and interleaved row by
+ * row. */
+static void FC(gather_interleaved)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
+                                   const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
-    T side_by_side[4][SEGMENT];
-    const ptrdiff_t gap = grad->run, most = n < SEGMENT ? n : SEGMENT;
-    const ptrdiff_t together = n <= gap && 2 * n > gap && gap <= SEGMENT ? SEGMENT / gap : 1;
+    T side_by_side[FC_CLASSES][SEGMENT];
+    const int columns = classes->columns, all = classes->rows * columns;
+    const ptrdiff_t gap = grad->run, run = out->run, groups = n + (classes->rest > 0);
+    const ptrdiff_t most = groups < SEGMENT ? groups : SEGMENT;
+    const ptrdiff_t together = groups <= gap && 2 * groups > gap && gap <= SEGMENT ? SEGMENT / gap : 1;
+    const int stream = FC(can_stream)(out, (run | classes->row_step | (most | n) * columns) * T_BYTES);
     for (ptrdiff_t first = 0; first < runs; first += together)
-        for (ptrdiff_t next = 0; next < n; next += most) {
-            const ptrdiff_t i = next + most <= n ? next : n - most, rows = runs - first < together ? runs - first : together;
-            const T *from = (const T *)grad->data + first * gap + i;
-            const uint8_t *won = (const uint8_t *)winners->data + first * gap + i;
-            for (int c = 0; c < classes; c++)
-                FC(gather_class)(&sources[c], (rows - 1) * gap + most, from, won, side_by_side[c], 1);
-            for (ptrdiff_t r = 0; r < rows; r++) {
-                T *to = (T *)out->data + (first + r) * out->run + i * classes;
-                if (classes == 2)
-                    FC(interleave)(side_by_side, r * gap, 2, most, to);
-                else
-                    FC(interleave)(side_by_side, r * gap, 4, most, to);
-            }
+        for (ptrdiff_t next = 0; next < groups; next += most) {
+            const ptrdiff_t i = next + most <= groups ? next : groups - most, left = runs - first;
+            const ptrdiff_t count = left < together ? left : together, at = first * gap + i;
+            const int rest = i + most > n ? classes->rest : 0;
+            T *to = (T *)out->data + first * run + i * columns;
+            for (int c = 0; c < all; c++)
+                FC(gather_class)(&sources[c], (count - 1) * gap + most, (const T *)grad->data + at,
+                                 (const uint8_t *)winners->data + at, side_by_side[c], 1, 0);
+            if (columns == 2)
+                FC(interleave)(side_by_side, classes, 2, gap, count, most - (rest > 0), rest, to, run, stream);
+            else
+                FC(interleave)(side_by_side, classes, 4, gap, count, most - (rest > 0), rest, to, run, stream);
         }
 }
 
-static void FC(max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t class_step, ptrdiff_t runs, ptrdiff_t n,
+static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
-    if (class_step == 1 && (classes == 2 || classes == 4) && out->step == classes)
+    const int columns = classes->columns;
+    if (classes->column_step == 1 && (columns == 2 || columns == 4) && out->step == columns) {
         FC(gather_interleaved)(sources, classes, runs, n, grad, winners, out);
-    else
-        for (ptrdiff_t r = 0; r < runs; r++)
-            for (int c = 0; c < classes; c++)
-                FC(gather_class)(&sources[c], n, (const T *)grad->data + r * grad->run,
-                                 (const uint8_t *)winners->data + r * winners->run,
-                                 (T *)out->data + r * out->run + c * class_step, out->step);
+        return;
+    }
+    const int stream = FC(can_stream)(out, (out->run | classes->row_step | classes->column_step | n) * T_BYTES);
+    for (ptrdiff_t r = 0; r < runs; r++) {
+        const T *from = (const T *)grad->data + r * grad->run;
+        const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
+        for (int y = 0; y < classes->rows; y++)
+            for (int x = 0; x < columns; x++)
+                FC(gather_class)(&sources[y * columns + x], n + (x < classes->rest), from, won,
+                                 (T *)out->data + r * out->run + y * classes->row_step + x * classes->column_step,
+                                 out->step, stream);
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */

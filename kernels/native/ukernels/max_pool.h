@@ -46,6 +46,15 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define OWN_1(half, j) (half) * WIDTH + (j) / T_BYTES + (j) / 16 * 16
 #define OWN_4(half, j) OWN_1(half, j), OWN_1(half, j + 1), OWN_1(half, j + 2), OWN_1(half, j + 3)
 #define OWN_16(half, j) OWN_4(half, j), OWN_4(half, j + 4), OWN_4(half, j + 8), OWN_4(half, j + 12)
+#if WIDTH * T_BYTES == 16 && defined(__SSE2__)
+#define GREATER(x, y) (V)PASTE(_mm_max_, SUFFIX)(x, y)
+#elif WIDTH * T_BYTES == 32 && defined(__AVX2__)
+#define GREATER(x, y) (V)PASTE(_mm256_max_, SUFFIX)(x, y)
+#elif WIDTH * T_BYTES == 64 && defined(__AVX512F__)
+#define GREATER(x, y) (V)PASTE(_mm512_max_, SUFFIX)(x, y)
+#else
+#define GREATER(x, y) (V)(((x) > (y) & (M)(x)) | (~((x) > (y)) & (M)(y)))
+#endif
 #define LOAD_16(from) _mm_loadu_si128((const __m128i *)(from))
 #if WIDTH * T_BYTES == 16
 #define OWN(half) OWN_16(half, 0)
@@ -89,6 +98,16 @@ static inline __attribute__((always_inline)) void POOL(store)(T *out, ptrdiff_t 
     else
         UNROLL for (int i = 0; i < WIDTH; i++)
             out[i * step] = x[i];
+}
+
+/* A whole vector, past the caches if `stream`. */
+static inline __attribute__((always_inline)) void POOL(put)(T *out, V x, int stream)
+{
+    if (!stream)
+        *(V *)out = x;
+    else
+        UNROLL for (int i = 0; i < WIDTH * T_BYTES; i += 16)
+            STREAM_16((char *)out + i, (const char *)&x + i);
 }
 
 /* Winners have a byte each in memory and a lane each in registers. A word, as wide as T, holds those of sizeof(T) lanes (or of
@@ -143,10 +162,39 @@ static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_r
     }
 }
 
+static inline __attribute__((always_inline)) int POOL(any_nan)(V x)
+{
+    const POOL(longs) nan = (POOL(longs))(x != x);
+    int64_t any = 0;
+    UNROLL for (int i = 0; i < WIDTH * T_BYTES / 8; i++)
+        any |= nan[i];
+    return any != 0;
+}
+
+/* Without winners, and unless a NaN may be among the cells, a maximum is one instruction: return whether that was so. The sum of
+ * the cells is a NaN if one of them is. */
+static inline __attribute__((always_inline)) int POOL(max_of_numbers)(const fc_cells *cells, const T *in, ptrdiff_t step,
+                                                                      const int vectors, V *best)
+{
+    V sum[4] = {{0}}, all;
+    for (ptrdiff_t t = 0; t < cells->count; t++) {
+        const T *cell = in + cells->offsets[t];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const V x = POOL(load)(cell + v * WIDTH * step, step);
+            best[v] = GREATER(x, best[v]);
+            sum[v] += x;
+        }
+    }
+    all = sum[0];
+    UNROLL for (int v = 1; v < vectors; v++)
+        all += sum[v];
+    return !POOL(any_nan)(all);
+}
+
 /* The windows of `vectors` vectors; step, vectors and wanted are constants where this is inlined. */
 static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cells, const T *in, ptrdiff_t step,
                                                             const int vectors, const int wanted, const fc_runs *out,
-                                                            ptrdiff_t out_at, const fc_runs *winners,
+                                                            ptrdiff_t out_at, int stream, const fc_runs *winners,
                                                             ptrdiff_t winners_at)
 {
     V best[4];
@@ -155,7 +203,8 @@ static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cell
         best[v] = (V){0} - (T)INFINITY;
         winner[v] = (M){0} + cells->numbers[0];
     }
-    for (ptrdiff_t t = 0; t < cells->count; t++) {
+    const int done = !wanted && POOL(max_of_numbers)(cells, in, step, vectors, best);
+    for (ptrdiff_t t = 0; t < cells->count && !done; t++) {
         const T *cell = in + cells->offsets[t];
         const M number = (M){0} + cells->numbers[t];
         UNROLL for (int v = 0; v < vectors; v++) {
@@ -171,7 +220,10 @@ static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cell
             best[v] = ORDER(best[v]);
             winner[v] = ORDER(winner[v]);
         }
-        POOL(store)((T *)out->data + out_at + v * WIDTH * out->step, out->step, best[v]);
+        if (out->step == 1)
+            POOL(put)((T *)out->data + out_at + v * WIDTH, best[v], stream);
+        else
+            POOL(store)((T *)out->data + out_at + v * WIDTH * out->step, out->step, best[v]);
         if (wanted)
             POOL(store_winners)(winners, winners_at + v * WIDTH * winners->step, winner[v]);
     }
@@ -180,12 +232,12 @@ static inline __attribute__((always_inline)) void POOL(max)(const fc_cells *cell
 /* A run of n >= vectors * WIDTH windows; the last vectors overlap those before them. */
 static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *cells, ptrdiff_t n, const T *in,
                                                                 ptrdiff_t step, const int vectors, const int wanted,
-                                                                const fc_runs *out, ptrdiff_t out_at,
+                                                                const fc_runs *out, ptrdiff_t out_at, int stream,
                                                                 const fc_runs *winners, ptrdiff_t winners_at)
 {
     for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
         const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
-        POOL(max)(cells, in + i * step, step, vectors, wanted, out, out_at + i * out->step, winners,
+        POOL(max)(cells, in + i * step, step, vectors, wanted, out, out_at + i * out->step, stream, winners,
                   winners_at + i * winners->step);
     }
 }
@@ -194,7 +246,8 @@ static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *
  * last vectors overlap those before them. */
 static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const ptrdiff_t count,
                                                                ptrdiff_t n, const T *grad, const uint8_t *winners,
-                                                               const int vectors, T *out, ptrdiff_t step)
+                                                               const int vectors, T *out, ptrdiff_t step,
+                                                               const int stream)
 {
     for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
         const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
@@ -207,45 +260,62 @@ static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *s
                 sum[v] += (V)(won[v] & *(const M *)(grad + from + v * WIDTH));
         }
         UNROLL for (int v = 0; v < vectors; v++)
-            POOL(store)(out + (i + v * WIDTH) * step, step, sum[v]);
+            if (step == 1)
+                POOL(put)(out + i + v * WIDTH, sum[v], stream);
+            else
+                POOL(store)(out + (i + v * WIDTH) * step, step, sum[v]);
     }
 }
 
 static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad,
                                                                      const uint8_t *winners, const int vectors, T *out,
-                                                                     ptrdiff_t step)
+                                                                     ptrdiff_t step, const int stream)
 {
     if (sources->count == 1)
-        POOL(gather)(sources, 1, n, grad, winners, vectors, out, step);
+        POOL(gather)(sources, 1, n, grad, winners, vectors, out, step, stream);
     else if (sources->count == 2)
-        POOL(gather)(sources, 2, n, grad, winners, vectors, out, step);
+        POOL(gather)(sources, 2, n, grad, winners, vectors, out, step, stream);
     else if (sources->count == 4)
-        POOL(gather)(sources, 4, n, grad, winners, vectors, out, step);
+        POOL(gather)(sources, 4, n, grad, winners, vectors, out, step, stream);
     else
-        POOL(gather)(sources, sources->count, n, grad, winners, vectors, out, step);
+        POOL(gather)(sources, sources->count, n, grad, winners, vectors, out, step, stream);
 }
 
-/* out[i * classes + c] = x[c][first + i] for i < n, n >= WIDTH, classes 2 or 4. */
-static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], ptrdiff_t first, const int classes,
-                                                                   ptrdiff_t n, T *out)
+/* out[r][y][i * columns + c] = x[y * columns + c][r * gap + i] for i < n, n >= WIDTH, 2 or 4 columns; and of the rest. */
+static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], const fc_classes *classes,
+                                                                   const int columns, ptrdiff_t gap, ptrdiff_t runs,
+                                                                   ptrdiff_t n, int rest, T *out, ptrdiff_t run,
+                                                                   int stream)
 {
-    for (ptrdiff_t next = 0; next < n; next += WIDTH) {
-        const ptrdiff_t i = next + WIDTH <= n ? next : n - WIDTH;
-        V *to = (V *)(out + i * classes), in[4];
-        UNROLL for (int c = 0; c < classes; c++)
-            in[c] = *(const V *)(x[c] + first + i);
-        if (classes == 2) {
-            to[0] = ZIP_LOW(in[0], in[1]);
-            to[1] = ZIP_HIGH(in[0], in[1]);
-        } else {
-            V even[2] = {ZIP_LOW(in[0], in[2]), ZIP_HIGH(in[0], in[2])};
-            V odd[2] = {ZIP_LOW(in[1], in[3]), ZIP_HIGH(in[1], in[3])};
-            UNROLL for (int h = 0; h < 2; h++) {
-                to[2 * h] = ZIP_LOW(even[h], odd[h]);
-                to[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
+    const int rows = classes->rows;
+    const ptrdiff_t row_step = classes->row_step;
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (int y = 0; y < rows; y++)
+            for (ptrdiff_t next = 0; next < n; next += WIDTH) {
+                const ptrdiff_t i = next + WIDTH <= n ? next : n - WIDTH;
+                const T *from = x[y * columns] + r * gap + i;
+                T *to = out + r * run + y * row_step + i * columns;
+                V in[4], zipped[4];
+                UNROLL for (int c = 0; c < columns; c++)
+                    in[c] = *(const V *)(from + c * SEGMENT);
+                if (columns == 2) {
+                    zipped[0] = ZIP_LOW(in[0], in[1]);
+                    zipped[1] = ZIP_HIGH(in[0], in[1]);
+                } else {
+                    V even[2] = {ZIP_LOW(in[0], in[2]), ZIP_HIGH(in[0], in[2])};
+                    V odd[2] = {ZIP_LOW(in[1], in[3]), ZIP_HIGH(in[1], in[3])};
+                    UNROLL for (int h = 0; h < 2; h++) {
+                        zipped[2 * h] = ZIP_LOW(even[h], odd[h]);
+                        zipped[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
+                    }
+                }
+                UNROLL for (int c = 0; c < columns; c++)
+                    POOL(put)(to + c * WIDTH, zipped[c], stream);
             }
-        }
-    }
+    for (int c = 0; c < rest; c++)
+        for (ptrdiff_t r = 0; r < runs; r++)
+            for (int y = 0; y < rows; y++)
+                out[r * run + y * row_step + n * columns + c] = x[y * columns + c][r * gap + n];
 }
 
 #undef V
@@ -264,4 +334,5 @@ static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMEN
 #undef OWN_16
 #undef REPEAT
 #undef REPEAT_16
+#undef GREATER
 #undef LOAD_16

@@ -1,4 +1,4 @@
-/* How many threads a parallel region may take. */
+/* How many threads a parallel region may take, and what they see of one another. */
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -34,3 +34,5 @@ int fc_usable_threads(int wanted)
     return 1;
 #endif
 }
+
+void fc_fence(void) { __sync_synchronize(); }

@@ -41,7 +41,8 @@ typedef struct {
 typedef struct {
     void *data;
     ptrdiff_t run, step;
-    int item; /* bytes in an element of winners; 0: nobody wants them */
+    int item;   /* bytes in an element of winners; 0: nobody wants them */
+    int stream; /* whether what is stored had better pass by the caches; then fc_fence comes before others may see it */
 } fc_runs;
 
 /* The cells that a window sees, or the windows that see a cell: where they are, and the cells' numbers in the window. */
@@ -50,6 +51,14 @@ typedef struct {
     const ptrdiff_t *offsets;
     const int32_t *numbers;
 } fc_cells;
+
+/* Classes of cells: rows and columns, that far apart. Where columns are neighbours, there are no more than FC_CLASSES in all.
+ * The first `rest` columns have one cell more than the others. */
+enum { FC_CLASSES = 4 };
+typedef struct {
+    int rows, columns, rest;
+    ptrdiff_t row_step, column_step;
+} fc_classes;
 
 /* Lines of pixels, [channel][pitch], from rows of cells, [channel][run]: cells `step` apart become neighbours. */
 typedef struct {
@@ -105,11 +114,10 @@ typedef struct {
     void (*max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
                      const fc_runs *winners);
 
-    /* What each cell of the input gets from the windows that it may have won, in their order. Up to 4 classes of cells,
-     * `class_step` apart, have their own sources each; grad and winners have step 1 and the same runs.
-     *     out[r][i + c * class_step] =
-     *         sum over t of grad[r][i + offsets[c][t]] where winners[r][i + offsets[c][t]] = numbers[c][t] */
-    void (*max_pool_grad)(const fc_cells *sources, int classes, ptrdiff_t class_step, ptrdiff_t runs, ptrdiff_t n,
+    /* What each cell of the input gets from the windows that it may have won, in their order. Each class of cells has its
+     * own sources; grad and winners have step 1 and the same runs.
+     *     out[r][i][y][x] = sum over t of grad[r][i + offsets[y][x][t]] where winners[r][i + offsets[y][x][t]] = numbers[y][x][t] */
+    void (*max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
     /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
@@ -168,8 +176,10 @@ const fc_isa *fc_select_isa(const char *cap);
 enum { FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_ARENA_SLOTS };
 void *fc_arena(int slot, size_t bytes);
 
-/* threads.c: how many threads a parallel region may take; 1 in a child of fork(), which has none of its parent's threads. */
+/* threads.c: how many threads a parallel region may take; 1 in a child of fork(), which has none of its parent's threads.
+ * fc_fence: all that this thread has stored comes before what it stores from now on. */
 int fc_max_threads(void);
 int fc_usable_threads(int wanted);
+void fc_fence(void);
 
 #endif

@@ -1,0 +1,3 @@
+from fastconv.kernels.native.pooling cimport Pool
+
+cdef void gather_along_rows(Pool *p) noexcept
