@@ -20,8 +20,11 @@ Pixels are the lanes, so that neither the weights nor the output of a channels-f
 would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
 and one block exist at a time; the full column matrix never does.
 
+The gradient of the input goes by way of columns where pixels are few (``input_columns``), elsewhere it is a convolution forward.
 The gradient of the weights gathers the same patches: grad_weight[r][k] = sum over p of patches[r][p] * grad_output[p][k].
 """
+
+import math
 
 import numpy as np
 
@@ -33,6 +36,7 @@ from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
     share_out, start_sums,
 )
+from fastconv.kernels.native.input_columns cimport input_by_columns
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
@@ -42,6 +46,7 @@ cdef enum:
     REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
     CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
     BOX_PANELS = 8      # panels of pixels in a box
+    COLUMN_PIXELS = 256 # with no more, the gradient of the input goes by way of columns
     SHARE = 512         # filters whose sums a task keeps: 256 KB in float32
 
 
@@ -55,7 +60,10 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+    if math.prod(dims.output_size) <= COLUMN_PIXELS:
+        input_by_columns(grad_output, weight, bias, grad_input, dims, options)
+    else:
+        interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):

@@ -67,7 +67,16 @@ def _fills_pieces(dims: ConvDims) -> bool:
     return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 64 and pixels >= 196
 
 
+def _few_columns(op: str, dims: ConvDims) -> bool:
+    """Whether the native im2col, which reads weights once and skips padding, beats direct: few pixels see many."""
+    pixels, cells = math.prod(dims.output_size), math.prod(dims.input_size)
+    few = pixels <= 100 and 2 * cells >= 3 * pixels and dims.group_out_channels >= 64
+    return op == "conv_input_grad" and few and dims.taps > 1 and not dims.depthwise
+
+
 def _direct(op: str, dims: ConvDims) -> str:
+    if _few_columns(op, dims):
+        return f"slower than im2col, for {math.prod(dims.output_size)} pixels that see {math.prod(dims.input_size)}"
     if dims.depthwise or op == "conv_input_grad":
         return ""
     if dims.taps == 1 and not _fills_pieces(dims):
@@ -115,8 +124,8 @@ def _planar(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
-def _winograd(op: str, dims: ConvDims, gain: float = 1) -> str:
-    """Say yes where the plain products are at least ``gain`` times the cost that is modelled for a tile."""
+def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0) -> str:
+    """Say yes where plain products (or ``columns``) are at least ``gain`` times the cost modelled for a tile."""
     if dims.stride[1:] != (1, 1) or dims.kernel_size[1:] == (1, 1):
         return "only for filters of several taps and for stride 1, along height and width"
     if op == "conv_weight_grad":
@@ -128,7 +137,8 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1) -> str:
         images, tile = 1, winograd.choose(dims)
     if tile is None:
         return "not for such filters or so short sums: less exact than plain sums there, and no faster"
-    if gain * tile.cost > images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction:
+    plain = images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
+    if gain * tile.cost > (columns or plain):
         return f"slower: the transforms take what tiles of {tile.rows}x{tile.columns} save"
     return ""
 
@@ -136,7 +146,8 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1) -> str:
 def _winograd_cython(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return "slower than direct, whose tile multiplies pieces of numbers"
-    return _winograd(op, dims)
+    columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
+    return _winograd(op, dims, columns=columns if _few_columns(op, dims) else 0)
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
