@@ -43,8 +43,8 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t (*saturate)(Py_ssize_t, void *) noexcept nogil
         void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
-        void (*depthwise)(const Py_ssize_t *, Py_ssize_t, const void *, const Py_ssize_t *, Py_ssize_t, const void *,
-                          Py_ssize_t, void *) noexcept nogil
+        void (*depthwise)(const Py_ssize_t *, Py_ssize_t, int, const void *, const Py_ssize_t *, Py_ssize_t,
+                          const void *, Py_ssize_t, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,

@@ -200,12 +200,12 @@ static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_str
 
 /* ------------------------------------------------------------------------------------------------------- depthwise */
 
-static void FC(depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, const ptrdiff_t *pixels,
-                          ptrdiff_t n_pixels, const void *weight, ptrdiff_t block, void *out)
+enum { FC(pixels) = 8 }; /* whose sums are in registers, beside a row of 7 weights */
+
+static void FC(depthwise_any)(const ptrdiff_t *taps, ptrdiff_t n_taps, const T *a, const ptrdiff_t *pixels,
+                              ptrdiff_t n_pixels, const T *b, ptrdiff_t block, T *c)
 {
-    enum { PIXELS = 4 };
-    const T *a = image, *b = weight;
-    T *c = out;
+    enum { PIXELS = 6 };
     for (ptrdiff_t p = 0; p < n_pixels; p += PIXELS) {
         const T *row[PIXELS];
         UNROLL for (int n = 0; n < PIXELS; n++)
@@ -219,6 +219,56 @@ static void FC(depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *i
             }
             for (int n = 0; n < PIXELS && p + n < n_pixels; n++)
                 *(V *)(c + (p + n) * block + i) = acc[n];
+        }
+    }
+}
+
+/* Neighbouring pixels and rows of `wide` (a constant) neighbouring taps: a cell is loaded once for all taps of a row. */
+static inline __attribute__((always_inline)) void FC(depthwise_run)(const ptrdiff_t *taps, ptrdiff_t n_taps, const int wide,
+                                                                    const T *a, const T *b, ptrdiff_t block, T *c)
+{
+    enum { PIXELS = FC(pixels) };
+    for (ptrdiff_t i = 0; i < block; i += LANES) {
+        V acc[PIXELS] = {{0}};
+        for (ptrdiff_t t = 0; t < n_taps; t += wide) {
+            const T *cells = a + taps[t] + i;
+            V w[7];
+            UNROLL for (int n = 0; n < wide; n++)
+                w[n] = *(const V *)(b + (t + n) * block + i);
+            UNROLL for (int j = 0; j < PIXELS + wide - 1; j++, cells += block) {
+                const V x = *(const V *)cells;
+                UNROLL for (int n = 0; n < wide; n++)
+                    if (j - n >= 0 && j - n < PIXELS)
+                        acc[j - n] += x * w[n];
+            }
+        }
+        UNROLL for (int n = 0; n < PIXELS; n++)
+            *(V *)(c + n * block + i) = acc[n];
+    }
+}
+
+static void FC(depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, int wide, const void *image, const ptrdiff_t *pixels,
+                          ptrdiff_t n_pixels, const void *weight, ptrdiff_t block, void *out)
+{
+    const T *a = image, *b = weight;
+    T *c = out;
+    const int known = wide == 3 || wide == 5 || wide == 7;
+    const int neighbours = known && taps[1] - taps[0] == block && n_pixels > 1 && pixels[1] - pixels[0] == block;
+    for (ptrdiff_t p = 0, run; p < n_pixels; p += run) {
+        for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * block;)
+            run++;
+        if (!neighbours || run < FC(pixels)) {
+            FC(depthwise_any)(taps, n_taps, a, pixels + p, run, b, block, c + p * block);
+            continue;
+        }
+        for (ptrdiff_t next = 0; next < run; next += FC(pixels)) { /* the last pixels overlap those before them */
+            const ptrdiff_t i = p + (next + FC(pixels) <= run ? next : run - FC(pixels));
+            if (wide == 3)
+                FC(depthwise_run)(taps, n_taps, 3, a + pixels[i], b, block, c + i * block);
+            else if (wide == 5)
+                FC(depthwise_run)(taps, n_taps, 5, a + pixels[i], b, block, c + i * block);
+            else
+                FC(depthwise_run)(taps, n_taps, 7, a + pixels[i], b, block, c + i * block);
         }
     }
 }

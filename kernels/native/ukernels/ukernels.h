@@ -100,8 +100,9 @@ typedef struct {
     void (*transpose)(const void *in, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, void *out,
                       ptrdiff_t out_stride);
 
-    /* c[p][i] = sum over taps of a[pixels[p] + taps[t] + i] * b[t * block + i] for i < block, a multiple of `lanes`. */
-    void (*depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, const ptrdiff_t *pixels,
+    /* c[p][i] = sum over taps of a[pixels[p] + taps[t] + i] * b[t * block + i] for i < block, a multiple of `lanes`; taps
+     * come in rows of `wide`, all alike. */
+    void (*depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, int wide, const void *a, const ptrdiff_t *pixels,
                       ptrdiff_t n_pixels, const void *b, ptrdiff_t block, void *c);
 
     /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * block + i] for i < block. */
