@@ -7,6 +7,7 @@
         for tile of filters x pixels:
             sums = bias
             for block of channels: brgemm over taps, channels   their share of the planes in L1
+              (with few channels: over channels and rows of taps, taps of a row)
             store: activation, the caller's layout
 
                          planes, flattened                      sums
@@ -56,6 +57,7 @@ ctypedef struct Plan:
     Conv c
     Blocks blocks
     Py_ssize_t together         # channels that one brgemm reduces over
+    bint by_rows                # innermost along the taps of a row, not along fewer channels
     const char *bias
     int relu
 
@@ -66,6 +68,9 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(c, input, weight, output, dims, options)
     cut(c, c.channels * c.item, PLANE_BYTES, c.out[2], &plan.blocks)
     plan.together = max(1, SHARE_BYTES // (c.kernel[0] * c.kernel[1] * 3 * LINE_BYTES))
+    plan.by_rows = c.channels < c.kernel[2]
+    if plan.by_rows:
+        plan.together = c.channels
     plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
     plan.relu = options.activation == "relu"
     run_tasks(_forward_task, &plan, c.batch * c.groups * plan.blocks.count, c.threads)
@@ -91,8 +96,11 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t *b_taps = <Py_ssize_t *>(memory + tap_bytes)
     cdef char *sums = memory + 2 * tap_bytes
     cdef char *planes = sums + TILE_BYTES
-    weight_offsets(c, a_taps)
-    tap_offsets(c, &block, 1, b_taps)
+    if plan.by_rows:
+        row_offsets(c, &block, plane_bytes // c.item, a_taps, b_taps)
+    else:
+        weight_offsets(c, a_taps)
+        tap_offsets(c, &block, 1, b_taps)
     pack_planes(c, &block, group * c.channels, plane_bytes // c.item, planes)
     memset(planes + c.channels * plane_bytes, 0, <size_t>over)
     cdef Py_ssize_t filter = 0, filters
@@ -112,6 +120,19 @@ cdef void weight_offsets(const Conv *c, Py_ssize_t *taps) noexcept nogil:
             for k in range(c.kernel[2]):
                 taps[t] = i * w.stride[2] + j * w.stride[3] + k * w.stride[4]
                 t += 1
+
+
+cdef void row_offsets(const Conv *c, const Block *block, Py_ssize_t plane, Py_ssize_t *rows,
+                      Py_ssize_t *lines) noexcept nogil:
+    """Write where each channel's rows of taps are, from a filter's first, and the lines of the planes that they see."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t channel, d, h, n = 0
+    for channel in range(c.channels):
+        for d in range(c.kernel[0]):
+            for h in range(c.kernel[1]):
+                rows[n] = channel * w.stride[1] + d * w.stride[2] + h * w.stride[3]
+                lines[n] = channel * plane + (d * block.high + h * c.dilation[1]) * block.wide
+                n += 1
 
 
 cdef void pack_planes(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t plane, char *out) noexcept nogil:
@@ -156,15 +177,15 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
     reduction.apart = 0
     reduction.taps = a_taps
     reduction.b_taps = b_taps
-    reduction.n_taps = c.taps
-    reduction.a_step = c.w.stride[1]
+    reduction.n_taps = c.channels * c.kernel[0] * c.kernel[1] if plan.by_rows else c.taps
+    reduction.a_step = c.w.stride[4] if plan.by_rows else c.w.stride[1]
     reduction.b_tap = 0
-    reduction.b_step = plane_bytes // c.item
+    reduction.b_step = c.dilation[2] if plan.by_rows else plane_bytes // c.item
     reduction.c_step = width
     for pixel from 0 <= pixel < pixels by width:
         started = start_sums(c, bias_at(plan.bias, first * c.item), filters, width, sums, width)
         for channel from 0 <= channel < c.channels by plan.together:
-            reduction.depth = min(plan.together, c.channels - channel)
+            reduction.depth = c.kernel[2] if plan.by_rows else min(plan.together, c.channels - channel)
             c.kernels.brgemm(
                 &reduction, c.w.data + channel * c.w.stride[1] * c.item, rows, filters,
                 planes + channel * plane_bytes + pixel * c.item, vectors, sums, started or channel > 0,

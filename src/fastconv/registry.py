@@ -82,10 +82,11 @@ def _direct(op: str, dims: ConvDims) -> str:
     if dims.taps == 1 and not _fills_pieces(dims):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     pixels = math.prod(dims.output_size)
-    many = dims.group_out_channels >= 1.75 * dims.reduction and dims.reduction <= 32
-    if op == "conv_forward" and many and pixels >= 4096:
+    little = dims.reduction <= 9 or (dims.reduction <= 32 and dims.group_out_channels >= 1.75 * dims.reduction)
+    if op == "conv_forward" and little and pixels >= 4096:
         return (
-            f"slower than im2col: {dims.group_out_channels} filters make more than patches of {dims.reduction} elements"
+            f"slower than im2col, which leaves the output's layout: there is more of it, {dims.group_out_channels} "
+            f"filters, than of patches, of {dims.reduction} elements"
         )
     apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
     if dims.taps > 1 and apart and dims.reduction <= 64:
