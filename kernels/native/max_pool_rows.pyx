@@ -13,7 +13,7 @@ If no group sees beyond the image, windows are read where they are; rows of all 
 
 from libc.string cimport memcpy, memset
 
-from fastconv.kernels.native.blocking cimport ceil_div, run_tasks
+from fastconv.kernels.native.blocking cimport ceil_div, round_up, run_tasks
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_CLASSES, arena, fc_cells, fc_classes, fc_runs, fence,
 )
@@ -109,6 +109,7 @@ cdef int _planes_task(const void *shared, Py_ssize_t task) noexcept nogil:
     else:
         w.z_step, w.y_step = p.y.stride[2], p.y.stride[3]
     list_bytes = classes * <Py_ssize_t>sizeof(fc_cells) + p.taps * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int))
+    list_bytes = round_up(list_bytes, p.item)
     cdef char *memory = arena(FC_ARENA_BLOCK, list_bytes + windows * (p.item + 1))
     if memory == NULL:
         return 1
