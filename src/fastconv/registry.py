@@ -140,8 +140,6 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
-    if op == "conv_weight_grad":
-        return "has no gradient of the weights"
     if any(taps > 1 and step > 1 for taps, step in zip(dims.kernel_size[1:], dims.dilation[1:], strict=True)):
         return "only for dilation 1 along height and width"
     return _winograd(op, dims, gain=1.35)  # its transforms take longer: measured where it meets direct
