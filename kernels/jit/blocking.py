@@ -26,7 +26,7 @@ WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
 WINOGRAD_TILES = 72  #: most tiles of one
 WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32, and 144 KB for 4x4 tiles: L2
 WINOGRAD_GRAD_TILES = 64  #: most tiles of a box in the gradient of the weights, ...
-WINOGRAD_GRAD_PANELS = 4  #: ... most panels of a task, for all of which the inputs are transformed once, ...
+WINOGRAD_GRAD_BYTES = 512  #: ... most bytes of filters of a task, which transforms the inputs once for all of them, ...
 WINOGRAD_LEAST_TILES = 96  #: ... and tiles that pay for transforming the sums back
 WINOGRAD_SUMMED = (32, 16)  #: channels that are summed by themselves, and for tiles with a side of 4, lest errors grow
 
@@ -181,12 +181,17 @@ def winograd_grad_plan(dims: Any, itemsize: int, rows: int, columns: int) -> Win
     weights = inputs._replace(
         kernel_size=dims.kernel_size, taps=dims.taps, reduction=dims.reduction, sum_rows=dims.reduction
     )
-    panels, points = min(inputs.panels, WINOGRAD_GRAD_PANELS), winograd.Tile(rows, columns, 0.0).points
+    panels, points = -(-inputs.panels // _panel_parts(inputs)), winograd.Tile(rows, columns, 0.0).points
     sum_panel = -(-block // ROW_MULTIPLE) * ROW_MULTIPLE * lanes
     return WinogradGradPlan(
         inputs, grads, weights, rows, columns, points, count * block + line, count * lanes,
         panels * count * lanes + line, sum_panel, panels * sum_panel + line,
     )  # fmt: skip
+
+
+def _panel_parts(plan: Plan) -> int:
+    """Return how many parts the panels are cut into in the gradient of the weights."""
+    return -(-plan.panels // max(1, WINOGRAD_GRAD_BYTES // (plan.panel.lanes * plan.itemsize)))
 
 
 def _tiled(dims: Any, rows: int, columns: int, cells: Triple) -> Any:
@@ -221,7 +226,7 @@ def grad_tasks(plan: Plan, threads: int, bias: bool) -> GradTasks:
 def winograd_grad_tasks(plan: WinogradGradPlan, bias: bool) -> GradTasks:
     """Return tasks of a block of channels and a few panels; where they are few, the boxes are split for up to 32."""
     inputs = plan.inputs
-    panel_parts = -(-inputs.panels // WINOGRAD_GRAD_PANELS)
+    panel_parts = _panel_parts(inputs)
     tiles = inputs.batch * math.prod(inputs.output_size)
     most = 32 // (inputs.groups * panel_parts * inputs.blocks)
     splits = max(1, min(inputs.box_count, most, tiles // WINOGRAD_LEAST_TILES))

@@ -81,7 +81,7 @@ def do_tasks(
     work: Callable[[int, int, int, int], None], tasks: GradTasks, grad_weight: np.ndarray,
     grad_bias: np.ndarray | None, plan: Plan, threads: int,
 ) -> None:  # fmt: skip
-    """Call ``work(first, last, sums, bias_sums)`` on ranges of the tasks, with the addresses of ``Sums``; store these."""
+    """Call ``work(first, last, sums, bias_sums)`` for all tasks, with the addresses of ``Sums``; store the sums."""
     dtype, panels, numbers = grad_weight.dtype, plan.groups * plan.panels, flat(plan)
     columns = tasks.splits * panels * plan.panel.lanes
     sums, bias_sums = workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype)

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..winograd import choose_for_weights
 from . import conv_direct, packing
-from .blocking import GradTasks, Plan, WinogradGradPlan, winograd_grad_plan, winograd_grad_tasks
+from .blocking import GradTasks, WinogradGradPlan, winograd_grad_plan, winograd_grad_tasks
 from .compile import jit, kernel
 from .packing import OFFSET, Quad, Strided, strided
 from .threads import workspace, worthwhile
@@ -94,8 +94,8 @@ def _weight_grad_below(
     assert tile is not None, "the registry has checked it"
     dtype, threads = grad_weight.dtype, worthwhile(options.threads, dims.flops)
     plan = winograd_grad_plan(dims, dtype.itemsize, tile.rows, tile.columns)
-    tasks, numbers, below = winograd_grad_tasks(plan, grad_bias is not None), flat(plan), []
-    most_tiles = math.prod(plan.inputs.box)
+    tasks, numbers = winograd_grad_tasks(plan, grad_bias is not None), flat(plan)
+    most_tiles, below = math.prod(plan.inputs.box), list[bool]()
 
     def work(first: int, last: int, sums: int, bias: int) -> None:
         addresses = Addresses(
@@ -144,7 +144,9 @@ def _weight_grad(
             origin, size = packing.box_of(plan.inputs, box_number)
             if not (
                 _add_inputs(rooms, pointer(input.address, limit), input, plan, task, origin, size, limit)
-                and _add_grads(rooms, pointer(grad_output.address, limit), grad_output, plan, task, sums, origin, size, limit)
+                and _add_grads(
+                    rooms, pointer(grad_output.address, limit), grad_output, plan, task, sums, origin, size, limit
+                )
             ):
                 return False
             _multiply(rooms, size[0] * size[1] * size[2] * size[3], channels, task.panel1 - task.panel0, plan)
@@ -164,6 +166,7 @@ def _add_inputs(
         rooms.box, source, input, inputs, origin, size, task.group, channel0,
         min(channel0 + inputs.block, inputs.channels),
     )  # fmt: skip
+    below: bool = all_below(rooms.box, inputs.box_block, limit)
     packing.pixel_offsets(rooms.tiles, inputs, size, 0, count, 1)
     for tile in range(count):
         _transform_inputs(
@@ -171,7 +174,7 @@ def _add_inputs(
             shift(rooms.inputs, tile * inputs.block), points(plan.columns) * plan.input_step, plan.input_step,
             shift(rooms.box, rooms.tiles[tile]), inputs.tap_step[1], inputs.tap_step[2],
         )  # fmt: skip
-    return all_below(rooms.box, inputs.box_block, limit)
+    return below
 
 
 @jit

@@ -1,6 +1,6 @@
 """The transforms of Winograd's convolution, emitted for each tile of ``kernels/winograd.py``.
 
-    Y = M X Nt      cells to points: M and N are the Bt of inputs, the G of taps or the A of outputs, of a tile's two axes
+    Y = M X Nt      cells to points: M and N are the Bt of inputs, the G of taps or the A of outputs, of a tile's axes
     Y = Mt X N      points back to cells: outputs of the forward pass, taps of the gradient of the weights
 
 An axis of m outputs and 3 taps has m + 2 points: 0, infinity, and pairs p and -p between them.
@@ -78,7 +78,7 @@ AXES = {side: _axis(side) for side in (1, *PAIRS)}
 
 
 def make_transform(kind: str, back: bool = False) -> Any:
-    """Return the function that transforms X to Y, with the matrices of a ``kind``, for neighbouring ``numbers`` at once.
+    """Return the function that transforms X to Y by the matrices of a ``kind``, neighbouring ``numbers`` at once.
 
     Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged, but
     for outputs stored row by row: ``conv_winograd`` lets rows overlap.
