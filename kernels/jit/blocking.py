@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .. import winograd
 from ..winograd import SLICE
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, Panel, panel_for
+from .tile import BLOCK_BYTES, CHUNK, MACHINE, ROW_MULTIPLE, Panel, panel_for
 
 Triple = tuple[int, int, int]
 
@@ -166,8 +166,8 @@ class WinogradGradPlan(NamedTuple):
 @lru_cache(maxsize=512)
 def winograd_grad_plan(dims: Any, itemsize: int, rows: int, columns: int) -> WinogradGradPlan:
     """Return the cutting for tiles of so many outputs, where the boxes are summed: the shape alone decides."""
-    channels, line = -(-dims.group_in_channels // 16), 64 // itemsize
-    block = -(-channels // -(-16 * channels // WINOGRAD_CHANNELS)) * 16  # even parts, of whole vectors
+    channels, vector, line = dims.group_in_channels, MACHINE.vector_bytes // itemsize, 64 // itemsize
+    block = -(-channels // (-(-channels // WINOGRAD_CHANNELS) * vector)) * vector  # even parts, of whole vectors
     _, high, wide = dims.kernel_size
     tiles = _tiled(dims, rows, columns, (1, rows - 1 + high, columns - 1 + wide))
     box = _fit_box(tiles, BOX_BYTES // (block * itemsize), WINOGRAD_GRAD_TILES, WINOGRAD_GRAD_TILES)
