@@ -26,8 +26,8 @@ WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
 WINOGRAD_TILES = 72  #: most tiles of one
 WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32, and 144 KB for 4x4 tiles: L2
 WINOGRAD_GRAD_TILES = 64  #: most tiles of a box in the gradient of the weights, ...
-WINOGRAD_GRAD_BYTES = 512  #: ... most bytes of filters of a task, which transforms the inputs once for all of them, ...
-WINOGRAD_LEAST_TILES = 96  #: ... and tiles that pay for transforming the sums back
+WINOGRAD_GRAD_BYTES = 512  #: ... filters of a task, of one tile: inputs are transformed once for all of them, ...
+WINOGRAD_LEAST_TILES = 96  #: ... and tiles of a task, which pay for transforming its sums back
 WINOGRAD_SUMMED = (32, 16)  #: channels that are summed by themselves, and for tiles with a side of 4, lest errors grow
 
 
@@ -156,10 +156,10 @@ class WinogradGradPlan(NamedTuple):
     rows: int  #: outputs of a tile
     columns: int
     points: int
-    input_step: int  #: elements between the points of an array: a cache line more than needed,
-    grad_panel: int  #: ... between its panels
-    grad_step: int
-    sum_panel: int
+    input_step: int  #: elements between the points of the transformed inputs, ...
+    grad_panel: int  #: ... between the panels of a point of the transformed gradients, ...
+    grad_step: int  #: ... between their points: all points are a cache line more than needed apart, see WinogradPlan
+    sum_panel: int  #: the same of the sums
     sum_step: int
 
 

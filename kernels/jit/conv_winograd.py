@@ -27,6 +27,8 @@ To all code that packs, a tile of outputs is a pixel, of a convolution with larg
 stride. Sums of inputs can overflow, or make a NaN of two infinities, where single products would not: an image that
 holds such numbers is left to conv_direct.
 
+The gradient of the weights is in ``weight_winograd``, the transforms of both in ``winograd_tiles``.
+
 A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
 """
 

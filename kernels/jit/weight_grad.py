@@ -121,7 +121,7 @@ def panel_sums(sums: Sums, task: Task, panel: int, row: int, plan: Plan) -> Any:
 
 
 @jit
-def bias_sums(sums: Sums, task: Task, panel: int, plan: Plan) -> Any:
+def panel_bias(sums: Sums, task: Task, panel: int, plan: Plan) -> Any:
     """Return where a panel's sums of the bias are."""
     number = (task.split * plan.groups + task.group) * plan.panels + panel
     return shift(sums.bias, number * plan.panel.lanes)
@@ -136,7 +136,7 @@ def start_task(sums: Sums, task: Task, plan: Plan) -> None:
         if not task.at_once:
             fill(panel_sums(sums, task, panel, row0, plan), (row1 - row0) * lanes)
         if task.bias:
-            fill(bias_sums(sums, task, panel, plan), lanes)
+            fill(panel_bias(sums, task, panel, plan), lanes)
 
 
 @jit
@@ -150,7 +150,7 @@ def pack_gradient(
         target = shift(pixels, panel * count * lanes)
         pack_pixels(target, source, grad_output, plan, origin, size, filters_of(plan, task.group, panel))
         if task.bias:
-            add_rows(bias_sums(sums, task, panel, plan), target, count, lanes)
+            add_rows(panel_bias(sums, task, panel, plan), target, count, lanes)
 
 
 @jit

@@ -34,7 +34,7 @@ from .compile import jit, kernel
 from .packing import OFFSET, Quad, Strided, strided
 from .threads import workspace, worthwhile
 from .tile import ROW_MULTIPLE, address, flat, multiply_apart, pointer, reader, shift
-from .weight_grad import Sums, Task, add_rows, bias_sums, do_tasks, panel_sums, start_task, store_rows, task_of
+from .weight_grad import Sums, Task, add_rows, do_tasks, panel_bias, panel_sums, start_task, store_rows, task_of
 from .winograd_tiles import LIMIT, all_below, make_transform, points
 
 APART = 16  #: tiles whose products are summed by themselves: sums of sums have smaller errors
@@ -192,7 +192,7 @@ def _add_grads(
             min((panel + 1) * lanes, grads.channels),
         )  # fmt: skip
         if task.bias:
-            add_rows(bias_sums(sums, task, panel, plan.weights), rooms.box, grads.box_block // lanes, lanes)
+            add_rows(panel_bias(sums, task, panel, plan.weights), rooms.box, grads.box_block // lanes, lanes)
         below &= all_below(rooms.box, grads.box_block, limit)
         target = shift(rooms.grads, (panel - task.panel0) * plan.grad_panel)
         for tile in range(count):
