@@ -86,6 +86,7 @@ CONV_CASES = [
     ConvCase("signal, even kernel, same_lower", (2, 2, 11), (2, 2, 4), 1, "same_lower"),
     ConvCase("signal of whole channel blocks", (2, 32, 200), (20, 32, 4), 2, 1, 3),
     ConvCase("signals in long tiles", (9, 160, 60), (18, 160, 3), 1, 1),
+    ConvCase("signals of many filters", (9, 8, 30), (140, 8, 3), 1, 1),
     ConvCase("signal, depthwise", (2, 5, 17), (5, 1, 3), 1, 1, 1, 5),
     ConvCase("3x3", (2, 8, 9, 9), (16, 8, 3, 3), 1, 1),
     ConvCase("3x3 of primes", (3, 17, 11, 13), (19, 17, 3, 3), 1, 1),

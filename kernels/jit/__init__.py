@@ -8,5 +8,6 @@ Read them in this order; each file stands on those before it::
     threads.py       tasks on threads, and each thread's workspace
     packing.py       between strided arrays and the tile's packed form, and the epilogue
     weight_grad.py   the half that all gradients of weights share
+    winograd_tiles.py  weight_winograd.py   Winograd's transforms, and its gradient of the weights
     conv_direct.py   conv_im2col.py   conv_winograd.py   conv_planar.py   max_pool.py: see ``fastconv.kernels``
 """

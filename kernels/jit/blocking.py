@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .. import winograd
 from ..winograd import SLICE
-from .tile import BLOCK_BYTES, CHUNK, ROW_MULTIPLE, Panel, panel_for
+from .tile import BLOCK_BYTES, CHUNK, MACHINE, ROW_MULTIPLE, Panel, panel_for
 
 Triple = tuple[int, int, int]
 
@@ -25,6 +25,9 @@ IM2COL_PIXELS = 512  #: most columns of one
 WINOGRAD_BYTES = 5 * 512 * 1024  #: a box's transformed inputs
 WINOGRAD_TILES = 72  #: most tiles of one
 WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in float32, and 144 KB for 4x4 tiles: L2
+WINOGRAD_GRAD_TILES = 64  #: most tiles of a box in the gradient of the weights, ...
+WINOGRAD_GRAD_BYTES = 512  #: ... filters of a task, of one tile: inputs are transformed once for all of them, ...
+WINOGRAD_LEAST_TILES = 96  #: ... and tiles of a task, which pay for transforming its sums back
 WINOGRAD_SUMMED = (32, 16)  #: channels that are summed by themselves, and for tiles with a side of 4, lest errors grow
 
 
@@ -122,15 +125,13 @@ class WinogradPlan(NamedTuple):
 @lru_cache(maxsize=512)
 def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: int) -> WinogradPlan:
     """Return the cutting for tiles of so many outputs; it depends on ``threads``, but no result does."""
-    depth, *size = dims.output_size
     slice_taps = 1, 1 if rows == 1 else SLICE, 1 if columns == 1 else SLICE
     slices: Any = tuple(-(-taps // most) for taps, most in zip(dims.kernel_size, slice_taps, strict=True))
     slice_count, points = math.prod(slices), winograd.Tile(rows, columns, 0.0).points
-    cells = (side - 1 + count * taps for side, count, taps in zip((1, rows, columns), slices, slice_taps, strict=True))
-    tiles_of = (-(-outputs // side) for outputs, side in zip(size, (rows, columns), strict=True))
-    tiles = dims._replace(
-        kernel_size=tuple(cells), stride=(dims.stride[0], rows, columns), output_size=(depth, *tiles_of)
+    cells: Any = tuple(
+        side - 1 + count * taps for side, count, taps in zip((1, rows, columns), slices, slice_taps, strict=True)
     )
+    tiles = _tiled(dims, rows, columns, cells)
     channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
     most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (points * slice_count * channels * itemsize))
     most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
@@ -146,6 +147,60 @@ def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: in
     )  # fmt: skip
 
 
+class WinogradGradPlan(NamedTuple):
+    """The cutting for the gradient of the weights: the same boxes of tiles in two images."""
+
+    inputs: Plan  #: a tile of outputs as a pixel, which sees all cells that its outputs see
+    grads: Plan  #: the same of the gradient of the output, whose panels are the blocks of channels: it sees its outputs
+    weights: Plan  #: the real filters
+    rows: int  #: outputs of a tile
+    columns: int
+    points: int
+    input_step: int  #: elements between the points of the transformed inputs, ...
+    grad_panel: int  #: ... between the panels of a point of the transformed gradients, ...
+    grad_step: int  #: ... between their points: all points are a cache line more than needed apart, see WinogradPlan
+    sum_panel: int  #: the same of the sums
+    sum_step: int
+
+
+@lru_cache(maxsize=512)
+def winograd_grad_plan(dims: Any, itemsize: int, rows: int, columns: int) -> WinogradGradPlan:
+    """Return the cutting for tiles of so many outputs, where the boxes are summed: the shape alone decides."""
+    channels, vector, line = dims.group_in_channels, MACHINE.vector_bytes // itemsize, 64 // itemsize
+    block = -(-channels // (-(-channels // WINOGRAD_CHANNELS) * vector)) * vector  # even parts, of whole vectors
+    _, high, wide = dims.kernel_size
+    tiles = _tiled(dims, rows, columns, (1, rows - 1 + high, columns - 1 + wide))
+    box = _fit_box(tiles, BOX_BYTES // (block * itemsize), WINOGRAD_GRAD_TILES, WINOGRAD_GRAD_TILES)
+    inputs = _cut(tiles, itemsize, block, box)
+    lanes, count = inputs.panel.lanes, math.prod(box)
+    image = dims._replace(
+        in_channels=dims.out_channels, input_size=dims.output_size, stride=(1, 1, 1), pad_before=(0, 0, 0),
+        dilation=(1, 1, 1),
+    )  # fmt: skip
+    grads = _cut(_tiled(image, rows, columns, (1, rows, columns)), itemsize, lanes, box)
+    weights = inputs._replace(
+        kernel_size=dims.kernel_size, taps=dims.taps, reduction=dims.reduction, sum_rows=dims.reduction
+    )
+    panels, points = -(-inputs.panels // _panel_parts(inputs)), winograd.Tile(rows, columns, 0.0).points
+    sum_panel = -(-block // ROW_MULTIPLE) * ROW_MULTIPLE * lanes
+    return WinogradGradPlan(
+        inputs, grads, weights, rows, columns, points, count * block + line, count * lanes,
+        panels * count * lanes + line, sum_panel, panels * sum_panel + line,
+    )  # fmt: skip
+
+
+def _panel_parts(plan: Plan) -> int:
+    """Return how many parts the panels are cut into in the gradient of the weights."""
+    return -(-plan.panels // max(1, WINOGRAD_GRAD_BYTES // (plan.panel.lanes * plan.itemsize)))
+
+
+def _tiled(dims: Any, rows: int, columns: int, cells: Triple) -> Any:
+    """Return the convolution whose pixels are tiles of so many outputs, each of which sees so many cells."""
+    depth, *size = dims.output_size
+    counts = (-(-outputs // side) for outputs, side in zip(size, (rows, columns), strict=True))
+    return dims._replace(kernel_size=cells, stride=(dims.stride[0], rows, columns), output_size=(depth, *counts))
+
+
 class GradTasks(NamedTuple):
     """How the gradient of the weights is shared out."""
 
@@ -153,6 +208,7 @@ class GradTasks(NamedTuple):
     panel_parts: int
     channel_parts: int
     bias: bool  #: whether the gradient of the bias is wanted, too
+    at_once: bool  #: whether products are complete when a task has them, and need no sums
 
 
 def grad_tasks(plan: Plan, threads: int, bias: bool) -> GradTasks:
@@ -163,21 +219,39 @@ def grad_tasks(plan: Plan, threads: int, bias: bool) -> GradTasks:
     panel_parts = min(plan.panels, shares)
     # Parts must not share a tile of rows, and so are made of blocks of ROW_MULTIPLE channels.
     channel_parts = min(plan.blocks, -(-shares // panel_parts)) if plan.block % ROW_MULTIPLE == 0 else 1
-    return GradTasks(splits, panel_parts, channel_parts, bias)
+    at_once = plan.box_count == 1 and math.prod(plan.box) * plan.panel.lanes * plan.itemsize <= BLOCK_BYTES
+    return GradTasks(splits, panel_parts, channel_parts, bias, at_once)
+
+
+def winograd_grad_tasks(plan: WinogradGradPlan, bias: bool) -> GradTasks:
+    """Return tasks of a block of channels and a few panels; where they are few, the boxes are split for up to 32."""
+    inputs = plan.inputs
+    panel_parts = _panel_parts(inputs)
+    tiles = inputs.batch * math.prod(inputs.output_size)
+    most = 32 // (inputs.groups * panel_parts * inputs.blocks)
+    splits = max(1, min(inputs.box_count, most, tiles // WINOGRAD_LEAST_TILES))
+    return GradTasks(splits, panel_parts, inputs.blocks, bias, splits == 1)
 
 
 def _plan(
     dims: Any, itemsize: int, block: int, most_pixels: int, most_columns: int, depthwise: bool | None = None
 ) -> Plan:
+    depthwise = dims.depthwise if depthwise is None else depthwise
+    block = panel_for(dims.in_channels, True, itemsize).lanes if depthwise else block
+    channels = block if depthwise else -(-dims.group_in_channels // block) * block
+    box = _fit_box(dims, BOX_BYTES // (channels * itemsize), most_pixels, most_columns)
+    return _cut(dims, itemsize, block, box, depthwise)
+
+
+def _cut(dims: Any, itemsize: int, block: int, box: tuple[int, int, int, int], depthwise: bool = False) -> Plan:
+    """Return the cutting into such boxes; blocks of depthwise convolution are its panels' lanes."""
     channels, filters, groups = dims.group_in_channels, dims.group_out_channels, dims.groups
-    if dims.depthwise if depthwise is None else depthwise:
-        panel = panel_for(dims.in_channels, True, itemsize)
-        channels = block = panel.lanes
+    if depthwise:
+        panel, channels = panel_for(dims.in_channels, True, itemsize), block
         groups, panels, blocks = -(-dims.in_channels // channels), filters, 1
     else:
         panel = panel_for(filters, False, itemsize)
         panels, blocks = -(-filters // panel.lanes), -(-channels // block)
-    box = _fit_box(dims, BOX_BYTES // (blocks * block * itemsize), most_pixels, most_columns)
     units, packed, pixel_cells, tap_cells = zip(*(_extent(dims, axis, box[1 + axis]) for axis in range(3)), strict=True)
     steps = (packed[1] * packed[2] * block, packed[2] * block, block)
     taps = dims.taps

@@ -27,33 +27,37 @@ To all code that packs, a tile of outputs is a pixel, of a convolution with larg
 stride. Sums of inputs can overflow, or make a NaN of two infinities, where single products would not: an image that
 holds such numbers is left to conv_direct.
 
+The gradient of the weights is in ``weight_winograd``, the transforms of both in ``winograd_tiles``.
+
 A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
 """
 
 from __future__ import annotations
 
 import math
-from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from ..interleave import input_grad
-from ..winograd import SIDES, SLICE, choose
+from ..winograd import choose
 from . import conv_direct, packing
 from .blocking import WinogradPlan, winograd_plan
 from .compile import jit, kernel
 from .packing import OFFSET, SQUARE, Quad, Strided, strided
 from .threads import parallel, workspace, worthwhile
-from .tile import CHUNK, MACHINE, ROW_MULTIPLE, address, flat, multiply_apart, pointer, reader, shift
+from .tile import CHUNK, ROW_MULTIPLE, address, flat, multiply_apart, pointer, reader, shift
+from .weight_winograd import conv_weight_grad as conv_weight_grad
+from .winograd_tiles import LIMIT, all_below, make_transform, points
 
 PANELS = 4  #: panels that one pass over the transformed inputs multiplies
-LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
 SPARE_BYTES = 4 * 1024 * 1024  #: that transformed weights may take more than the weights
+
+_transform_inputs = make_transform("inputs")
+_transform_taps = make_transform("taps")
+_transform_sums = make_transform("outputs", back=True)
+
+_read_plan = reader(WinogradPlan)
 
 
 class Weights(NamedTuple):
@@ -137,162 +141,8 @@ def _convolve(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Transforms
+# Weights
 # ---------------------------------------------------------------------------------------------------------------------
-
-PAIRS = {2: (1.0,), 4: (0.625, 1.5)}  #: points beside 0 and infinity, each with its negative, for so many outputs
-
-Matrix = tuple[tuple[float, ...], ...]
-
-
-class Axis(NamedTuple):
-    """The matrices of one axis, with a row for each point; but a pair of points has its even part and its odd part.
-
-    The values at p and -p are then even + odd and even - odd.
-    """
-
-    inputs: Matrix  #: Bt
-    taps: Matrix  #: G
-    outputs: Matrix  #: A
-
-
-def _axis(side: int) -> Axis:
-    """Return the matrices for so many outputs: Lagrange's interpolation; ``side`` 1 leaves the axis alone."""
-    if side == 1:
-        return Axis(*[((1.0,),)] * 3)
-    pairs = PAIRS[side]
-    inputs, taps, outputs = [_product(pairs)], [_powers(0, SLICE) / _product(pairs)[0]], [_powers(0, side)]
-    for p in pairs:
-        others = _product([q for q in pairs if q != p])
-        scale = 2 * p * p * math.prod(p * p - q * q for q in pairs if q != p)
-        inputs += [np.convolve(others, (0, 0, 1)), np.convolve(others, (0, p))]  # times x (x + p)
-        for parity in (0, 1):
-            taps.append(_powers(p, SLICE, parity) / scale)
-            outputs.append(_powers(p, side, parity))
-    inputs.append(np.convolve(_product(pairs), (0, 1)))
-    taps.append(_powers(0, SLICE)[::-1])
-    outputs.append(_powers(0, side)[::-1])
-    return Axis(_matrix(inputs), _matrix(taps), _matrix(outputs))
-
-
-def _product(pairs: Any) -> np.ndarray:
-    """Return the polynomial whose roots are p and -p for each of the pairs, lowest power first."""
-    return reduce(np.convolve, [(-p * p, 0, 1) for p in pairs], np.ones(1))
-
-
-def _powers(p: float, count: int, parity: int = 0) -> np.ndarray:
-    """Return the even powers of p, or the odd ones, and zeros between them."""
-    return np.array([p**i if i % 2 == parity else 0.0 for i in range(count)])
-
-
-def _matrix(rows: list[np.ndarray]) -> Matrix:
-    """Return the rows, filled up with zeros."""
-    width = max(len(row) for row in rows)
-    return tuple(tuple(float(number) for number in (*row, *[0.0] * (width - len(row)))) for row in rows)
-
-
-AXES = {side: _axis(side) for side in (1, *PAIRS)}
-
-
-def _make_transform(kind: str) -> Any:
-    """Return the function Y = M * X * N, M and N for the axes of a tile, for neighbouring ``numbers`` at once.
-
-    Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged, but
-    for outputs, which must be stored row by row: ``_store`` lets rows overlap.
-    """
-    exchanged = kind != "outputs"
-
-    @intrinsic
-    def emitted(
-        typingctx: Any, rows: Any, columns: Any, numbers: Any, y: Any, y_row: Any, y_column: Any,
-        x: Any, x_row: Any, x_column: Any,
-    ) -> Any:  # fmt: skip
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            lanes = MACHINE.vector_bytes // (y.dtype.bitwidth // 8)
-            vectors = builder.udiv(args[2], args[2].type(lanes))
-            vector_type = ir.VectorType(context.get_value_type(y.dtype), lanes)
-            for sides in (sides for sides in SIDES if not exchanged or sides[0] <= sides[1]):
-                here = [builder.icmp_signed("==", arg, arg.type(side)) for arg, side in zip(args, sides, strict=False)]
-                with builder.if_then(builder.and_(*here)), cgutils.for_range(builder, vectors) as vector:
-                    lane = builder.mul(vector.index, vector.index.type(lanes))
-                    to, start = builder.gep(args[3], [lane]), builder.gep(args[6], [lane])
-                    axes = [AXES[side] for side in sides]
-                    _emit_transform(builder, kind, axes, vector_type, to, args[4:6], start, args[7:9])
-            return context.get_dummy_value()
-
-        size = types.intp
-        return types.void(size, size, size, y, size, size, x, size, size), generate
-
-    @jit
-    def transform(
-        rows: int, columns: int, numbers: int, y: Any, y_row: int, y_column: int, x: Any, x_row: int, x_column: int
-    ) -> None:
-        if exchanged and rows > columns:
-            rows, columns, y_row, y_column, x_row, x_column = columns, rows, y_column, y_row, x_column, x_row
-        emitted(rows, columns, numbers, y, y_row, y_column, x, x_row, x_column)
-
-    return transform
-
-
-def _emit_transform(
-    builder: ir.IRBuilder, kind: str, axes: list[Axis], vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
-) -> None:
-    """Emit the loads, the transforms of columns and of rows, and the stores of one vector of each cell."""
-    align = 4 if vector.element == ir.FloatType() else 8
-    high, wide = (len(getattr(axis, kind)) if kind == "outputs" else len(getattr(axis, kind)[0]) for axis in axes)
-
-    def cell(start: Any, steps: Any, i: int, j: int) -> Any:
-        offset = builder.add(*(builder.mul(step, step.type(n)) for step, n in zip(steps, (i, j), strict=True)))
-        return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
-
-    half = [
-        _emit_axis(
-            builder, kind, axes[0], vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
-        )
-        for j in range(wide)
-    ]
-    for i in range(len(half[0])):
-        for j, result in enumerate(_emit_axis(builder, kind, axes[1], vector, [column[i] for column in half])):
-            builder.store(result, cell(y, y_steps, i, j), align=align)
-
-
-def _emit_axis(builder: ir.IRBuilder, kind: str, axis: Axis, vector: Any, vectors: list[Any]) -> list[Any]:
-    """Emit the transform of one axis, to points or (the outputs) back."""
-    matrix = getattr(axis, kind)
-    name = f"llvm.fmuladd.v{vector.count}f{32 if vector.element == ir.FloatType() else 64}"
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-
-    def combine(factors: tuple[float, ...]) -> Any:
-        """Return the sum of factor * vector; one that needs no multiplication comes first."""
-        total = None
-        for factor, v in sorted(zip(factors, vectors, strict=True), key=lambda term: term[0] != 1):
-            constant = ir.Constant(vector, [factor] * vector.count)
-            if total is None and factor:
-                total = v if factor == 1 else builder.fmul(v, constant)
-            elif abs(factor) == 1:
-                total = (builder.fadd if factor == 1 else builder.fsub)(total, v)
-            elif factor:
-                total = builder.call(fma, [v, constant, total])
-        return total
-
-    def add_and_subtract(parts: list[Any]) -> list[Any]:
-        """Return a + b and a - b for each pair (a, b) of parts, or of points: all but the first and the last."""
-        result = list(parts)
-        for i in range(1, len(parts) - 2, 2):
-            result[i : i + 2] = builder.fadd(*parts[i : i + 2]), builder.fsub(*parts[i : i + 2])
-        return result
-
-    if kind == "outputs":
-        vectors = add_and_subtract(vectors)
-        return [combine(factors) for factors in zip(*matrix, strict=True)]
-    return add_and_subtract([combine(factors) for factors in matrix])
-
-
-_transform_inputs = _make_transform("inputs")
-_transform_taps = _make_transform("taps")
-_transform_sums = _make_transform("outputs")
-
-_read_plan = reader(WinogradPlan)
 
 
 @kernel
@@ -321,7 +171,7 @@ def _transform_panel(
     """Pack and transform some channels of one panel; return whether all are below the limit."""
     pixels, part, below = plan.pixels, weights.part, True
     lanes = pixels.panel.lanes
-    wide = _points(plan.columns)
+    wide = points(plan.columns)
     taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
@@ -329,7 +179,7 @@ def _transform_panel(
         packing.pack_part(
             part, weights.source, weights.weight, weights.rows, pixels, group, panel, first + channel, depth
         )
-        below &= _all_below(part, pixels.taps * tap, limit)
+        below &= all_below(part, pixels.taps * tap, limit)
         _fill_up(part, tap, plan)
         for number in range(plan.slice_count):
             d, h, w = _first_tap(number, plan)
@@ -340,12 +190,6 @@ def _transform_panel(
                 wide * plan.weight_step, plan.weight_step, shift(part, start * tap), taps_wide * tap, tap,
             )  # fmt: skip
     return below
-
-
-@jit
-def _points(side: int) -> int:
-    """Return the points of an axis: ``winograd.points``."""
-    return 1 if side == 1 else side + SLICE - 1
 
 
 @jit
@@ -369,15 +213,6 @@ def _fill_up(part: Any, tap: int, plan: WinogradPlan) -> None:
             packing.copy_row(target, shift(part, ((d * kh + h) * kw + w) * tap), tap)
         else:
             packing.fill(target, tap)
-
-
-@jit
-def _all_below(numbers: Any, count: int, limit: float) -> bool:
-    """Whether all numbers are below the limit in magnitude, which a NaN is not."""
-    below = True
-    for i in range(count):
-        below &= (numbers[i] < limit) & (numbers[i] > -limit)
-    return below
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +252,7 @@ def _forward(
             end = min((block + 1) * tiles.block, tiles.channels)
             packing.pack_box(box, source, input, tiles, origin, size, group, block * tiles.block, end)
             for n in range(size[0]):
-                if not _all_below(shift(box, n * tiles.plane), tiles.plane, limit):
+                if not all_below(shift(box, n * tiles.plane), tiles.plane, limit):
                     refused_images[origin[0] + n] = 1
             _transform_box(shift(inputs, block * plan.slice_count * count * tiles.block), box, rows, count, plan)
         for tile in range(count):
@@ -453,7 +288,7 @@ def _forward(
 def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
     """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
     tiles = plan.tiles
-    wide = _points(plan.columns)
+    wide = points(plan.columns)
     for number in range(plan.slice_count):
         d, h, w = _first_tap(number, plan)
         cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
@@ -484,10 +319,10 @@ def _multiply(
                 cells = shift(inputs, point * plan.input_step + slice_number * count * block)
                 taps = shift(weights, number * plan.weight_step + slice_number * depth * panel.lanes)
                 part = plan.summed * panel.lanes
-                multiply_apart(to, cells, rows, count, parts, whole, plan.summed, taps, part, panel)
+                multiply_apart(to, cells, rows, count, parts, whole, plan.summed, 1, taps, part, panel)
                 if rest:
                     cells, taps = shift(cells, depth - rest), shift(taps, whole * part)
-                    multiply_apart(to, cells, rows, count, parts, 1, rest, taps, part, panel)
+                    multiply_apart(to, cells, rows, count, parts, 1, rest, 1, taps, part, panel)
 
 
 @jit
@@ -510,7 +345,7 @@ def _store(
                 _transform_sums(
                     rows, columns, lanes,
                     shift(some_rows, (tile - first) * columns * lanes), wide * lanes, lanes,
-                    shift(sums, (line * size[3] + tile) * lanes), _points(columns) * plan.sum_step, plan.sum_step,
+                    shift(sums, (line * size[3] + tile) * lanes), points(columns) * plan.sum_step, plan.sum_step,
                 )  # fmt: skip
             _add_bias(some_rows, bias, filters, high * wide, lanes)
             packing.store_chunk(

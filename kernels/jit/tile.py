@@ -315,13 +315,14 @@ def multiply(
 
 @jit
 def multiply_apart(
-    c: Any, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, b: Any, b_taps: int, panel: Panel
-) -> None:
+    c: Any, a: Any, rows: Any, count: int, taps: Any, tap_count: int, depth: int, step: int, b: Any, b_taps: int,
+    panel: Panel,
+) -> None:  # fmt: skip
     """Do the same with the sum of each tap added to C by itself; rows of B and C follow each other."""
     tile_rows = NARROW_ROWS if panel.narrow else WIDE_ROWS
     for row in range(0, count, tile_rows):
         c_row, a_rows = shift(c, row * panel.lanes), shift(rows, row)
         if panel.narrow:
-            _narrow_apart(c_row, panel.lanes, a, a_rows, taps, tap_count, depth, 1, b, b_taps, panel.lanes)
+            _narrow_apart(c_row, panel.lanes, a, a_rows, taps, tap_count, depth, step, b, b_taps, panel.lanes)
         else:
-            _wide_apart(c_row, panel.lanes, a, a_rows, taps, tap_count, depth, 1, b, b_taps, panel.lanes)
+            _wide_apart(c_row, panel.lanes, a, a_rows, taps, tap_count, depth, step, b, b_taps, panel.lanes)

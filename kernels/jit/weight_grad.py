@@ -35,6 +35,7 @@ class Task(NamedTuple):
     box0: int
     box1: int
     bias: bool  #: whether this task adds up the gradient of the bias
+    at_once: bool  #: whether it stores its products, which are complete, rather than adding them to sums
 
 
 class Addresses(NamedTuple):
@@ -59,27 +60,39 @@ def weight_grad(
     grad_weight: np.ndarray, grad_bias: np.ndarray | None, plan: Plan, threads: int,
 ) -> None:  # fmt: skip
     """Fill ``grad_weight`` and ``grad_bias``; ``accumulate`` does a range of tasks, packing ``elements`` at a time."""
-    dtype, panels, lanes = grad_weight.dtype, plan.groups * plan.panels, plan.panel.lanes
+    dtype, lanes, numbers = grad_weight.dtype, plan.panel.lanes, flat(plan)
     tasks = grad_tasks(plan, threads, grad_bias is not None)
-    columns = tasks.splits * panels * lanes
-    sums, bias_sums = workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype)
-    bias = None if grad_bias is None else np.empty(grad_weight.shape[0], dtype)
-    like, numbers = dtype.type(0), flat(plan)
 
-    def work(first: int, last: int) -> None:
+    def work(first: int, last: int, sums: int, bias_sums: int) -> None:
         addresses = Addresses(
             sums, bias_sums, workspace("box", elements, dtype),
             workspace("pixels", plan.panels * math.prod(plan.box) * lanes, dtype),
             workspace("offsets", plan.sum_rows + plan.taps + math.prod(plan.box[:3]), OFFSET),
         )  # fmt: skip
-        target = strided(grad_weight)
-        accumulate(first, last, tasks, strided(input), strided(grad_output), target, address(numbers), addresses, like)
+        accumulate(
+            first, last, tasks, strided(input), strided(grad_output), strided(grad_weight), address(numbers),
+            addresses, dtype.type(0),
+        )  # fmt: skip
+
+    do_tasks(work, tasks, grad_weight, grad_bias, plan, threads)
+
+
+def do_tasks(
+    work: Callable[[int, int, int, int], None], tasks: GradTasks, grad_weight: np.ndarray,
+    grad_bias: np.ndarray | None, plan: Plan, threads: int,
+) -> None:  # fmt: skip
+    """Call ``work(first, last, sums, bias_sums)`` for all tasks, with the addresses of ``Sums``; store the sums."""
+    dtype, panels, numbers = grad_weight.dtype, plan.groups * plan.panels, flat(plan)
+    columns = tasks.splits * panels * plan.panel.lanes
+    sums, bias_sums = workspace("sums", columns * plan.sum_rows, dtype), workspace("bias", columns, dtype)
+    bias = None if grad_bias is None else np.empty(grad_weight.shape[0], dtype)
 
     def store(first: int, last: int) -> None:
         target, target_bias = strided(grad_weight), 0 if bias is None else address(bias)
-        _store(first, last, tasks.splits, sums, bias_sums, target, target_bias, address(numbers), like)
+        _store(first, last, tasks, sums, bias_sums, target, target_bias, address(numbers), dtype.type(0))
 
-    parallel(work, tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts, threads)
+    count = tasks.splits * plan.groups * tasks.panel_parts * tasks.channel_parts
+    parallel(lambda first, last: work(first, last, sums, bias_sums), count, threads)
     parallel(store, panels, threads)
     if grad_bias is not None:
         grad_bias[...] = bias
@@ -96,15 +109,22 @@ def task_of(number: int, tasks: GradTasks, plan: Plan) -> Task:
         plan.panels * panel_part // tasks.panel_parts, plan.panels * (panel_part + 1) // tasks.panel_parts,
         plan.blocks * channel_part // tasks.channel_parts, plan.blocks * (channel_part + 1) // tasks.channel_parts,
         plan.box_count * split // tasks.splits, plan.box_count * (split + 1) // tasks.splits,
-        tasks.bias and channel_part == 0,
+        tasks.bias and channel_part == 0, tasks.at_once,
     )  # fmt: skip
 
 
 @jit
-def at_once(plan: Plan) -> bool:
-    """Whether one box, whose pixels fit into the L1 cache, is all there is: then its products are stored at once."""
-    pixels = plan.box[0] * plan.box[1] * plan.box[2] * plan.box[3]
-    return plan.box_count == 1 and pixels * plan.panel.lanes * plan.itemsize <= BLOCK_BYTES
+def panel_sums(sums: Sums, task: Task, panel: int, row: int, plan: Plan) -> Any:
+    """Return where a panel's sums of a task are, from a (c, tap) on."""
+    number = (task.split * plan.groups + task.group) * plan.panels + panel
+    return shift(sums.weight, (number * plan.sum_rows + row) * plan.panel.lanes)
+
+
+@jit
+def panel_bias(sums: Sums, task: Task, panel: int, plan: Plan) -> Any:
+    """Return where a panel's sums of the bias are."""
+    number = (task.split * plan.groups + task.group) * plan.panels + panel
+    return shift(sums.bias, number * plan.panel.lanes)
 
 
 @jit
@@ -113,11 +133,10 @@ def start_task(sums: Sums, task: Task, plan: Plan) -> None:
     lanes, row0 = plan.panel.lanes, task.block0 * plan.block * plan.taps
     row1 = plan.sum_rows if task.block1 == plan.blocks else task.block1 * plan.block * plan.taps
     for panel in range(task.panel0, task.panel1):
-        number = (task.split * plan.groups + task.group) * plan.panels + panel
-        if not at_once(plan):
-            fill(shift(sums.weight, (number * plan.sum_rows + row0) * lanes), (row1 - row0) * lanes)
+        if not task.at_once:
+            fill(panel_sums(sums, task, panel, row0, plan), (row1 - row0) * lanes)
         if task.bias:
-            fill(shift(sums.bias, number * lanes), lanes)
+            fill(panel_bias(sums, task, panel, plan), lanes)
 
 
 @jit
@@ -131,12 +150,12 @@ def pack_gradient(
         target = shift(pixels, panel * count * lanes)
         pack_pixels(target, source, grad_output, plan, origin, size, filters_of(plan, task.group, panel))
         if task.bias:
-            bias = shift(sums.bias, ((task.split * plan.groups + task.group) * plan.panels + panel) * lanes)
-            _add_rows(bias, target, count, lanes)
+            add_rows(panel_bias(sums, task, panel, plan), target, count, lanes)
 
 
 @jit
-def _add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
+def add_rows(totals: Any, rows: Any, count: int, lanes: int) -> None:
+    """totals[lane] += rows[row][lane] for each of ``count`` rows."""
     even = count // 4 * 4
     for row in range(0, even, 4):  # four at a time, for the totals are in memory
         a, b, c, d = row * lanes, (row + 1) * lanes, (row + 2) * lanes, (row + 3) * lanes
@@ -155,7 +174,7 @@ def add_products(
 ) -> None:  # fmt: skip
     """Add the products of one box: ``lines`` of ``width`` pixels, whose cells are ``step`` apart."""
     lanes = plan.panel.lanes
-    if at_once(plan):
+    if task.at_once:
         _store_products(
             sums, cells, rows, row0, row_count, lines, line_count, width, step, pixels, grad_weight, like, plan, task
         )
@@ -165,10 +184,9 @@ def add_products(
         for line in range(0, line_count, most_lines):
             some_lines = min(most_lines, line_count - line)
             for panel in range(task.panel0, task.panel1):
-                place = ((task.split * plan.groups + task.group) * plan.panels + panel) * plan.sum_rows + row0 + row
                 b = shift(pixels, (panel * line_count + line) * width * lanes)
                 multiply(
-                    shift(sums.weight, place * lanes), lanes, cells, shift(rows, row),
+                    panel_sums(sums, task, panel, row0 + row, plan), lanes, cells, shift(rows, row),
                     min(CHUNK, row_count - row), shift(lines, line), some_lines, width, step,
                     b, width * lanes, lanes, plan.panel,
                 )  # fmt: skip
@@ -181,9 +199,8 @@ def _store_products(
     task: Task,
 ) -> None:  # fmt: skip
     """Store the products of the only box, chunk by chunk, by way of room for one chunk of sums."""
-    lanes = plan.panel.lanes
-    place = ((task.split * plan.groups + task.group) * plan.panels + task.panel0) * plan.sum_rows + row0
-    chunk, target = shift(sums.weight, place * lanes), pointer(grad_weight.address, like)
+    lanes, target = plan.panel.lanes, pointer(grad_weight.address, like)
+    chunk = panel_sums(sums, task, task.panel0, row0, plan)
     for row in range(0, row_count, CHUNK):
         some_rows = min(CHUNK, row_count - row)
         for panel in range(task.panel0, task.panel1):
@@ -193,7 +210,7 @@ def _store_products(
                 chunk, lanes, cells, shift(rows, row), some_rows, lines, line_count, width, step,
                 shift(pixels, panel * line_count * width * lanes), width * lanes, lanes, plan.panel,
             )  # fmt: skip
-            _store_rows(
+            store_rows(
                 shift(target, filter0 * grad_weight.n), grad_weight, chunk, row0 + row, some_rows, plan,
                 filter_step * grad_weight.n, count,
             )  # fmt: skip
@@ -201,8 +218,8 @@ def _store_products(
 
 @kernel
 def _store(
-    first: int, last: int, splits: int, sums: int, bias_sums: int, grad_weight: Strided, grad_bias: int, numbers: int,
-    like: float,
+    first: int, last: int, tasks: GradTasks, sums: int, bias_sums: int, grad_weight: Strided, grad_bias: int,
+    numbers: int, like: float,
 ) -> None:  # fmt: skip
     """Store the panels ``first`` to ``last``, counted over all groups: the splits added up, in order.
 
@@ -214,15 +231,15 @@ def _store(
     for number in range(first, last):
         filter0, filter_step, count = filters_of(plan, number // plan.panels, number % plan.panels)
         weight, bias = shift(pointer(sums, like), number * elements), shift(pointer(bias_sums, like), number * lanes)
-        for split in range(1, splits):
+        for split in range(1, tasks.splits):
             _add(weight, shift(weight, split * panels * elements), elements)
         if grad_bias != 0:
-            for split in range(1, splits):
+            for split in range(1, tasks.splits):
                 _add(bias, shift(bias, split * panels * lanes), lanes)
             for lane in range(count):
                 target_bias[filter0 + lane * filter_step] = bias[lane]
-        if not at_once(plan):
-            _store_rows(
+        if not tasks.at_once:
+            store_rows(
                 shift(target, filter0 * grad_weight.n), grad_weight, weight, 0, plan.reduction, plan,
                 filter_step * grad_weight.n, count,
             )  # fmt: skip
@@ -235,7 +252,7 @@ def _add(totals: Any, values: Any, count: int) -> None:
 
 
 @jit
-def _store_rows(
+def store_rows(
     target: Any, grad_weight: Strided, sums: Any, row0: int, row_count: int, plan: Plan, filter_stride: int, count: int
 ) -> None:
     """Store sums [(c, tap)][lane] of ``row_count`` rows from ``row0`` on."""
