@@ -360,7 +360,8 @@ cdef int _depthwise_task(const void *shared, Py_ssize_t task) noexcept nogil:
     for p from 0 <= p < pixels by c.chunk:
         count = min(c.chunk, pixels - p)
         c.kernels.depthwise(
-            taps, c.taps, <int>c.kernel[2], part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS, accumulators
+            taps, c.taps, <int>c.kernel[2], part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS,
+            accumulators,
         )
         store(c, &block, p, count, accumulators, CHANNELS, first, channels, bias, plan.relu)
     return 0

@@ -9,7 +9,7 @@ from fastconv.kernels.native.blocking cimport ceil_div, run_tasks
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_CLASSES, arena, fc_cells, fc_classes, fc_runs, fence,
 )
-from fastconv.kernels.native.pooling cimport Pool, Rows, locate, runs_of, share_out
+from fastconv.kernels.native.pooling cimport Pool, Rows, locate, residue, runs_of, share_out, shift
 
 
 cdef void gather_along_channels(Pool *p) noexcept:
@@ -65,7 +65,7 @@ cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
 
 
 cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
-    cdef Py_ssize_t taps = p.kernel[0] + p.kernel[1] + p.kernel[2], distance, t
+    cdef Py_ssize_t taps = p.kernel[0] + p.kernel[1] + p.kernel[2], t
     cdef int axis
     cdef Py_ssize_t *memory = <Py_ssize_t *>arena(
         FC_ARENA_BLOCK, 2 * taps * <Py_ssize_t>sizeof(Py_ssize_t)
@@ -78,9 +78,8 @@ cdef int _make_listing(const Pool *p, Listing *listing) noexcept nogil:
         listing.shift[axis] = memory + p.kernel[axis]
         memory += 2 * p.kernel[axis]
         for t in range(p.kernel[axis]):
-            distance = t * p.dilation[axis] - p.pad[axis]
-            listing.residue[axis][t] = (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
-            listing.shift[axis][t] = (listing.residue[axis][t] - distance) // p.stride[axis]
+            listing.residue[axis][t] = residue(p, axis, t)
+            listing.shift[axis][t] = shift(p, axis, t)
     listing.line_offsets = memory
     listing.offsets = memory + p.taps
     listing.line_numbers = <int *>(memory + 2 * p.taps)

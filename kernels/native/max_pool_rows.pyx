@@ -17,10 +17,9 @@ from fastconv.kernels.native.blocking cimport ceil_div, round_up, run_tasks
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_CLASSES, arena, fc_cells, fc_classes, fc_runs, fence,
 )
-from fastconv.kernels.native.pooling cimport Pool, uchar
+from fastconv.kernels.native.pooling cimport TASK_CELLS, Pool, residue, shift, uchar
 
 cdef enum:
-    TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
     LONG = 32                   # groups of cells of a row, for rows to be written in turn
     NOBODY = 255                # wins this window
 
@@ -39,7 +38,7 @@ ctypedef struct Windows:
 
 cdef Py_ssize_t _share_out(Pool *p) noexcept nogil:
     """Find groups and the windows they see; share out planes or parts of them; return the number of tasks."""
-    cdef Py_ssize_t t, shift, cells = p.taps
+    cdef Py_ssize_t t, window, cells = p.taps
     cdef int axis, cut = 0 if p.x.size[2] > 1 else 1
     p.columns = <int>p.stride[2] if p.stride[2] <= FC_CLASSES else 1
     p.padded = False
@@ -47,9 +46,9 @@ cdef Py_ssize_t _share_out(Pool *p) noexcept nogil:
         p.groups[axis] = ceil_div(p.x.size[2 + axis], p.stride[axis])
         p.low[axis] = p.high[axis] = 0
         for t in range(p.kernel[axis]):
-            shift = _shift(p, axis, t)
-            p.low[axis] = min(p.low[axis], shift)
-            p.high[axis] = max(p.high[axis], shift)
+            window = shift(p, axis, t)
+            p.low[axis] = min(p.low[axis], window)
+            p.high[axis] = max(p.high[axis], window)
         p.padded |= p.low[axis] < 0 or p.groups[axis] + p.high[axis] > p.y.size[2 + axis]
         cells *= p.groups[axis]
     if not p.padded:
@@ -76,17 +75,6 @@ cdef void _pile_planes(Pool *p) noexcept nogil:
     p.x.size[3] *= planes
     p.y.size[3] *= planes
     p.groups[1] *= planes
-
-
-cdef Py_ssize_t _residue(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
-    """Return which cell of each group is cell ``t`` of a window."""
-    cdef Py_ssize_t distance = t * p.dilation[axis] - p.pad[axis]
-    return (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
-
-
-cdef Py_ssize_t _shift(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
-    """Return which window has that cell of group 0 for its cell ``t``."""
-    return (_residue(p, axis, t) - t * p.dilation[axis] + p.pad[axis]) // p.stride[axis]
 
 
 cdef int _planes_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -139,13 +127,13 @@ cdef void _list_classes(const Pool *p, const Windows *w, fc_cells *sources) noex
         sources[i].count = 0
         for d in range(p.kernel[0] - 1, -1, -1):
             for h in range(p.kernel[1] - 1, -1, -1):
-                of = (_residue(p, 0, d) * p.stride[1] + _residue(p, 1, h)) * p.stride[2]
+                of = (residue(p, 0, d) * p.stride[1] + residue(p, 1, h)) * p.stride[2]
                 if not of <= i < of + p.stride[2]:
                     continue
-                at = _shift(p, 0, d) * w.z_step + _shift(p, 1, h) * w.y_step
+                at = shift(p, 0, d) * w.z_step + shift(p, 1, h) * w.y_step
                 for x in range(p.kernel[2] - 1, -1, -1):
-                    if of + _residue(p, 2, x) == i:
-                        offsets[n] = at + _shift(p, 2, x)
+                    if of + residue(p, 2, x) == i:
+                        offsets[n] = at + shift(p, 2, x)
                         numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2] + x)
                         n += 1
         sources[i].count = offsets + n - sources[i].offsets

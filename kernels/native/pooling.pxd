@@ -5,6 +5,9 @@ from fastconv.kernels.native.machine cimport fc_runs, fc_ukernels
 
 ctypedef unsigned char uchar
 
+cdef enum:
+    TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
+
 # One pooling. A channels-last image is a single plane.
 ctypedef struct Pool:
     const fc_ukernels *kernels
@@ -40,5 +43,7 @@ ctypedef struct Rows:
 cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options)
 cdef Py_ssize_t share_out(Pool *p, Py_ssize_t depth, Py_ssize_t height, Py_ssize_t row_cells) noexcept nogil
 cdef void locate(const Pool *p, Py_ssize_t index, Py_ssize_t end, Rows *rows) noexcept nogil
+cdef Py_ssize_t residue(const Pool *p, int axis, Py_ssize_t t) noexcept nogil
+cdef Py_ssize_t shift(const Pool *p, int axis, Py_ssize_t t) noexcept nogil
 cdef fc_runs runs_of(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y,
                      Py_ssize_t x, Py_ssize_t y_step, Py_ssize_t x_step) noexcept nogil

@@ -7,7 +7,6 @@ from fastconv.kernels.native.machine cimport fc_runs, ukernels, usable_threads
 
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
-    TASK_CELLS = 32_768         # comparisons of a task: what it reads and writes stays in L2
     STREAM_BYTES = 16_777_216   # of the unpooled image: then no cache keeps what is stored
 
 
@@ -55,6 +54,17 @@ cdef void locate(const Pool *p, Py_ssize_t index, Py_ssize_t end, Rows *rows) no
     rows.count = 1
     if not p.along_channels and p.first[1] <= rows.y < p.last[1]:
         rows.count = min(end - index, p.last[1] - rows.y)
+
+
+cdef Py_ssize_t residue(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
+    """Return which cell of each group is cell ``t`` of a window."""
+    cdef Py_ssize_t distance = t * p.dilation[axis] - p.pad[axis]
+    return (distance % p.stride[axis] + p.stride[axis]) % p.stride[axis]
+
+
+cdef Py_ssize_t shift(const Pool *p, int axis, Py_ssize_t t) noexcept nogil:
+    """Return which window has that cell of group 0 for its cell ``t``."""
+    return (residue(p, axis, t) - t * p.dilation[axis] + p.pad[axis]) // p.stride[axis]
 
 
 cdef fc_runs runs_of(const Pool *p, const View *v, Py_ssize_t item, const Rows *rows, Py_ssize_t z, Py_ssize_t y,

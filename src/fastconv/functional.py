@@ -513,17 +513,7 @@ def conv_transpose3d(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024, typed=True)
-def _kept_dims(
-    shape: tuple[int, ...],
-    kernel_size: Ints,
-    stride: Ints | None,
-    padding: Ints,
-    dilation: Ints,
-    ceil_mode: bool,
-    input_name: str,
-) -> PoolDims:
-    return pool_dims(shape, kernel_size, stride, padding, dilation, ceil_mode, input_name=input_name)
+_kept_dims = lru_cache(maxsize=1024, typed=True)(pool_dims)
 
 
 def pooling_dims(
@@ -538,7 +528,7 @@ def pooling_dims(
     """Return the dims of a pooling of an image of that (N, C, *spatial) shape."""
     return _kept_dims(
         shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), ceil_mode, input_name,
+        freeze(dilation, "dilation"), ceil_mode, input_name=input_name,
     )  # fmt: skip
 
 
