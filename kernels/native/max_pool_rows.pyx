@@ -104,6 +104,7 @@ cdef int _planes_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef fc_cells *sources = <fc_cells *>memory
     cdef char *copy = memory + list_bytes
     _list_classes(p, &w, sources)
+    memset(copy + windows * p.item, NOBODY, <size_t>windows)  # the margins stay so from plane to plane
     for plane in range(plane, end):
         if p.padded:
             _copy_windows(p, plane, first, last, &w, copy, <uchar *>(copy + windows * p.item))
@@ -151,23 +152,18 @@ cdef void _find_windows(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first
 
 cdef void _copy_windows(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first, const Py_ssize_t *last, Windows *w,
                         char *grads, uchar *winners) noexcept nogil:
-    """Copy what groups ``first`` to ``last`` of a plane see; around it, nobody wins."""
-    cdef Py_ssize_t z, y, at, to = 0, pitch = w.y_step, left = -p.low[2], n = min(p.y.size[4], pitch - left)
+    """Copy what groups ``first`` to ``last`` of a plane see to where nobody wins the windows around it."""
+    cdef Py_ssize_t z, y, at, to, n = min(p.y.size[4], w.y_step + p.low[2])
     cdef Py_ssize_t base = plane // p.x.size[1] * p.y.stride[0] + plane % p.x.size[1] * p.y.stride[1]
-    at = -p.low[0] * w.z_step - p.low[1] * w.y_step + left
+    at = -p.low[0] * w.z_step - p.low[1] * w.y_step - p.low[2]
     w.grads = grads + at * p.item
     w.winners = winners + at
-    for z in range(first[0] + p.low[0], last[0] + p.high[0]):
-        for y in range(first[1] + p.low[1], last[1] + p.high[1]):
-            if 0 <= z < p.y.size[2] and 0 <= y < p.y.size[3]:
-                at = base + z * p.y.stride[2] + y * p.y.stride[3]
-                memset(winners + to, NOBODY, <size_t>left)
-                memcpy(winners + to + left, p.winners.data + at, <size_t>n)
-                memset(winners + to + left + n, NOBODY, <size_t>(pitch - left - n))
-                memcpy(grads + (to + left) * p.item, p.y.data + at * p.item, <size_t>(n * p.item))
-            else:
-                memset(winners + to, NOBODY, <size_t>pitch)
-            to += pitch
+    for z in range(max(first[0] + p.low[0], 0), min(last[0] + p.high[0], p.y.size[2])):
+        for y in range(max(first[1] + p.low[1], 0), min(last[1] + p.high[1], p.y.size[3])):
+            at = base + z * p.y.stride[2] + y * p.y.stride[3]
+            to = (z - first[0]) * w.z_step + (y - first[1]) * w.y_step
+            memcpy(<uchar *>w.winners + to, p.winners.data + at, <size_t>n)
+            memcpy(<char *>w.grads + to * p.item, p.y.data + at * p.item, <size_t>(n * p.item))
 
 
 cdef void _gather_plane(const Pool *p, Py_ssize_t plane, const Py_ssize_t *first, const Py_ssize_t *last,

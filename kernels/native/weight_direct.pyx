@@ -53,7 +53,7 @@ cdef enum:
     MOST_BYTES = 1 << 22    # the same where a block can't be cut as small: half of the promised workspace
     COLUMNS = 64            # of a block of long rows: then it has some rows, which see the same rows of the image
     ROW_STEP = 8            # pixels of a short row, filled up, are a multiple: ``lay_pixels`` moves so many
-    USES = 64               # with fewer products for each number, splitting it takes longer than it saves, about
+    USES = 40               # with fewer products for each number, splitting it takes longer than it saves, about
     COPY = 32               # products in the time that laying a pixel takes, about
 
 

@@ -60,11 +60,11 @@ def _fills_pieces(dims: ConvDims) -> bool:
     """Whether AMX, whose tile for pieces of numbers ``direct`` has, gains more than splitting the numbers takes.
 
     An estimate from counted instructions, never timed: splitting and packing a number takes as long as is gained on
-    some 60 of its products, for AMX multiplies a good two times as fast as AVX-512.
+    some 40 of its products, for AMX multiplies a good two times as fast as AVX-512.
     """
     channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
     uses = dims.taps * min(channels, filters // 2)
-    return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 64 and pixels >= 196
+    return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 40 and pixels >= 196
 
 
 def _few_columns(op: str, dims: ConvDims) -> bool:

@@ -27,9 +27,13 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
             V weight[4];
             UNROLL for (int v = 0; v < vectors; v++)
                 weight[v] = *(const V *)(panel + v * LANES);
-            UNROLL for (int m = 0; m < n_rows; m++)
+            UNROLL for (int m = 0; m < n_rows; m++) {
+                const V cell = row[m][step] - (V){0};
                 UNROLL for (int v = 0; v < vectors; v++)
-                    acc[m][v] += row[m][step] * weight[v];
+                    acc[m][v] += cell * weight[v];
+                if (vectors > 1)
+                    NEEDED(cell);
+            }
         }
         if (!r->apart && t + 1 < r->n_taps)
             continue;

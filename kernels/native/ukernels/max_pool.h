@@ -71,6 +71,14 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #ifdef __AVX512F__
 #define REPEAT_16(from) (POOL(bytes))_mm512_broadcast_i32x4(LOAD_16(from))
 #endif
+#ifdef __AVX512BW__
+#define ADD_WHERE(mask, x, y) (V)PASTE(_mm512_mask_add_, SUFFIX)(x, mask, x, y)
+#if T_BYTES == 4
+#define LOWEST_BYTES(to, x) _mm512_mask_cvtepi32_storeu_epi8(to, 0xffff, (__m512i)(x))
+#else
+#define LOWEST_BYTES(to, x) _mm512_mask_cvtepi64_storeu_epi8(to, 0xff, (__m512i)(x))
+#endif
+#endif
 #endif
 #ifndef REPEAT_16
 #define REPEAT_16(from) (POOL(bytes))(POOL(longs)){REPEAT(low, high)}
@@ -118,20 +126,31 @@ static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
     return x << 8 * byte;
 }
 
-/* Which windows of 1 or 2 vectors (no more than 16 windows) have that winner. Bytes are compared, and then widened. */
-static inline __attribute__((always_inline)) void POOL(won_by)(POOL(bytes) number, const uint8_t *winners,
-                                                               const int vectors, M *won)
+/* Adds the gradients of 1 or 2 vectors of windows (no more than 16 windows) where the winner has that number. Without registers
+ * for masks, bytes are compared and then widened. */
+static inline __attribute__((always_inline)) void POOL(add_won)(uint8_t number, const uint8_t *winners, const T *grad,
+                                                                const int vectors, V *sum)
 {
+#ifdef ADD_WHERE
+    UNROLL for (int v = 0; v < vectors; v++) {
+        __m128i winner = {0};
+        memcpy(&winner, winners + v * WIDTH, WIDTH);
+        sum[v] = ADD_WHERE(_mm_cmpeq_epi8_mask(winner, _mm_set1_epi8((char)number)), sum[v], *(const V *)(grad + v * WIDTH));
+    }
+#else
     int64_t low = 0, high = 0;
     memcpy(&low, winners, vectors * WIDTH < 8 ? vectors * WIDTH : 8);
     if (vectors * WIDTH == 16)
         memcpy(&high, winners + 8, 8);
     const POOL(bytes) repeated = vectors * WIDTH == 16 ? REPEAT_16(winners) : (POOL(bytes))(POOL(longs)){REPEAT(low, high)};
-    const POOL(bytes) equal = (POOL(bytes))(repeated == number);
-    won[0] = (M)SHUFFLE(equal, equal, OWN(0));
+    const POOL(bytes) equal = (POOL(bytes))(repeated == (POOL(bytes)){0} + number);
+    M won[2] = {(M)SHUFFLE(equal, equal, OWN(0))};
 #if WIDTH <= 8
     if (vectors == 2)
         won[1] = (M)SHUFFLE(equal, equal, OWN(1));
+#endif
+    UNROLL for (int v = 0; v < vectors; v++)
+        sum[v] += (V)(won[v] & *(const M *)(grad + v * WIDTH));
 #endif
 }
 
@@ -148,6 +167,9 @@ static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_r
             out[i * winners->step] = (uint8_t)winner[i];
         return;
     }
+#ifdef LOWEST_BYTES
+    LOWEST_BYTES(out, winner);
+#else
     M word = POOL(in_own_byte)(winner);
     word |= SWAP_1(word);
 #if WIDTH > 2
@@ -160,6 +182,7 @@ static inline __attribute__((always_inline)) void POOL(store_winners)(const fc_r
         const T_INT bytes = word[i];
         memcpy(out + i, &bytes, WIDTH < T_BYTES ? WIDTH : T_BYTES);
     }
+#endif
 }
 
 static inline __attribute__((always_inline)) int POOL(any_nan)(V x)
@@ -242,22 +265,17 @@ static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *
     }
 }
 
-/* n >= vectors * WIDTH cells of one class of max_pool_grad; count, the number of their sources, is best a constant. Those of the
- * last vectors overlap those before them. */
-static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, const ptrdiff_t count,
-                                                               ptrdiff_t n, const T *grad, const uint8_t *winners,
-                                                               const int vectors, T *out, ptrdiff_t step,
-                                                               const int stream)
+/* n >= vectors * WIDTH cells of one class of max_pool_grad. Those of the last vectors overlap those before them. */
+static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, ptrdiff_t n, const T *grad,
+                                                               const uint8_t *winners, const int vectors, T *out,
+                                                               ptrdiff_t step, const int stream)
 {
     for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
         const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
         V sum[2] = {{0}};
-        UNROLL for (ptrdiff_t t = 0; t < count; t++) {
+        UNROLL for (ptrdiff_t t = 0; t < sources->count; t++) {
             const ptrdiff_t from = i + sources->offsets[t];
-            M won[2];
-            POOL(won_by)((POOL(bytes)){0} + (uint8_t)sources->numbers[t], winners + from, vectors, won);
-            UNROLL for (int v = 0; v < vectors; v++)
-                sum[v] += (V)(won[v] & *(const M *)(grad + from + v * WIDTH));
+            POOL(add_won)((uint8_t)sources->numbers[t], winners + from, grad + from, vectors, sum);
         }
         UNROLL for (int v = 0; v < vectors; v++)
             if (step == 1)
@@ -267,18 +285,34 @@ static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *s
     }
 }
 
+/* The same for `count` sources, a constant: they are in registers. */
+static inline __attribute__((always_inline)) void POOL(gather_few)(const fc_cells *sources, const int count, ptrdiff_t n,
+                                                                   const T *grad, const uint8_t *winners,
+                                                                   const int vectors, T *out, ptrdiff_t step,
+                                                                   const int stream)
+{
+    ptrdiff_t offsets[4];
+    int32_t numbers[4];
+    UNROLL for (int t = 0; t < count; t++) {
+        offsets[t] = sources->offsets[t];
+        numbers[t] = sources->numbers[t];
+    }
+    const fc_cells few = {count, offsets, numbers};
+    POOL(gather)(&few, n, grad, winners, vectors, out, step, stream);
+}
+
 static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad,
                                                                      const uint8_t *winners, const int vectors, T *out,
                                                                      ptrdiff_t step, const int stream)
 {
     if (sources->count == 1)
-        POOL(gather)(sources, 1, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 1, n, grad, winners, vectors, out, step, stream);
     else if (sources->count == 2)
-        POOL(gather)(sources, 2, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 2, n, grad, winners, vectors, out, step, stream);
     else if (sources->count == 4)
-        POOL(gather)(sources, 4, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 4, n, grad, winners, vectors, out, step, stream);
     else
-        POOL(gather)(sources, sources->count, n, grad, winners, vectors, out, step, stream);
+        POOL(gather)(sources, n, grad, winners, vectors, out, step, stream);
 }
 
 /* out[r][y][i * columns + c] = x[y * columns + c][r * gap + i] for i < n, n >= WIDTH, 2 or 4 columns; and of the rest. */
@@ -334,5 +368,7 @@ static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMEN
 #undef OWN_16
 #undef REPEAT
 #undef REPEAT_16
+#undef ADD_WHERE
+#undef LOWEST_BYTES
 #undef GREATER
 #undef LOAD_16
