@@ -158,10 +158,17 @@ def test_the_promises_of_the_weight_gradient_hold_for_small_and_large_numbers(
 
 
 @pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
-@pytest.mark.parametrize(("algorithm", "k"), [("direct", 1), ("direct", 3), ("winograd", 3)])
-def test_amx_takes_the_precision_at_its_word(algorithm: str, k: int) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        ("direct", ConvCase("1x1", (1, 40, 12, 11), (20, 40, 1, 1))),
+        ("direct", ConvCase("3x3", (1, 40, 12, 11), (20, 40, 3, 3), 1, 1)),
+        ("direct", ConvCase("patches", (1, 3, 21, 20), (50, 3, 7, 7), 2, 3)),
+        ("winograd", ConvCase("3x3", (1, 40, 12, 11), (20, 40, 3, 3), 1, 1)),
+    ],
+)
+def test_amx_takes_the_precision_at_its_word(algorithm: str, case: ConvCase) -> None:
     """What is allowed to be less exact is: else the tile was not used, and nothing here tests it."""
-    case = ConvCase("many channels", (1, 40, 12, 11), (20, 40, k, k), 1, k // 2)
     x, w, _, _ = case.arrays(np.float32)
     exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **case.geometry, **how(EXACT))
     asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}

@@ -22,7 +22,8 @@ loop on other views (``interleave``), that of the weights is in ``weight_direct`
 microkernel multiplies channel by channel.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
-An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
+Few channels would not fill its reduction: the patch of each pixel, all taps and channels, is laid out, and convolved with 1x1
+filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 """
 
 cimport numpy as cnp
@@ -30,12 +31,12 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv,
-    pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, pixel_offsets, round_up,
-    run_tasks, share_out, split_numbers, store, tap_offsets,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate,
+    make_conv, pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, piece_tile,
+    pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets, use_tile,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, Memory, arena, fc_reduction,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_patches, fc_reduction, fc_ukernels,
 )
 
 from fastconv.kernels.native.weight_direct import conv_weight_grad
@@ -43,6 +44,8 @@ from fastconv.kernels.native.weight_direct import conv_weight_grad
 cdef enum:
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
+    PATCH_CELLS = 64            # of a patch, and ...
+    PATCH_FILTERS = 48          # ... that make up for laying it out, about
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
 
@@ -68,7 +71,9 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 
 # What all tasks of one call share.
 ctypedef struct Plan:
-    Conv c
+    Conv of                     # the convolution ...
+    Conv c                      # ... as the tile sees it: the same, or one of its patches with 1x1 filters
+    bint patches
     Blocks blocks
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
@@ -85,13 +90,16 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Conv *c = &plan.c
     cdef Py_ssize_t tasks, step
     cdef unsigned char[::1] refused
-    make_conv(c, input, weight, output, dims, options)
-    if split:
-        split_numbers(c, options.precision)
+    make_conv(&plan.of, input, weight, output, dims, options)
+    plan.of.folded = plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
+    plan.patches = split and _multiply_patches(&plan, options.precision)
+    if not plan.patches:
+        if split:
+            split_numbers(&plan.of, options.precision)
+        c[0] = plan.of
     step = max(<Py_ssize_t>CHANNELS, c.kernels.depth_step)
-    plan.width = min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
+    plan.width = c.depth if plan.patches else min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
-    c.folded = c.channels <= FOLDED_CHANNELS and c.dilation[2] == 1
     cut(c, plan.channel_blocks * plan.width * c.packed, DIRECT_BYTES, c.out[2], &plan.blocks)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
@@ -102,6 +110,27 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef bint _multiply_patches(Plan *plan, str precision):
+    """Return whether to multiply pieces of patches; then the tile sees 1x1 filters, with a channel for each cell of a patch."""
+    cdef Conv *c = &plan.c
+    cdef int axis
+    c[0] = plan.of
+    c.channels *= c.taps
+    c.taps = 1
+    c.folded = False
+    for axis in range(3):
+        c.kernel[axis] = c.stride[axis] = c.dilation[axis] = 1
+        c.pad[axis] = 0
+    cdef const fc_ukernels *kernels = piece_tile(c, precision)
+    if kernels == NULL or not plan.of.folded or c.channels < PATCH_CELLS or c.filters < PATCH_FILTERS:
+        return False
+    use_tile(c, kernels)
+    if c.depth > FC_PATCH or c.out[1] * c.out[2] < kernels.tile_rows or not split_pays(kernels, c.depth / <double>c.channels):
+        return False
+    use_tile(&plan.of, kernels)
+    return True
 
 
 cdef void _pack_weights(Plan *plan, bias, kept) except *:
@@ -164,16 +193,25 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     if pieces == 0:
         pack_panel(c, group, panel, b * plan.width, channels, out)
         return True
-    pack_panel(c, group, panel, b * plan.width, channels, floats)
+    pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
     return c.kernels.split_weights(floats, channels, c.taps, vectors, pieces, out) != FC_HUGE
 
 
-cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t cells, char *floats,
-                     char *part) noexcept nogil:
-    """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be."""
+cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t *offsets, Py_ssize_t *taps,
+                     char *floats, char *part) noexcept nogil:
+    """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be.
+
+    Write where each pixel's first tap and each tap are in it, too.
+    """
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t b, channels, n = plan.width * cells
+    cdef Py_ssize_t b, channels, n = plan.width * part_cells(c, block.rows, block.columns)
     cdef int sizes = 0
+    if plan.patches:
+        sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
+    pixel_offsets(c, block, plan.width, offsets)
+    tap_offsets(c, block, plan.width, taps)
+    if plan.patches:
+        return not sizes & FC_HUGE and sizes != FC_TINY
     for b in range(plan.channel_blocks):
         channels = min(plan.width, c.channels - b * plan.width)
         pack_image(
@@ -183,6 +221,47 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
             sizes |= c.kernels.split_image(floats, n, c.kernels.depth_step, c.kernels.pieces, part)
         part += n * c.packed
     return not sizes & FC_HUGE and sizes != FC_TINY
+
+
+cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
+    """What the part of the image that patches are taken from takes: numbers, pieces, and as much as is read beyond them."""
+    return seen_cells(plan, block) * (plan.c.item + plan.c.packed) + 2 * (plan.c.depth + plan.c.kernels.depth_step)
+
+
+cdef Py_ssize_t seen_cells(const Plan *plan, const Block *block) noexcept nogil:
+    """Cells that a block's patches are taken from, in whole vectors."""
+    cdef const Conv *of = &plan.of
+    return round_up(part_cells(of, block.rows, block.columns) * of.channels, of.kernels.lanes)
+
+
+cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t *offsets, Py_ssize_t *taps,
+                       char *floats, char *part) noexcept nogil:
+    """Split what a block sees and lay out the patch of each pixel; return the sizes of its numbers."""
+    cdef const Conv *of = &plan.of
+    cdef Block seen = block[0]
+    cdef Py_ssize_t n = seen_cells(plan, block)
+    cdef char *split = floats + n * of.item
+    cdef fc_patches patches
+    seen.high, seen.wide = extent(of, 1, block.rows), extent(of, 2, block.columns)
+    memset(split - of.kernels.lanes * of.item, 0, <size_t>(of.kernels.lanes * of.item))  # cells that fill up the last vector
+    pack_image(of, &seen, group * of.channels, of.channels, of.channels, floats)
+    cdef int sizes = of.kernels.split_image(floats, n, n, of.kernels.pieces, split)
+    memset(split + n * of.packed, 0, <size_t>(2 * (plan.c.depth + plan.c.kernels.depth_step)))
+    pixel_offsets(of, &seen, of.channels, offsets)
+    tap_offsets(of, &seen, of.channels, taps)
+    first_of_rows(of, taps)
+    patches.rows = taps
+    patches.n_rows, patches.run = of.kernel[0] * of.kernel[1], of.kernel[2] * of.channels
+    patches.plane, patches.depth = n, plan.c.depth
+    of.kernels.lay_patches(&patches, split, offsets, block.rows * block.columns, of.kernels.pieces, part)
+    return sizes
+
+
+cdef void first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
+    """Keep the offsets of the taps that rows of taps start with."""
+    cdef Py_ssize_t row
+    for row in range(c.kernel[0] * c.kernel[1]):
+        taps[row] = taps[row * c.kernel[2]]
 
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -195,12 +274,14 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
 
     cdef Py_ssize_t pixels = block.rows * block.columns
     cdef Py_ssize_t cells = part_cells(c, block.rows, block.columns)
-    cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
+    cdef Py_ssize_t offset_bytes = (pixels + plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t panels = min(c.panels, <Py_ssize_t>PANELS)
     cdef Py_ssize_t sum_bytes = panels * c.chunk * c.panel * c.item
     cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
     cdef Py_ssize_t part_bytes = plan.width * cells * c.packed
     cdef Py_ssize_t float_bytes = plan.width * max(cells, c.taps * c.panel) * c.item if c.kernels.pieces else 0
+    if plan.patches:
+        float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + weight_bytes + sum_bytes + plan.channel_blocks * part_bytes + float_bytes
     )
@@ -214,15 +295,12 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef char *accumulators = weights + weight_bytes
     cdef char *part = accumulators + sum_bytes
     cdef char *floats = part + plan.channel_blocks * part_bytes
-    cdef Py_ssize_t b, p, panel, chunk, end = c.panels * (share + 1) // plan.shares
-    pixel_offsets(c, &block, plan.width, offsets)
-    tap_offsets(c, &block, plan.width, taps)
-    if c.folded:
-        for b in range(c.kernel[0] * c.kernel[1]):
-            taps[b] = taps[b * c.kernel[2]]
-    if not _pack_part(plan, &block, group, cells, floats, part):
+    cdef Py_ssize_t p, panel, chunk, end = c.panels * (share + 1) // plan.shares
+    if not _pack_part(plan, &block, group, offsets, taps, floats, part):
         plan.refused[block.image] = 1
         return 0
+    if c.folded:
+        first_of_rows(c, taps)
     if c.kernels.pieces:
         c.kernels.enter()
     chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts

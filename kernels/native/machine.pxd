@@ -30,6 +30,13 @@ cdef extern from "ukernels.h" nogil:
     ctypedef struct fc_lines:
         Py_ssize_t channels, run, step, pitch
 
+    enum:
+        FC_PATCH
+
+    ctypedef struct fc_patches:
+        const Py_ssize_t *rows
+        Py_ssize_t n_rows, run, plane, depth
+
     ctypedef struct fc_tiles:
         int rows, columns, high, wide
         Py_ssize_t count
@@ -59,6 +66,7 @@ cdef extern from "ukernels.h" nogil:
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
         void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *,
                            Py_ssize_t) noexcept nogil
+        void (*lay_patches)(const fc_patches *, const void *, const Py_ssize_t *, Py_ssize_t, int, void *) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 

@@ -365,6 +365,43 @@ static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrd
         lay_pixels(lines, cells, lines->step, n, pieces, out, at);
 }
 
+/* --------------------------------------------------------------------------------------------------------- patches */
+
+/* 32 cells at a time, wherever they are; what is too much is overwritten by the next row. */
+INLINE void lay_rows(const fc_patches *f, const uint16_t *cells, uint16_t *line)
+{
+    for (ptrdiff_t r = 0; r < f->n_rows; r++) {
+        const ptrdiff_t end = r + 1 < f->n_rows ? f->run : f->depth - r * f->run;
+        for (ptrdiff_t i = 0; i < end; i += CHANNELS)
+            memcpy(line + r * f->run + i, cells + f->rows[r] + i, ROW_BYTES);
+    }
+}
+
+/* While a pixel's lines are filled, those of the one before are cut: a load can't wait for stores of other cells. */
+INLINE void lay_patches(const fc_patches *f, const uint16_t *cells, const ptrdiff_t *pixels, ptrdiff_t n, const int pieces,
+                        uint16_t *out)
+{
+    uint16_t lines[2][MAX_PIECES][FC_PATCH + CHANNELS] __attribute__((aligned(64)));
+    for (ptrdiff_t pixel = 0; pixel <= n; pixel++) {
+        for (int p = 0; p < pieces && pixel < n; p++)
+            lay_rows(f, cells + pixels[pixel] + p * f->plane, lines[pixel % 2][p]);
+        for (ptrdiff_t i = 0; i < f->depth && pixel > 0; i += CHANNELS)
+            for (int p = 0; p < pieces; p++, out += CHANNELS)
+                memcpy(out, lines[(pixel - 1) % 2][p] + i, ROW_BYTES);
+    }
+}
+
+static void fc_f32_lay_patches__amx(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels,
+                                    int pieces, void *out)
+{
+    if (pieces == 3)
+        lay_patches(patches, cells, pixels, n_pixels, 3, out);
+    else if (pieces == 2)
+        lay_patches(patches, cells, pixels, n_pixels, 2, out);
+    else
+        lay_patches(patches, cells, pixels, n_pixels, 1, out);
+}
+
 /* ------------------------------------------------------------------------------------------------------ tile registers */
 
 typedef struct {
@@ -436,6 +473,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].split_image = fc_f32_split_image__amx;
             tables[p].split_weights = fc_f32_split_weights__amx;
             tables[p].lay_pixels = fc_f32_lay_pixels__amx;
+            tables[p].lay_patches = fc_f32_lay_patches__amx;
             tables[p].enter = fc_enter__amx;
             tables[p].leave = fc_leave__amx;
         }

@@ -65,6 +65,14 @@ typedef struct {
     ptrdiff_t channels, run, step, pitch;
 } fc_lines;
 
+/* What pixels see: rows of `run` neighbouring cells, so far from a pixel's first cell. The pieces of a cell are `plane` apart. A
+ * patch, all rows one after another, is filled up to `depth` cells, FC_PATCH at most, with whatever follows its last row. */
+enum { FC_PATCH = 1024 };
+typedef struct {
+    const ptrdiff_t *rows;
+    ptrdiff_t n_rows, run, plane, depth;
+} fc_patches;
+
 /* Tiles of Winograd's convolution: 1 x 2, 1 x 4, 2 x 2, 2 x 4 or 4 x 4 outputs; along each axis 1, 2 or 4 outputs see 1, 4 or 6
  * inputs by way of 1 or 3 taps and have 1, 4 or 6 points. A tile that is higher than wide has its axes exchanged. */
 typedef struct {
@@ -138,12 +146,15 @@ typedef struct {
      * image:   n numbers to [n / run][piece][run], run a multiple of lanes; brgemm reads those with run = depth_step
      * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step
      * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
-     * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read. */
+     * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read.
+     * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to depth_step - 1 cells more are read. */
     int pieces;
     int (*split_image)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
     void (*lay_pixels)(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces, void *out,
                        ptrdiff_t at);
+    void (*lay_patches)(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels, int pieces,
+                        void *out);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
