@@ -13,6 +13,9 @@ taps, which are summed like channels; an axis of one output has slices of one ta
 
 The larger a tile, the larger its errors, whatever the length of the sums; those of plain sums grow with it. The last
 column is where they meet (docs/performance.md). What only padding is multiplied by is no term.
+
+How products are added up matters to both, error and cost: "fused", or "rounded" before they are added, or of the pieces
+that numbers are "split" into.
 """
 
 from __future__ import annotations
@@ -23,10 +26,18 @@ from typing import Any, NamedTuple
 
 SLICE = 3  #: taps
 SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
-TERMS = (120, 400, 1600)  #: of a sum, for tiles with no, one or two sides of 4
-ROUNDED_TERMS = (120, 600, 2600)  #: the same where products, or pieces of numbers, are rounded before they are added
+TERMS = {  #: of a sum, for tiles with no, one or two sides of 4
+    "fused": (120, 400, 1600),
+    "rounded": (120, 600, 2600),
+    "split": (120, 600, 2600),
+}
 PRODUCT = (1.1, 1.25)  #: time of a product in those of other algorithms; the latter with a side of 4, for shorter sums
-TRANSFORM = 7  #: products that fit into the time of packing and transforming one number, or of transforming it back
+TRANSFORM = {  #: products that fit into the time of packing and transforming one number, or of transforming it back
+    "fused": 7,
+    "rounded": 7,
+    "split": 20,  #: counted, never timed: products of pieces are as much faster
+}
+SPLIT = 32  #: the same for splitting one number; counted, too
 SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, which is stored in the caller's layout, too
 LEAST_TILES = 8  #: of a block
 PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
@@ -65,15 +76,15 @@ def _period(dims: Any) -> int:
 
 
 @lru_cache(maxsize=1024)
-def choose(dims: Any, fused: bool = True) -> Tile | None:
+def choose(dims: Any, products: str = "fused") -> Tile | None:
     """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
     if _period(dims) > PERIOD:
         return None
     kernel = dims.kernel_size[1:]
     terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
     tiles = [
-        Tile(*sides, _cost(dims, *sides))
-        for sides in _exact_enough(terms, fused)
+        Tile(*sides, _cost(dims, products, *sides))
+        for sides in _exact_enough(terms, products)
         if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
         and max(LEAST_TILES, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
     ]
@@ -81,14 +92,14 @@ def choose(dims: Any, fused: bool = True) -> Tile | None:
 
 
 @lru_cache(maxsize=1024)
-def choose_for_weights(dims: Any, fused: bool = True) -> Tile | None:
+def choose_for_weights(dims: Any, products: str = "fused") -> Tile | None:
     """Return the cheapest tile for the gradient of weights of 3 taps along one axis or two, or None."""
     depth, *kernel = dims.kernel_size
     if depth > 1 or _period(dims) > PERIOD:
         return None
     tiles = [
         Tile(*sides, _weight_cost(dims, *sides))
-        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, fused)
+        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, products)
         if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
@@ -104,10 +115,9 @@ def _products(dims: Any) -> int:
     )
 
 
-def _exact_enough(terms: float, fused: bool) -> list[tuple[int, int]]:
+def _exact_enough(terms: float, products: str) -> list[tuple[int, int]]:
     """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
-    least = TERMS if fused else ROUNDED_TERMS
-    return [sides for sides in SIDES if terms >= least[sides.count(4)]]
+    return [sides for sides in SIDES if terms >= TERMS[products][sides.count(4)]]
 
 
 def _tiles(dims: Any, rows: int, columns: int) -> int:
@@ -119,13 +129,22 @@ def _tiles(dims: Any, rows: int, columns: int) -> int:
     return tiles
 
 
-def _cost(dims: Any, rows: int, columns: int) -> float:
+def plain_cost(dims: Any, products: str = "fused") -> float:
+    """Products of an image and a group without Winograd; if numbers are split, what that takes is among them."""
+    channels, filters = dims.group_in_channels, dims.group_out_channels
+    numbers = channels * (math.prod(dims.input_size) + filters * dims.taps) if products == "split" else 0
+    return float(math.prod(dims.output_size) * filters * dims.reduction + SPLIT * numbers)
+
+
+def _cost(dims: Any, products: str, rows: int, columns: int) -> float:
     """Products of an image and a group, transforms included."""
     channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, _tiles(dims, rows, columns)
-    slices = _slices(dims, rows, columns)
-    products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters * slices
-    transforms = TRANSFORM * (tiles * (channels * slices + filters) + channels * filters * slices)
-    return float(_points(rows, columns) * (products + transforms))
+    transformed = channels * _slices(dims, rows, columns) * (tiles + filters)
+    cost = PRODUCT[4 in (rows, columns)] * tiles * filters * channels * _slices(dims, rows, columns)
+    cost += TRANSFORM[products] * (transformed + tiles * filters)
+    if products == "split":
+        cost += SPLIT * transformed
+    return float(_points(rows, columns) * cost)
 
 
 def _weight_cost(dims: Any, rows: int, columns: int) -> float:
@@ -133,5 +152,5 @@ def _weight_cost(dims: Any, rows: int, columns: int) -> float:
     channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, dims.batch * _tiles(dims, rows, columns)
     shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
     products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters
-    transforms = TRANSFORM * tiles * shared + SUM_TRANSFORM * channels * filters
+    transforms = TRANSFORM["fused"] * tiles * shared + SUM_TRANSFORM * channels * filters
     return float(_points(rows, columns) * (products + transforms))

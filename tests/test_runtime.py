@@ -147,6 +147,13 @@ def test_the_instruction_set_can_be_capped() -> None:
     [
         ("conv_forward", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
         ("conv_forward", ConvCase("1x1 of few filters", (1, 64, 14, 14), (64, 64, 1, 1)), "im2col", "im2col"),
+        ("conv_forward", ConvCase("3x3", (1, 32, 28, 28), (32, 32, 3, 3), 1, 1), "winograd", "direct"),
+        (
+            "conv_forward",
+            ConvCase("3x3 of many channels", (1, 128, 28, 28), (128, 128, 3, 3), 1, 1),
+            "winograd",
+            "winograd",
+        ),
         ("conv_weight_grad", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
         ("conv_weight_grad", ConvCase("3x3", (1, 64, 14, 14), (64, 64, 3, 3), 1, 1), "winograd", "direct"),
         ("conv_weight_grad", ConvCase("3x3, small", (1, 64, 12, 12), (64, 64, 3, 3), 1, 1), "winograd", "winograd"),

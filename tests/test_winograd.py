@@ -28,8 +28,17 @@ def test_tiles_grow_with_the_sums(channels: int, tile: tuple[int, int] | None) -
 
 
 def test_pieces_of_numbers_need_longer_sums() -> None:
-    assert sides(winograd.choose(square(256, 56), fused=False)) == (2, 4)
-    assert sides(winograd.choose(square(512, 56), fused=False)) == (4, 4)
+    for products in ("rounded", "split"):
+        assert sides(winograd.choose(square(256, 56), products)) == (2, 4)
+        assert sides(winograd.choose(square(512, 56), products)) == (4, 4)
+
+
+def test_pieces_of_numbers_need_more_products_to_be_worth_splitting_transformed_ones() -> None:
+    for channels, cheaper in ((16, False), (32, False), (64, True), (128, True)):
+        dims = square(channels, 56)
+        tile = winograd.choose(dims, "split")
+        assert tile is not None
+        assert (tile.cost < winograd.plain_cost(dims, "split")) == cheaper
 
 
 def test_padding_is_no_term_of_a_sum() -> None:

@@ -124,7 +124,8 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef tuple form
     make_conv(c, input, weight, output, dims, options)
     split_numbers(c, PRECISION[options.precision])
-    cut_taps(c, winograd.choose(dims, c.kernels.fused), &plan.g)
+    products = "split" if c.kernels.pieces else "fused" if c.kernels.fused else "rounded"
+    cut_taps(c, winograd.choose(dims, products), &plan.g)
     _plan_blocks(&plan)
     _plan_weights(&plan)
     kept = None if plan.once else options.packed

@@ -79,7 +79,7 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     make_conv(c, input, grad_weight, grad_output, dims, options)
     w.width = round_up(ceil_div(c.channels, ceil_div(c.channels, CHANNELS)), c.kernels.lanes)  # even parts
     w.channel_blocks = 1
-    cut_taps(c, winograd.choose_for_weights(dims, c.kernels.fused), &plan.g)
+    cut_taps(c, winograd.choose_for_weights(dims, "fused" if c.kernels.fused else "rounded"), &plan.g)
     cut_tiles(c, &plan.g, TILES, &w.blocks)
     plan_chunks(w, c.batch * w.blocks.count, grad_bias)
     plan.point_bytes = TILES * w.width * c.item + LINE_BYTES

@@ -125,20 +125,19 @@ def _planar(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
-def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0) -> str:
+def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, products: str = "fused") -> str:
     """Say yes where plain products (or ``columns``) are at least ``gain`` times the cost modelled for a tile."""
     if dims.stride[1:] != (1, 1) or dims.kernel_size[1:] == (1, 1):
         return "only for filters of several taps and for stride 1, along height and width"
     if op == "conv_weight_grad":
-        images, tile = dims.batch, winograd.choose_for_weights(dims)
+        tile, plain = winograd.choose_for_weights(dims), dims.batch * winograd.plain_cost(dims)
     elif op == "conv_input_grad" and (dims.stride[0] != 1 or dims.input_grad_parts()[0].dims is None):
         return "only for stride 1"
     else:
         dims = dims.input_grad_parts()[0].dims or dims if op == "conv_input_grad" else dims
-        images, tile = 1, winograd.choose(dims)
+        tile, plain = winograd.choose(dims, products), winograd.plain_cost(dims, products)
     if tile is None:
         return "not for such filters or so short sums: less exact than plain sums there, and no faster"
-    plain = images * math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     if gain * tile.cost > (columns or plain):
         return f"slower: the transforms take what tiles of {tile.rows}x{tile.columns} save"
     return ""
@@ -148,7 +147,9 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return "slower than direct, whose tile multiplies pieces of numbers"
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
-    return _winograd(op, dims, columns=columns if _few_columns(op, dims) else 0)
+    summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
+    products = {"scalar": "rounded", "amx": "split" if summed >= 16 else "fused"}.get(isa(), "fused")
+    return _winograd(op, dims, columns=columns if _few_columns(op, dims) else 0, products=products)
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
