@@ -94,17 +94,20 @@ cdef bint split_pays(const fc_ukernels *kernels, double padded):
 
 
 cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, int threads) noexcept nogil:
-    """Return into how many shares, ``parts`` at most, to cut each task, lest threads wait for the last one.
+    """Return into how many shares of its parts to cut each task, so that the last thread is done first.
 
-    Shares say who computes, never what. Each packs its task's part of the image again, and so one thread has just one.
+    Shares say who computes, never what. Each packs its task's part of the image again, as long as a quarter of a part takes,
+    about; and another thread may be a quarter of a share late.
     """
-    cdef Py_ssize_t shares
+    cdef Py_ssize_t shares, most, time, best = 1, least = 0
     if threads == 1:
         return 1
-    shares = max(1, min(parts, 2 * threads // max(tasks, 1)))
-    while shares < parts and 10 * tasks * shares < 9 * ceil_div(tasks * shares, threads) * threads:
-        shares += 1
-    return shares
+    for shares in range(1, min(parts, <Py_ssize_t>4 * threads) + 1):
+        most = ceil_div(parts, shares)
+        time = ceil_div(tasks * shares, threads) * (4 * most + 1) + most
+        if shares == 1 or time < least:
+            best, least = shares, time
+    return best
 
 
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *:
