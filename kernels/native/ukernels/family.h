@@ -135,6 +135,11 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
 {
     const T *in = input;
     T *out = output;
+    if (ni == 1 && out_stride == 1) { /* a column that becomes a row */
+        ni = nj;
+        nj = 1;
+        i_stride = j_stride;
+    }
     if (i_stride == 1) { /* rows are contiguous on both sides */
         if (j_stride == ni && out_stride == ni) { /* and continue one another */
             ni *= nj;
@@ -155,12 +160,21 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         j_stride = 1;
         out_stride = -out_stride;
     }
+    const int side_by_side = j_stride == 1 && ni == 3 && out_stride == 3;
 #ifdef WIDE
     if (j_stride == 1 && ni >= WIDE && nj >= WIDE) {
         SQUARES(transpose, WIDE)(in, i_stride, ni, nj, out, out_stride);
         return;
     }
+    if (side_by_side && nj >= WIDE) {
+        SQUARES(interleave_3, WIDE)(in, i_stride, nj, out);
+        return;
+    }
 #endif
+    if (side_by_side && nj >= 4) {
+        SQUARES(interleave_3, 4)(in, i_stride, nj, out);
+        return;
+    }
     if (j_stride == 1 && ni >= 4 && nj >= 4) {
         SQUARES(transpose, 4)(in, i_stride, ni, nj, out, out_stride);
         return;

@@ -59,6 +59,30 @@ static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff
             }
 }
 
+/* Three rows, of at least SIDE elements, side by side: out[3 j + i] = in[i * i_stride + j], the channels of an RGB image. */
+#define OF_TWO(part, j) (((part) * SIDE + (j)) % 3 == 1) * SIDE + ((part) * SIDE + (j)) / 3
+#define AND_THIRD(part, j) ((part) * SIDE + (j)) % 3 == 2 ? SIDE + ((part) * SIDE + (j)) / 3 : (j)
+#define THIRD(part)                                                                           \
+    do {                                                                                      \
+        const ROW two = SHUFFLE(x[0], x[1], ALL_LANES(OF_TWO, part));                         \
+        *(ROW *)(out + 3 * j + (part) * SIDE) = SHUFFLE(two, x[2], ALL_LANES(AND_THIRD, part)); \
+    } while (0)
+static void SQ(interleave_3)(const T *in, ptrdiff_t i_stride, ptrdiff_t nj, T *out)
+{
+    for (ptrdiff_t next = 0; next < nj; next += SIDE) {
+        const ptrdiff_t j = next + SIDE <= nj ? next : nj - SIDE;
+        ROW x[3];
+        UNROLL for (int i = 0; i < 3; i++)
+            x[i] = *(const ROW *)(in + i * i_stride + j);
+        THIRD(0);
+        THIRD(1);
+        THIRD(2);
+    }
+}
+#undef OF_TWO
+#undef AND_THIRD
+#undef THIRD
+
 static inline void SQ(finish)(ROW *value, const ROW *bias, int relu)
 {
     *value += *bias;
