@@ -22,7 +22,13 @@ def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
     if groups == 1:
         return weight.swapaxes(0, 1)
     split = weight.reshape(groups, k // groups, c, *kernel)  # (g, K/g, C/g, ...)
-    return split.swapaxes(1, 2).reshape(groups * c, k // groups, *kernel)
+    # In memory channels must follow groups, for both to be one axis; what is contiguous stays so: a fast copy.
+    axes, n = range(3, split.ndim), len(kernel)
+    order = back = (1, 0, 2, *axes)
+    if abs(weight.strides[-1]) > abs(weight.strides[0]):
+        order, back = (*axes, 0, 2, 1), (n, n + 2, n + 1, *range(n))
+    copy = np.ascontiguousarray(split.transpose(order)).transpose(back)
+    return copy.swapaxes(1, 2).reshape(groups * c, k // groups, *kernel)
 
 
 def input_grad(
