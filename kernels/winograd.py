@@ -38,6 +38,7 @@ TRANSFORM = {  #: products that fit into the time of packing and transforming on
     "split": 20,  #: counted, never timed: products of pieces are as much faster
 }
 SPLIT = 32  #: the same for splitting one number; counted, too
+START = 85_000  #: products in the time that starting takes longer than elsewhere: 1.7 us
 SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, which is stored in the caller's layout, too
 LEAST_TILES = 8  #: of a block
 PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
@@ -144,7 +145,7 @@ def _cost(dims: Any, products: str, rows: int, columns: int) -> float:
     cost += TRANSFORM[products] * (transformed + tiles * filters)
     if products == "split":
         cost += SPLIT * transformed
-    return float(_points(rows, columns) * cost)
+    return float(_points(rows, columns) * cost + START)
 
 
 def _weight_cost(dims: Any, rows: int, columns: int) -> float:
