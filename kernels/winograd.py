@@ -43,6 +43,7 @@ SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, whi
 LEAST_TILES = 8  #: of a block
 PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
 ROOM = 2**19  #: transformed numbers of the smallest block, at most
+VECTOR = 8  #: channels that the gradient of the weights fills up to, where there are fewer; of AVX2
 SHARED = 64  #: channels, and filters, for which the gradient of the weights transforms a number once
 
 
@@ -150,7 +151,8 @@ def _cost(dims: Any, products: str, rows: int, columns: int) -> float:
 
 def _weight_cost(dims: Any, rows: int, columns: int) -> float:
     """Products of a group's gradient of the weights, transforms included."""
-    channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, dims.batch * _tiles(dims, rows, columns)
+    filters, tiles = dims.group_out_channels, dims.batch * _tiles(dims, rows, columns)
+    channels = max(dims.group_in_channels, VECTOR)
     shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
     products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters
     transforms = TRANSFORM["fused"] * tiles * shared + SUM_TRANSFORM * channels * filters

@@ -46,6 +46,7 @@ cdef enum:
     REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
     CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
     BOX_PANELS = 8      # panels of pixels in a box
+    PIXELS = 256        # that the gradient of 1x1 weights reduces over at a time: a panel's gradients are 16 KB, half of L1
     COLUMN_PIXELS = 256 # with no more, the gradient of the input goes by way of columns
     SHARE = 512         # filters whose sums a task keeps: 256 KB in float32
 
@@ -329,6 +330,8 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cdef Conv *c = &plan.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
     join_rows(c)
+    if _in_place(c):
+        c.chunk = PIXELS
     plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
     plan.channel_blocks = 1
     divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
