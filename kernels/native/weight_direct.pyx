@@ -104,7 +104,7 @@ cdef void _plan_cells(Plan *plan) noexcept nogil:
     cdef WeightPlan *base = &plan.base
     cdef Conv *c = &base.c
     cdef Blocks *blocks = &base.blocks
-    base.width = min(<Py_ssize_t>CHANNELS, c.channels)
+    base.width = ceil_div(c.channels, ceil_div(c.channels, CHANNELS))  # even parts
     base.channel_blocks = min(ceil_div(c.channels, base.width), max(1, WEIGHT_ROWS // (c.taps * base.width)))
     cut(c, base.channel_blocks * base.width * c.item, DIRECT_BYTES, PIXELS, blocks)
     plan.part_bytes = base.width * part_cells(c, blocks.rows, blocks.columns) * c.item

@@ -77,13 +77,18 @@ def _few_columns(op: str, dims: ConvDims) -> bool:
 def _direct(op: str, dims: ConvDims) -> str:
     if _few_columns(op, dims):
         return f"slower than im2col, for {math.prod(dims.output_size)} pixels that see {math.prod(dims.input_size)}"
-    if dims.depthwise or op == "conv_input_grad":
+    if dims.depthwise:
         return ""
-    if dims.taps == 1 and not _fills_pieces(dims):
+    pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
+    few = op != "conv_input_grad" or (set(dims.stride) == {1} and weights <= 2**16)  # whose channels im2col must turn
+    if dims.taps == 1 and few and not _fills_pieces(dims):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
-    pixels = math.prod(dims.output_size)
+    if op != "conv_forward":
+        return ""
+    if pixels <= 32 and dims.taps > 1 and weights > 2**18:
+        return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     little = dims.reduction <= 9 or (dims.reduction <= 32 and dims.group_out_channels >= 1.75 * dims.reduction)
-    if op == "conv_forward" and little and pixels >= 4096:
+    if little and pixels >= 4096:
         return (
             f"slower than im2col, which leaves the output's layout: there is more of it, {dims.group_out_channels} "
             f"filters, than of patches, of {dims.reduction} elements"
@@ -149,7 +154,8 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     products = {"scalar": "rounded", "amx": "split" if summed >= 16 else "fused"}.get(isa(), "fused")
-    return _winograd(op, dims, columns=columns if _few_columns(op, dims) else 0, products=products)
+    gain = 1.15 if op == "conv_input_grad" else 1  # its weights are packed in shorter runs
+    return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
