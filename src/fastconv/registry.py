@@ -85,7 +85,7 @@ def _direct(op: str, dims: ConvDims) -> str:
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""
-    if pixels <= 32 and dims.taps > 1 and weights > 2**18:
+    if pixels <= 16 and dims.taps > 1 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     little = dims.reduction <= 9 or (dims.reduction <= 32 and dims.group_out_channels >= 1.75 * dims.reduction)
     if little and pixels >= 4096:
