@@ -201,17 +201,26 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
                      char *floats, char *part) noexcept nogil:
     """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be.
 
-    Write where each pixel's first tap and each tap are in it, too.
+    Write where each pixel's first tap and each tap, or row of taps, are in it, too.
     """
+    cdef const Conv *c = &plan.c
+    cdef int sizes
+    if plan.patches:
+        sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
+    else:
+        sizes = _pack_channels(plan, block, group, floats, part)
+    pixel_offsets(c, block, plan.width, offsets)
+    tap_offsets(c, block, plan.width, taps)
+    if c.folded:
+        first_of_rows(c, taps)
+    return not sizes & FC_HUGE and sizes != FC_TINY
+
+
+cdef int _pack_channels(const Plan *plan, const Block *block, Py_ssize_t group, char *floats, char *part) noexcept nogil:
+    """Pack what a block sees, channel block by channel block; return the sizes of its numbers, if they are split."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t b, channels, n = plan.width * part_cells(c, block.rows, block.columns)
     cdef int sizes = 0
-    if plan.patches:
-        sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
-    pixel_offsets(c, block, plan.width, offsets)
-    tap_offsets(c, block, plan.width, taps)
-    if plan.patches:
-        return not sizes & FC_HUGE and sizes != FC_TINY
     for b in range(plan.channel_blocks):
         channels = min(plan.width, c.channels - b * plan.width)
         pack_image(
@@ -220,7 +229,7 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
         if c.kernels.pieces:
             sizes |= c.kernels.split_image(floats, n, c.kernels.depth_step, c.kernels.pieces, part)
         part += n * c.packed
-    return not sizes & FC_HUGE and sizes != FC_TINY
+    return sizes
 
 
 cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
@@ -299,8 +308,6 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     if not _pack_part(plan, &block, group, offsets, taps, floats, part):
         plan.refused[block.image] = 1
         return 0
-    if c.folded:
-        first_of_rows(c, taps)
     if c.kernels.pieces:
         c.kernels.enter()
     chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts
