@@ -36,7 +36,7 @@ def test_info_prints_versions_engines_and_threads(capsys: pytest.CaptureFixture[
 
 
 def test_the_module_runs_as_a_command() -> None:
-    result = run("-m", "fastconv.cli", "--version")
+    result = run("-m", "fastconv", "--version")
     assert (result.returncode, result.stdout, result.stderr) == (0, f"fastconv {fc.__version__}\n", "")
 
 
@@ -60,7 +60,7 @@ def test_a_mistake_is_one_clear_line(arguments: list[str], message: str, capsys:
 
 
 def test_a_mistake_in_the_environment_is_one_clear_line() -> None:
-    result = run("-m", "fastconv.cli", "info", FASTCONV_ENGINE="torch")
+    result = run("-m", "fastconv", "info", FASTCONV_ENGINE="torch")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(
         "fastconv: error: environment variable FASTCONV_ENGINE must be one of"

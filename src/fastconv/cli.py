@@ -95,7 +95,3 @@ def _warmup(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     show_config()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
