@@ -2,8 +2,9 @@
 
     python -m fastconv.bench.winograd_error
 
-It prints these ratios for tiles and numbers of channels, and the points (of sixteenths) with the smallest errors. What
-is computed is what the kernels compute, in NumPy: 3x3 filters, no padding, some tiles of an image.
+It prints these ratios for the tiles of ``kernels/winograd.py``, by the length of the sums and how much of them is
+summed in a row, and the points (of sixteenths) with the smallest errors. What is computed is what the kernels compute,
+in NumPy, with products rounded before they are added: no padding, some tiles of an image.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from fastconv.kernels.winograd import RUNS, TERMS, Side
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NEAR, FAR = Fraction(10, 16), Fraction(24, 16)  #: of kernels/native/ukernels/winograd.h
-FILTERS, TILES = 32, 48
-CHANNELS = (16, 32, 48, 64, 128, 176, 192, 256, 512)
+FILTERS, TILES = 24, 24
+LENGTHS = (120, 180, 250, 400, 600, 1000, 1600, 2000, 3000)  #: of sums
 
 
 class Matrices(NamedTuple):
@@ -29,23 +32,40 @@ class Matrices(NamedTuple):
     outputs: Array  #: At
     taps: Array  #: G
     inputs: Array  #: Bt
+    stride: int
 
     def rounded(self) -> Matrices:
         """Return the transforms in float32."""
-        return Matrices(*(matrix.astype(np.float32) for matrix in self))
+        return self._replace(**{name: getattr(self, name).astype(np.float32) for name in ("outputs", "taps", "inputs")})
 
 
-def matrices(outputs: int, near: Fraction = NEAR, far: Fraction = FAR) -> Matrices:
-    """Return the exact transforms for 2 outputs (points 0, 1, -1, infinity) or 4 (0, +-near, +-far, infinity).
+def matrices(side: Side, near: Fraction = NEAR, far: Fraction = FAR) -> Matrices:
+    """Return the exact transforms of a side; with stride 2, those of its phases side by side."""
+    phases = [_phase(side.outputs, -(-(side.taps - first) // side.stride), near, far) for first in range(side.stride)]
+    taps, inputs = np.zeros((side.points, side.taps)), np.zeros((side.points, side.points))
+    at = 0
+    for first, phase in enumerate(phases):
+        points = slice(at, at + len(phase.taps))
+        taps[points, first :: side.stride], inputs[points, first :: side.stride] = phase.taps, phase.inputs
+        at = points.stop
+    return Matrices(np.concatenate([phase.outputs for phase in phases], 1), taps, inputs, side.stride)
+
+
+def _phase(outputs: int, taps: int, near: Fraction, far: Fraction) -> Matrices:
+    """Return the transforms for 4 points (0, 1, -1, infinity) or 6 (0, +-near, +-far, infinity); none for a single tap.
 
     Values of polynomials at points (Toom and Cook; S. Winograd): the last row is for infinity.
     """
-    points = [Fraction(0), *([Fraction(1), Fraction(-1)] if outputs == 2 else [near, -near, far, -far])]
+    if taps == 1:
+        return Matrices(np.eye(outputs), np.ones((outputs, 1)), np.eye(outputs), 1)
+    pairs = [Fraction(1)] if outputs + taps == 5 else [near, far]
+    points = [Fraction(0), *(point for pair in pairs for point in (pair, -pair))]
     powers = [[p**i for p in points] + [Fraction(i == outputs - 1)] for i in range(outputs)]
     distances = [math.prod(p - q for q in points if q != p) for p in points]
-    taps = [[p**j / d for j in range(3)] for p, d in zip(points, distances, strict=True)] + [[0, 0, 1]]
-    inputs = [[*_polynomial([q for q in points if q != p]), Fraction(0)] for p in points] + [_polynomial(points)]
-    return Matrices(*(np.array(m, float) for m in (powers, taps, inputs)))
+    to_taps = [[p**j / d for j in range(taps)] for p, d in zip(points, distances, strict=True)]
+    to_inputs = [[*_polynomial([q for q in points if q != p]), Fraction(0)] for p in points] + [_polynomial(points)]
+    last = [Fraction(j == taps - 1) for j in range(taps)]
+    return Matrices(np.array(powers, float), np.array([*to_taps, last], float), np.array(to_inputs, float), 1)
 
 
 def _polynomial(roots: list[Fraction]) -> list[Fraction]:
@@ -57,31 +77,33 @@ def _polynomial(roots: list[Fraction]) -> list[Fraction]:
     return coefficients
 
 
-def error_ratio(channels: int, rows: Matrices, columns: Matrices, apart: int, relu: bool, seed: int = 0) -> float:
-    """Return the error of tiles over that of plain sums, where ``apart`` channels are summed by themselves."""
+def error_ratio(channels: int, rows: Matrices, columns: Matrices, run: int, relu: bool, seed: int = 0) -> float:
+    """Return the error of tiles over that of plain sums, where a ``run`` of channels is summed by itself."""
     rng = np.random.default_rng(seed)
-    high, wide = rows.inputs.shape[0], columns.inputs.shape[0]
-    x = rng.standard_normal((channels, TILES, high, wide), dtype=np.float32)
-    w = rng.standard_normal((FILTERS, channels, 3, 3), dtype=np.float32)
+    sides = rows, columns
+    outputs, size, taps = zip(*((len(m.outputs), m.inputs.shape[1], m.taps.shape[1]) for m in sides), strict=True)
+    x = rng.standard_normal((channels, TILES, *size), dtype=np.float32)
+    w = rng.standard_normal((FILTERS, channels, *taps), dtype=np.float32)
     x = np.maximum(x, 0) if relu else x
-    shape = (FILTERS, TILES, high - 2, wide - 2)
-    exact, plain = np.zeros(shape), np.zeros(shape, np.float32)
-    for c, i, j in np.ndindex(channels, 3, 3):
-        cells, taps = x[c, :, i : i + high - 2, j : j + wide - 2], w[:, c, i, j, None, None, None]
-        exact += cells.astype(float) * taps
-        plain += cells * taps
-    tiles = _convolve(x, w, rows.rounded(), columns.rounded(), apart)
+    exact = np.zeros((FILTERS, TILES, *outputs))
+    plain = exact.astype(np.float32)
+    high, wide = (slice(0, (n - 1) * side.stride + 1, side.stride) for n, side in zip(outputs, sides, strict=True))
+    for c, i, j in np.ndindex(channels, *taps):
+        cells, tap = x[c, :, i:, j:][:, high, wide], w[:, c, i, j, None, None, None]
+        exact += cells.astype(float) * tap
+        plain += cells * tap
+    tiles = _convolve(x, w, rows.rounded(), columns.rounded(), run)
     return float(np.sqrt(np.mean(np.square(tiles - exact)) / np.mean(np.square(plain - exact))))
 
 
-def _convolve(x: Array, w: Array, rows: Matrices, columns: Matrices, apart: int) -> Array:
+def _convolve(x: Array, w: Array, rows: Matrices, columns: Matrices, run: int) -> Array:
     """Return the tiles' outputs, (filter, tile, row, column), all in float32."""
     inputs = np.einsum("bj,ctaj->abct", columns.inputs, np.einsum("ai,ctij->ctaj", rows.inputs, x))
     taps = np.einsum("bj,kcaj->abkc", columns.taps, np.einsum("ai,kcij->kcaj", rows.taps, w))
     total = np.zeros((*taps.shape[:3], x.shape[1]), np.float32)
-    for first in range(0, x.shape[0], apart):
+    for first in range(0, x.shape[0], run):
         part = np.zeros_like(total)
-        for c in range(first, min(first + apart, x.shape[0])):
+        for c in range(first, min(first + run, x.shape[0])):
             part += taps[:, :, :, c, None] * inputs[:, :, None, c]
         total += part
     result: Array = np.einsum("jb,ibkt->ktij", columns.outputs, np.einsum("ia,abkt->ibkt", rows.outputs, total))
@@ -90,24 +112,26 @@ def _convolve(x: Array, w: Array, rows: Matrices, columns: Matrices, apart: int)
 
 def main() -> None:
     """Print both tables."""
-    two, four = matrices(2), matrices(4)
-    tiles = {
-        "2x2": (two, two, 32),
-        "2x4": (two, four, 16),
-        "4x4": (four, four, 16),
-        "4x4 in one row": (four, four, max(CHANNELS)),
-    }
-    print("channels   " + "   ".join(f"{name} both signs, after a ReLU" for name in tiles))
-    for channels in CHANNELS:
-        ratios = [[error_ratio(channels, *tile, relu) for relu in (False, True)] for tile in tiles.values()]
-        print(f"{channels:8d}   " + "   ".join(f"{a:14.2f} {b:14.2f}" for a, b in ratios))
+    print("the greater ratio of numbers of both signs, and of those after a ReLU, by the length of sums; * is in use")
+    print(" " * 42 + "".join(f"{terms:8d}" for terms in LENGTHS))
+    for (rows, columns), begins in TERMS.items():
+        for run, begin in zip(RUNS, begins, strict=True):
+            cells = []
+            for terms in LENGTHS:
+                channels = max(1, round(terms / (rows.taps * columns.taps)))
+                tile = matrices(rows), matrices(columns)
+                ratio = max(error_ratio(channels, *tile, run, relu) for relu in (False, True))
+                cells.append(f"{ratio:7.2f}{'*' if terms >= begin else ' '}")
+            name = " x ".join(f"F({side.outputs}, {side.taps})" for side in (rows, columns))
+            name += f", stride {columns.stride}" * (columns.stride > 1)
+            print(f"{name:34s} {run:3d}    {''.join(cells)}", flush=True)
     sixteenths = [Fraction(n, 16) for n in range(6, 33)]
     pairs = [(near, far) for near, far in product(sixteenths, repeat=2) if near <= 1 < far]
     found = []
     for near, far in tqdm(pairs, desc="points", disable=None):
-        tile = matrices(4, near, far)
-        found.append((max(error_ratio(128, tile, tile, 16, relu) for relu in (False, True)), near, far))
-    print("4x4, 128 channels, the greater of both: the best, and the textbook's")
+        side = matrices(Side(4, 3), near, far)
+        found.append((max(error_ratio(128, side, side, 16, relu) for relu in (False, True)), near, far))
+    print("F(4, 3) x F(4, 3), 128 channels, the greater of both: the best, and the textbook's")
     for ratio, near, far in [*sorted(found)[:6], *(row for row in found if row[1:] == (1, 2))]:
         print(f"    0, +-{near}, +-{far}, infinity: {ratio:.2f}")
 

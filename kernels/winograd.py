@@ -1,18 +1,24 @@
 """The tile of Winograd's convolution: how many outputs at once, chosen by what they cost, for every engine.
 
-Along one axis, m outputs of a 3-tap filter take m + 2 products instead of 3 m. Longer filters are cut into slices of 3
-taps, which are summed like channels; an axis of one output has slices of one tap, and no transform.
+Along one axis, F(m, r) computes m outputs of an r-tap filter by m + r - 1 products instead of m r. With stride 2, even
+taps see even cells and odd taps odd ones, so that 3 outputs of 4 taps are two F(3, 2), and 3 outputs of 3 taps are one,
+and 3 products of the odd tap. Longer filters are cut into slices, which are summed like channels; an axis with F(1, 1)
+is left alone, in slices of one tap.
 
-    outputs of a tile    products of an output, 3x3 taps    terms that a sum must have
-         1 x 1                        9
-         1 x 2                        6                               120
-         1 x 4                        4.5                             400
-         2 x 2                        4                               120
-         2 x 4                        3                               400
-         4 x 4                        2.25                           1600
+    tile                  products of an output    instead of    terms
+    F(2, 3)                        2                   3           120
+    F(4, 3)                        1.5                 3           400
+    F(2, 3) x F(2, 3)              4                   9           120
+    F(2, 3) x F(4, 3)              3                   9           400
+    F(4, 3) x F(4, 3)              2.25                9          1600
+    F(3, 2) x F(3, 2)              1.8                 4           180
+    F(3, 4) x F(3, 4)              4                  16          1600
+    F(3, 3) x F(3, 3), stride 2    5.4                 9           120
+    F(3, 4) x F(3, 4), stride 2    7.1                16           180
 
-The larger a tile, the larger its errors, whatever the length of the sums; those of plain sums grow with it. The last
-column is where they meet (docs/performance.md). What only padding is multiplied by is no term.
+The larger a tile, the larger its errors, whatever the length of the sums; those of plain sums grow with it. They meet
+at so many terms (docs/performance.md), where 16 products are summed in a row, and then these sums; the longer the sums,
+the more may be summed in a row, which is faster. What only padding is multiplied by is no term.
 
 How products are added up matters to both, error and cost: "fused", or "rounded" before they are added, or of the pieces
 that numbers are "split" into.
@@ -24,14 +30,55 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-SLICE = 3  #: taps
-SIDES = ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4))
-TERMS = {  #: of a sum, for tiles with no, one or two sides of 4
-    "fused": (120, 400, 1600),
-    "rounded": (120, 600, 2600),
-    "split": (120, 600, 2600),
+
+class Side(NamedTuple):
+    """What happens along one axis of a tile."""
+
+    outputs: int
+    taps: int  #: of a slice of the filters
+    stride: int = 1
+
+    @property
+    def points(self) -> int:
+        """Inputs that the outputs see, and products that they take."""
+        return (self.outputs - 1) * self.stride + self.taps
+
+    @property
+    def tap_points(self) -> tuple[int, ...]:
+        """Which value of the taps each point has: a phase of a single tap has but that one."""
+        single = self.stride == 2 and self.taps == 3
+        return (0, 1, 2, 3, 4, 4, 4) if single else tuple(range(self.points))
+
+    @property
+    def coarse(self) -> bool:
+        """Whether its points are so many that errors are larger."""
+        return self.stride == 1 and self.points == 6
+
+    @property
+    def code(self) -> int:
+        """Its number in compiled code, which knows sides by it."""
+        return 100 * self.stride + 10 * self.outputs + self.taps
+
+
+ALONE = Side(1, 1)  #: of any stride
+RUNS = (16, 32, 64)  #: products that are summed in a row
+TERMS = {  #: that a sum must have for each of the runs; the axes of a tile may be exchanged
+    (ALONE, Side(2, 3)): (120, 120, 180),
+    (ALONE, Side(4, 3)): (400, 400, 600),
+    (ALONE, Side(3, 2)): (120, 120, 250),
+    (ALONE, Side(3, 4)): (400, 400, 700),
+    (ALONE, Side(3, 3, 2)): (120, 120, 180),
+    (ALONE, Side(3, 4, 2)): (120, 120, 250),
+    (Side(2, 3), Side(2, 3)): (120, 120, 180),
+    (Side(2, 3), Side(4, 3)): (400, 600, 1000),
+    (Side(4, 3), Side(4, 3)): (1600, 2000, 3000),
+    (Side(3, 2), Side(3, 2)): (180, 180, 400),
+    (Side(3, 4), Side(3, 4)): (1600, 2300, 3200),
+    (Side(3, 3, 2), Side(3, 3, 2)): (120, 120, 180),
+    (Side(3, 4, 2), Side(3, 4, 2)): (180, 180, 400),
 }
-PRODUCT = (1.1, 1.25)  #: time of a product in those of other algorithms; the latter with a side of 4, for shorter sums
+ROUNDED = 1.6  #: times as many terms for coarse tiles, where products are not fused
+PRODUCT = {16: 1.25, 32: 1.12, 64: 1.06}  #: time of a product of runs in those of other algorithms
 TRANSFORM = {  #: products that fit into the time of packing and transforming one number, or of transforming it back
     "fused": 7,
     "rounded": 7,
@@ -50,26 +97,28 @@ SHARED = 64  #: channels, and filters, for which the gradient of the weights tra
 class Tile(NamedTuple):
     """Outputs of a tile, and what it costs."""
 
-    rows: int
-    columns: int
+    rows: Side
+    columns: Side
+    run: int  #: products that may be summed in a row
     cost: float  #: of a group, in products: of one image, or of the gradient of the weights
 
     @property
     def points(self) -> int:
         """Products of a tile, for each channel and filter."""
-        return _points(self.rows, self.columns)
+        return self.rows.points * self.columns.points
+
+    @property
+    def tap_points(self) -> list[int]:
+        """Which transformed taps each point multiplies."""
+        rows, columns = sorted((self.rows, self.columns), key=lambda side: side.code)  # as compiled code has them
+        wide = max(columns.tap_points) + 1
+        return [row * wide + column for row in rows.tap_points for column in columns.tap_points]
 
 
-def _points(rows: int, columns: int) -> int:
-    """Inputs that a tile of outputs sees, and products that it takes."""
-    return math.prod(1 if side == 1 else side + SLICE - 1 for side in (rows, columns))
-
-
-def _slices(dims: Any, rows: int, columns: int) -> int:
-    """Slices that the filters are cut into."""
+def slices(dims: Any, rows: Side, columns: Side) -> tuple[int, int, int]:
+    """Return how many slices the filters are cut into along each axis."""
     depth, height, width = dims.kernel_size
-    high, wide = (1 if side == 1 else SLICE for side in (rows, columns))
-    return int(depth * math.ceil(height / high) * math.ceil(width / wide))
+    return depth, math.ceil(height / rows.taps), math.ceil(width / columns.taps)
 
 
 def _period(dims: Any) -> int:
@@ -79,55 +128,69 @@ def _period(dims: Any) -> int:
 
 @lru_cache(maxsize=1024)
 def choose(dims: Any, products: str = "fused") -> Tile | None:
-    """Return the cheapest tile for a convolution with stride 1 that is exact enough, or None."""
+    """Return the cheapest tile for a convolution that is exact enough, or None."""
     if _period(dims) > PERIOD:
         return None
-    kernel = dims.kernel_size[1:]
     terms = dims.group_in_channels * _products(dims) / math.prod(dims.output_size)
+    least = max(LEAST_TILES, _period(dims)) * dims.group_in_channels
     tiles = [
-        Tile(*sides, _cost(dims, products, *sides))
-        for sides in _exact_enough(terms, products)
-        if all(side == 1 or taps > 1 for side, taps in zip(sides, kernel, strict=True))
-        and max(LEAST_TILES, _period(dims)) * _points(*sides) * _slices(dims, *sides) * dims.group_in_channels <= ROOM
+        Tile(rows, columns, run, _cost(dims, products, rows, columns, run))
+        for rows, columns, run in _exact_enough(dims, terms, products)
+        if rows.points * columns.points * math.prod(slices(dims, rows, columns)) * least <= ROOM
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
 
 
 @lru_cache(maxsize=1024)
 def choose_for_weights(dims: Any, products: str = "fused") -> Tile | None:
-    """Return the cheapest tile for the gradient of weights of 3 taps along one axis or two, or None."""
-    depth, *kernel = dims.kernel_size
-    if depth > 1 or _period(dims) > PERIOD:
+    """Return the cheapest tile for the gradient of weights that are one slice, with stride 1, or None."""
+    if _period(dims) > PERIOD or dims.stride[1:] != (1, 1):
         return None
     tiles = [
-        Tile(*sides, _weight_cost(dims, *sides))
-        for sides in _exact_enough(dims.batch * _products(dims) / dims.taps, products)
-        if all(taps == (1 if side == 1 else SLICE) for side, taps in zip(sides, kernel, strict=True))
+        Tile(rows, columns, run, _weight_cost(dims, rows, columns, run))
+        for rows, columns, run in _exact_enough(dims, dims.batch * _products(dims) / dims.taps, products)
+        if (1, rows.taps, columns.taps) == dims.kernel_size
     ]
     return min(tiles, key=lambda tile: tile.cost, default=None)
 
 
 def _products(dims: Any) -> int:
     """Return how many pairs of an output and a tap meet in a cell of the image, and not in its padding."""
-    return math.prod(
-        sum(max(0, min(outputs, size + pad - tap * dilation) - max(0, pad - tap * dilation)) for tap in range(taps))
-        for outputs, size, pad, dilation, taps in zip(
-            dims.output_size, dims.input_size, dims.pad_before, dims.dilation, dims.kernel_size, strict=True
-        )
-    )
+
+    def along(axis: int) -> int:
+        pad, stride, dilation = dims.pad_before[axis], dims.stride[axis], dims.dilation[axis]
+        pairs = 0
+        for tap in range(dims.kernel_size[axis]):
+            cell = tap * dilation - pad  # that the first output sees
+            end = -((cell - dims.input_size[axis]) // stride)
+            pairs += max(0, min(dims.output_size[axis], end) - max(0, -(cell // stride)))
+        return pairs
+
+    return along(0) * along(1) * along(2)
 
 
-def _exact_enough(terms: float, products: str) -> list[tuple[int, int]]:
-    """Return the sides of tiles whose error is no larger than that of a plain sum of so many terms."""
-    return [sides for sides in SIDES if terms >= TERMS[products][sides.count(4)]]
+def _exact_enough(dims: Any, terms: float, products: str) -> list[tuple[Side, Side, int]]:
+    """Return the sides that fit the filters, with their longest run, where plain sums are no more exact."""
+
+    def fits(side: Side, axis: int) -> bool:
+        taps, stride, dilation = dims.kernel_size[axis], dims.stride[axis], dims.dilation[axis]
+        return side == ALONE or (taps > 1 and side.stride == stride and (stride == 1 or dilation == 1))
+
+    found = []
+    for pair, needed in TERMS.items():
+        there = terms / ROUNDED if products != "fused" and any(side.coarse for side in pair) else terms
+        runs = [run for run, least in zip(RUNS, needed, strict=True) if there >= least]
+        sides = dict.fromkeys((pair, pair[::-1])) if runs else ()
+        found += [(rows, columns, runs[-1]) for rows, columns in sides if fits(rows, 1) and fits(columns, 2)]
+    return found
 
 
-def _tiles(dims: Any, rows: int, columns: int) -> int:
+def _tiles(dims: Any, rows: Side, columns: Side) -> int:
     """Tiles of one image; with dilation, the outputs of a tile are so far apart, and tiles interleave."""
     depth, *size = dims.output_size
     tiles: int = depth
     for side, outputs, step in zip((rows, columns), size, dims.dilation[1:], strict=True):
-        tiles *= math.ceil(outputs / (side * step)) * step
+        tiles *= math.ceil(outputs / (side.outputs * step)) * step
     return tiles
 
 
@@ -138,22 +201,22 @@ def plain_cost(dims: Any, products: str = "fused") -> float:
     return float(math.prod(dims.output_size) * filters * dims.reduction + SPLIT * numbers)
 
 
-def _cost(dims: Any, products: str, rows: int, columns: int) -> float:
+def _cost(dims: Any, products: str, rows: Side, columns: Side, run: int) -> float:
     """Products of an image and a group, transforms included."""
-    channels, filters, tiles = dims.group_in_channels, dims.group_out_channels, _tiles(dims, rows, columns)
-    transformed = channels * _slices(dims, rows, columns) * (tiles + filters)
-    cost = PRODUCT[4 in (rows, columns)] * tiles * filters * channels * _slices(dims, rows, columns)
-    cost += TRANSFORM[products] * (transformed + tiles * filters)
-    if products == "split":
-        cost += SPLIT * transformed
-    return float(_points(rows, columns) * cost + START)
+    filters, tiles = dims.group_out_channels, _tiles(dims, rows, columns)
+    channels = dims.group_in_channels * math.prod(slices(dims, rows, columns))
+    taps = (max(rows.tap_points) + 1) * (max(columns.tap_points) + 1) * filters * channels
+    points = rows.points * columns.points * tiles
+    transformed = SPLIT * (points * channels + taps) if products == "split" else 0
+    transformed += TRANSFORM[products] * (points * (channels + filters) + taps)
+    return float(PRODUCT[run] * points * filters * channels + transformed + START)
 
 
-def _weight_cost(dims: Any, rows: int, columns: int) -> float:
+def _weight_cost(dims: Any, rows: Side, columns: Side, run: int) -> float:
     """Products of a group's gradient of the weights, transforms included."""
     filters, tiles = dims.group_out_channels, dims.batch * _tiles(dims, rows, columns)
     channels = max(dims.group_in_channels, VECTOR)
     shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
-    products = PRODUCT[4 in (rows, columns)] * tiles * channels * filters
+    products = PRODUCT[run] * tiles * channels * filters
     transforms = TRANSFORM["fused"] * tiles * shared + SUM_TRANSFORM * channels * filters
-    return float(_points(rows, columns) * (products + transforms))
+    return float(rows.points * columns.points * (products + transforms))

@@ -14,6 +14,7 @@ import pytest
 from fastconv import registry, runtime
 from fastconv.bench import cli, engines, peers, report, tile, timing, training, winograd_error
 from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_layers, slice_layer
+from fastconv.kernels import winograd
 
 pytest.importorskip("threadpoolctl")
 pytest.importorskip("tqdm")
@@ -398,16 +399,23 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
 # Winograd's errors
 
 
-@pytest.mark.parametrize("outputs", [2, 4])
-def test_the_transforms_convolve(outputs: int, rng: np.random.Generator) -> None:
-    transforms = winograd_error.matrices(outputs)
-    signal, taps = rng.standard_normal(outputs + 2), rng.standard_normal(3)
+@pytest.mark.parametrize("side", sorted({side for pair in winograd.TERMS for side in pair}), ids=str)
+def test_the_transforms_convolve(side: winograd.Side, rng: np.random.Generator) -> None:
+    transforms = winograd_error.matrices(side)
+    signal, taps = rng.standard_normal(side.points), rng.standard_normal(side.taps)
     result = transforms.outputs @ ((transforms.taps @ taps) * (transforms.inputs @ signal))
-    np.testing.assert_allclose(result, np.correlate(signal, taps), atol=1e-12)
+    np.testing.assert_allclose(result, np.correlate(signal, taps)[:: side.stride], atol=1e-12)
+
+
+def test_points_that_share_a_tap_have_the_same() -> None:
+    for side in {side for pair in winograd.TERMS for side in pair}:
+        values = winograd_error.matrices(side).taps
+        for point, shared in enumerate(side.tap_points):
+            np.testing.assert_array_equal(values[point], values[side.tap_points.index(shared)])
 
 
 def test_larger_tiles_have_larger_errors_and_longer_sums_smaller_ones() -> None:
-    two, four = map(winograd_error.matrices, (2, 4))
+    two, four = (winograd_error.matrices(winograd.Side(outputs, 3)) for outputs in (2, 4))
     assert (
         winograd_error.error_ratio(64, two, two, 32, False) < 1 < winograd_error.error_ratio(64, four, four, 16, False)
     )

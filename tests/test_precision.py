@@ -39,7 +39,17 @@ CASES = [
         (8, 8, 8),
         (256, 4, 1),
     )
-] + [ConvCase("weights of many outputs", (2, 16, 36, 40), (16, 16, 3, 3), 1, 1)]
+] + [
+    ConvCase("weights of many outputs", (2, 16, 36, 40), (16, 16, 3, 3), 1, 1),
+    ConvCase("2x2, short sums", (2, 16, 20, 20), (18, 16, 2, 2)),
+    ConvCase("2x2, longer sums", (2, 48, 20, 20), (32, 48, 2, 2)),
+    ConvCase("4x4", (1, 120, 16, 18), (110, 120, 4, 4), 1, 1),
+    ConvCase("1x7", (1, 64, 6, 40), (64, 64, 1, 7), 1, (0, 3)),
+    ConvCase("7x1, longer sums", (1, 160, 20, 6), (128, 160, 7, 1), 1, (3, 0)),
+    ConvCase("3x3, stride 2", (2, 18, 21, 20), (18, 18, 3, 3), 2, 1),
+    ConvCase("3x3, stride 2, longer sums", (1, 130, 21, 20), (64, 130, 3, 3), 2, 1),
+    ConvCase("4x4, stride 2", (2, 16, 22, 20), (48, 16, 4, 4), 2, 1),
+]
 WHOLE_BLOCKS = [case for case in CONV_CASES if "whole channel blocks" in case.name]
 PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}
 EXACT = next(row for row in ROWS["conv_forward"] if row[:2] == ("im2col", "numpy"))  #: in float64
@@ -47,26 +57,48 @@ NOISE = 1.05  #: two such figures of the same algorithm on other numbers differ 
 DRAWS = 4  #: of the numbers of a case
 
 
-def plain_sum(x: Array, w: Array, groups: int) -> Array:
-    """3x3 convolution with padding 1: one float32 product after the other is rounded and added."""
-    (n, _, height, width), (filters, channels, _, _) = x.shape, w.shape
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(n, groups, channels, height + 2, width + 2)
-    split = w.reshape(groups, filters // groups, channels, 3, 3)
-    y = np.zeros((n, groups, filters // groups, height, width), x.dtype)
-    for c, i, j in np.ndindex(channels, 3, 3):
-        y += padded[:, :, None, c, i : i + height, j : j + width] * split[None, :, :, c, i, j, None, None]
-    return y.reshape(n, filters, height, width)
+def padded(case: ConvCase, x: Array) -> Array:
+    """Return the image with the padding of a two-dimensional case: (N, groups, C / groups, height, width)."""
+    dims = case.dims
+    sides = ((0, 0), (0, 0), *zip(dims.pad_before[1:], dims.pad_after[1:], strict=True))
+    return (y := np.pad(x, sides)).reshape(len(x), case.groups, -1, *y.shape[2:])
 
 
-def plain_weight_sum(x: Array, dy: Array, groups: int) -> Array:
-    """The gradient of 3x3 weights with padding 1: one pixel's float32 products after the other, rounded and added."""
-    (n, channels, height, width), filters = x.shape, dy.shape[1]
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(n, groups, 1, -1, height + 2, width + 2)
-    split = dy.reshape(n, groups, filters // groups, 1, 1, 1, height, width)
-    sums = np.zeros((groups, filters // groups, channels // groups, 3, 3), x.dtype)
-    for image, i, j in np.ndindex(n, height, width):
-        sums += padded[image, ..., i : i + 3, j : j + 3] * split[image, ..., i, j]
-    return sums.reshape(filters, -1, 3, 3)
+def seen(case: ConvCase, cells: Array, i: int, j: int) -> Array:
+    """Return what tap (i, j) sees of padded cells: one for each output."""
+    (_, high, wide), (_, down, across) = case.dims.output_size, case.dims.stride
+    return cells[..., i : i + (high - 1) * down + 1 : down, j : j + (wide - 1) * across + 1 : across]
+
+
+def plain_sum(case: ConvCase, x: Array, w: Array) -> Array:
+    """Convolution: one float32 product after the other is rounded and added."""
+    cells, split = padded(case, x), w.reshape(case.groups, -1, *w.shape[1:])
+    y = np.zeros((len(x), case.groups, split.shape[1], *case.output[2:]), x.dtype)
+    for c, i, j in np.ndindex(*w.shape[1:]):
+        y += seen(case, cells[:, :, None, c], i, j) * split[None, :, :, c, i, j, None, None]
+    return y.reshape(case.output)
+
+
+def plain_input_sum(case: ConvCase, dy: Array, w: Array) -> Array:
+    """The gradient of the input in the same way."""
+    split, grads = w.reshape(case.groups, -1, *w.shape[1:]), dy.reshape(len(dy), case.groups, -1, *dy.shape[2:])
+    cells = padded(case, np.zeros(case.input, dy.dtype))
+    for k, i, j in np.ndindex(split.shape[1], *w.shape[2:]):
+        view = seen(case, cells, i, j)
+        view += grads[:, :, k, None] * split[None, :, k, :, i, j, None, None]
+    (_, top, left), (_, height, width) = case.dims.pad_before, case.dims.input_size
+    return cells[..., top : top + height, left : left + width].reshape(case.input)
+
+
+def plain_weight_sum(case: ConvCase, x: Array, dy: Array) -> Array:
+    """The gradient of the weights: one pixel's products after the other."""
+    cells, split = padded(case, x), dy.reshape(len(dy), case.groups, -1, 1, 1, 1, *dy.shape[2:])
+    (_, kh, kw), (_, down, across) = case.dims.kernel_size, case.dims.stride
+    sums = np.zeros((case.groups, split.shape[2], *case.weight[1:]), x.dtype)
+    for image, i, j in np.ndindex(len(x), *dy.shape[2:]):
+        patch = cells[image, :, None, :, i * down : i * down + kh, j * across : j * across + kw]
+        sums += patch * split[image, ..., i, j]
+    return sums.reshape(case.weight)
 
 
 def relative_error(result: Array, exact: Array) -> float:
@@ -92,11 +124,10 @@ def draw(case: ConvCase, numbers: str, seed: int) -> Draw:
     if numbers == "after a ReLU":
         x, dy = np.maximum(x, 0), np.maximum(dy, 0)
     arrays = ConvArrays(x, w, np.zeros_like(b), dy)
-    rotated = w.reshape(case.groups, -1, *w.shape[1:]).swapaxes(1, 2).reshape(case.input[1], -1, 3, 3)[..., ::-1, ::-1]
     plain = ConvResults(
-        output=plain_sum(x, w, case.groups),
-        grad_input=plain_sum(dy, rotated, case.groups),
-        grad_weight=plain_weight_sum(x, dy, case.groups),
+        output=plain_sum(case, x, w),
+        grad_input=plain_input_sum(case, dy, w),
+        grad_weight=plain_weight_sum(case, x, dy),
         grad_bias=None,
     )
     return Draw(arrays, conv_results(case, arrays.astype(np.float64), EXACT), plain)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .. import winograd
-from ..winograd import SLICE
+from ..winograd import Tile
 from .tile import BLOCK_BYTES, CHUNK, MACHINE, ROW_MULTIPLE, Panel, panel_for
 
 Triple = tuple[int, int, int]
@@ -28,7 +28,6 @@ WINOGRAD_CHANNELS = 64  #: a block of a panel's transformed weights is 64 KB in 
 WINOGRAD_GRAD_TILES = 64  #: most tiles of a box in the gradient of the weights, ...
 WINOGRAD_GRAD_BYTES = 512  #: ... filters of a task, of one tile: inputs are transformed once for all of them, ...
 WINOGRAD_LEAST_TILES = 96  #: ... and tiles of a task, which pay for transforming its sums back
-WINOGRAD_SUMMED = (32, 16)  #: channels that are summed by themselves, and for tiles with a side of 4, lest errors grow
 
 
 class Plan(NamedTuple):
@@ -112,26 +111,27 @@ class WinogradPlan(NamedTuple):
     pixels: Plan  #: the real ones
     rows: int  #: outputs of a tile
     columns: int
+    row_side: int  #: the codes of its sides
+    column_side: int
     points: int
     slices: Triple  #: of a filter along depth, height and width
-    slice_taps: Triple  #: of each of them: 1 or SLICE
+    slice_taps: Triple  #: of each of them
     slice_count: int
-    summed: int  #: channels that are summed by themselves
+    summed: int  #: channels that are summed by themselves, lest errors grow
     weight_step: int  #: elements between the points of an array: a cache line more than needed,
     input_step: int  #: lest all points fall into one set of L1
     sum_step: int
 
 
 @lru_cache(maxsize=512)
-def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: int) -> WinogradPlan:
-    """Return the cutting for tiles of so many outputs; it depends on ``threads``, but no result does."""
-    slice_taps = 1, 1 if rows == 1 else SLICE, 1 if columns == 1 else SLICE
-    slices: Any = tuple(-(-taps // most) for taps, most in zip(dims.kernel_size, slice_taps, strict=True))
-    slice_count, points = math.prod(slices), winograd.Tile(rows, columns, 0.0).points
-    cells: Any = tuple(
-        side - 1 + count * taps for side, count, taps in zip((1, rows, columns), slices, slice_taps, strict=True)
-    )
-    tiles = _tiled(dims, rows, columns, cells)
+def winograd_plan(dims: Any, itemsize: int, threads: int, tile: Tile) -> WinogradPlan:
+    """Return the cutting for tiles; it depends on ``threads``, but no result does."""
+    rows, columns, points = tile.rows, tile.columns, tile.points
+    slice_taps, slices = (1, rows.taps, columns.taps), winograd.slices(dims, rows, columns)
+    slice_count = math.prod(slices)
+    seen = ((n - 1) * s for n, s in zip((1, rows.outputs, columns.outputs), dims.stride, strict=True))
+    cells: Any = tuple(first + count * taps for first, count, taps in zip(seen, slices, slice_taps, strict=True))
+    tiles = _tiled(dims, tile, cells)
     channels = -(-dims.group_in_channels // 16) * 16  # whole vectors
     most = min(WINOGRAD_TILES, WINOGRAD_BYTES // (points * slice_count * channels * itemsize))
     most = max(ROW_MULTIPLE, min(most, -(-math.prod(tiles.output_size) * dims.batch * dims.groups // threads)))
@@ -141,7 +141,7 @@ def winograd_plan(dims: Any, itemsize: int, threads: int, rows: int, columns: in
     weights = plan.block if plan.box_count == 1 else plan.channels  # used by one task, which transforms them by blocks
     return WinogradPlan(
         plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size),
-        rows, columns, points, slices, slice_taps, slice_count, WINOGRAD_SUMMED[4 in (rows, columns)],
+        rows.outputs, columns.outputs, rows.code, columns.code, points, slices, slice_taps, slice_count, tile.run,
         weights * slice_count * lanes + line, plan.blocks * slice_count * most_rows * plan.block + line,
         most_rows * lanes + line,
     )  # fmt: skip
@@ -153,9 +153,10 @@ class WinogradGradPlan(NamedTuple):
     inputs: Plan  #: a tile of outputs as a pixel, which sees all cells that its outputs see
     grads: Plan  #: the same of the gradient of the output, whose panels are the blocks of channels: it sees its outputs
     weights: Plan  #: the real filters
-    rows: int  #: outputs of a tile
-    columns: int
+    row_side: int  #: of a tile: the codes of its sides
+    column_side: int
     points: int
+    summed: int  #: tiles that are summed by themselves, lest errors grow
     input_step: int  #: elements between the points of the transformed inputs, ...
     grad_panel: int  #: ... between the panels of a point of the transformed gradients, ...
     grad_step: int  #: ... between their points: all points are a cache line more than needed apart, see WinogradPlan
@@ -164,12 +165,11 @@ class WinogradGradPlan(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def winograd_grad_plan(dims: Any, itemsize: int, rows: int, columns: int) -> WinogradGradPlan:
-    """Return the cutting for tiles of so many outputs, where the boxes are summed: the shape alone decides."""
+def winograd_grad_plan(dims: Any, itemsize: int, tile: Tile) -> WinogradGradPlan:
+    """Return the cutting for tiles, where the boxes are summed: the shape alone decides."""
     channels, vector, line = dims.group_in_channels, MACHINE.vector_bytes // itemsize, 64 // itemsize
     block = -(-channels // (-(-channels // WINOGRAD_CHANNELS) * vector)) * vector  # even parts, of whole vectors
-    _, high, wide = dims.kernel_size
-    tiles = _tiled(dims, rows, columns, (1, rows - 1 + high, columns - 1 + wide))
+    tiles = _tiled(dims, tile, (1, tile.rows.points, tile.columns.points))
     box = _fit_box(tiles, BOX_BYTES // (block * itemsize), WINOGRAD_GRAD_TILES, WINOGRAD_GRAD_TILES)
     inputs = _cut(tiles, itemsize, block, box)
     lanes, count = inputs.panel.lanes, math.prod(box)
@@ -177,15 +177,15 @@ def winograd_grad_plan(dims: Any, itemsize: int, rows: int, columns: int) -> Win
         in_channels=dims.out_channels, input_size=dims.output_size, stride=(1, 1, 1), pad_before=(0, 0, 0),
         dilation=(1, 1, 1),
     )  # fmt: skip
-    grads = _cut(_tiled(image, rows, columns, (1, rows, columns)), itemsize, lanes, box)
+    grads = _cut(_tiled(image, tile, (1, tile.rows.outputs, tile.columns.outputs)), itemsize, lanes, box)
     weights = inputs._replace(
         kernel_size=dims.kernel_size, taps=dims.taps, reduction=dims.reduction, sum_rows=dims.reduction
     )
-    panels, points = -(-inputs.panels // _panel_parts(inputs)), winograd.Tile(rows, columns, 0.0).points
+    panels, points = -(-inputs.panels // _panel_parts(inputs)), tile.points
     sum_panel = -(-block // ROW_MULTIPLE) * ROW_MULTIPLE * lanes
     return WinogradGradPlan(
-        inputs, grads, weights, rows, columns, points, count * block + line, count * lanes,
-        panels * count * lanes + line, sum_panel, panels * sum_panel + line,
+        inputs, grads, weights, tile.rows.code, tile.columns.code, points, tile.run, count * block + line,
+        count * lanes, panels * count * lanes + line, sum_panel, panels * sum_panel + line,
     )  # fmt: skip
 
 
@@ -194,11 +194,14 @@ def _panel_parts(plan: Plan) -> int:
     return -(-plan.panels // max(1, WINOGRAD_GRAD_BYTES // (plan.panel.lanes * plan.itemsize)))
 
 
-def _tiled(dims: Any, rows: int, columns: int, cells: Triple) -> Any:
-    """Return the convolution whose pixels are tiles of so many outputs, each of which sees so many cells."""
-    depth, *size = dims.output_size
-    counts = (-(-outputs // side) for outputs, side in zip(size, (rows, columns), strict=True))
-    return dims._replace(kernel_size=cells, stride=(dims.stride[0], rows, columns), output_size=(depth, *counts))
+def _tiled(dims: Any, tile: Tile, cells: Triple) -> Any:
+    """Return the convolution whose pixels are tiles of outputs, each of which sees so many cells."""
+    sides = 1, tile.rows.outputs, tile.columns.outputs
+    return dims._replace(
+        kernel_size=cells,
+        stride=tuple(stride * side for stride, side in zip(dims.stride, sides, strict=True)),
+        output_size=tuple(-(-outputs // side) for outputs, side in zip(dims.output_size, sides, strict=True)),
+    )
 
 
 class GradTasks(NamedTuple):

@@ -19,8 +19,8 @@
       |   channels    |       | x lanes  |            |   lanes  |
       +---------------+       +----------+            +----------+
 
-How many outputs a tile has is the choice of ``kernels/winograd.py``. Filters of more than 3 taps along an axis are cut
-into slices of 3, filled up with zeros, whose products are summed like those of channels. The error is no larger than
+How many outputs a tile has is the choice of ``kernels/winograd.py``. Filters of more taps than a tile's sides have are
+cut into slices, filled up with zeros, whose products are summed like those of channels. The error is no larger than
 that of summing all products one after another, since few are summed in a row: some channels, and then these sums.
 
 To all code that packs, a tile of outputs is a pixel, of a convolution with larger filters and the tile's sides as its
@@ -73,8 +73,11 @@ def conv_forward(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> None:
     """Fill ``output``."""
-    alone = dims._replace(batch=1)
-    for image in _convolve(input, weight, bias, output, dims, options):
+    alone, refused = dims._replace(batch=1), _convolve(input, weight, bias, output, dims, options)
+    if len(refused) == dims.batch:
+        conv_direct.conv_forward(input, weight, bias, output, dims, options)
+        return
+    for image in refused:
         one = slice(image, image + 1)
         conv_direct.conv_forward(input[one], weight, bias, output[one], alone, options)
 
@@ -94,11 +97,15 @@ def conv_input_grad(
 def _convolve(
     input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, output: np.ndarray, dims: Any, options: Any
 ) -> list[int]:
-    """Convolve; return the images with numbers that are not below LIMIT, whose output is to be computed otherwise."""
+    """Convolve; return the images whose output is to be computed otherwise.
+
+    Those have numbers that are not below LIMIT. If there is no tile for a phase of a gradient, it is all images.
+    """
     tile = choose(dims)
-    assert tile is not None, "the registry has checked it"
+    if tile is None:
+        return list(range(dims.batch))
     dtype, threads = output.dtype, worthwhile(options.threads, dims.flops)
-    plan = winograd_plan(dims, dtype.itemsize, threads, tile.rows, tile.columns)
+    plan = winograd_plan(dims, dtype.itemsize, threads, tile)
     numbers = flat(plan)
     tiles, lanes, once = plan.tiles, plan.tiles.panel.lanes, plan.tiles.box_count == 1
     part_numbers = tiles.block * math.prod(plan.slices) * math.prod(plan.slice_taps) * lanes
@@ -171,7 +178,7 @@ def _transform_panel(
     """Pack and transform some channels of one panel; return whether all are below the limit."""
     pixels, part, below = plan.pixels, weights.part, True
     lanes = pixels.panel.lanes
-    wide = points(plan.columns)
+    wide = points(plan.column_side)
     taps_wide = plan.slices[2] * plan.slice_taps[2]
     for channel in range(0, channels, pixels.block):
         depth = min(pixels.block, channels - channel)
@@ -185,7 +192,7 @@ def _transform_panel(
             d, h, w = _first_tap(number, plan)
             start = (d * plan.slices[1] * plan.slice_taps[1] + h) * taps_wide + w
             _transform_taps(
-                plan.rows, plan.columns, tap,
+                plan.row_side, plan.column_side, tap,
                 shift(target, (channel * plan.slice_count + number * depth) * lanes),
                 wide * plan.weight_step, plan.weight_step, shift(part, start * tap), taps_wide * tap, tap,
             )  # fmt: skip
@@ -288,13 +295,13 @@ def _forward(
 def _transform_box(target: Any, box: Any, rows: Any, count: int, plan: WinogradPlan) -> None:
     """Transform one block of channels of a packed box: slice by slice, and tile by tile."""
     tiles = plan.tiles
-    wide = points(plan.columns)
+    wide = points(plan.column_side)
     for number in range(plan.slice_count):
         d, h, w = _first_tap(number, plan)
         cells = shift(box, d * tiles.tap_step[0] + h * tiles.tap_step[1] + w * tiles.tap_step[2])
         for tile in range(count):
             _transform_inputs(
-                plan.rows, plan.columns, tiles.block, shift(target, (number * count + tile) * tiles.block),
+                plan.row_side, plan.column_side, tiles.block, shift(target, (number * count + tile) * tiles.block),
                 wide * plan.input_step, plan.input_step,
                 shift(cells, rows[tile]), tiles.tap_step[1], tiles.tap_step[2],
             )  # fmt: skip
@@ -343,9 +350,10 @@ def _store(
             # From right to left: what the last tile has beyond the width falls on the start of the next row.
             for tile in range(last - 1, first - 1, -1):
                 _transform_sums(
-                    rows, columns, lanes,
+                    plan.row_side, plan.column_side, lanes,
                     shift(some_rows, (tile - first) * columns * lanes), wide * lanes, lanes,
-                    shift(sums, (line * size[3] + tile) * lanes), points(columns) * plan.sum_step, plan.sum_step,
+                    shift(sums, (line * size[3] + tile) * lanes), points(plan.column_side) * plan.sum_step,
+                    plan.sum_step,
                 )  # fmt: skip
             _add_bias(some_rows, bias, filters, high * wide, lanes)
             packing.store_chunk(

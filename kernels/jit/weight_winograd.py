@@ -1,6 +1,6 @@
 """The gradient of the weights by Winograd's tiles: the same transforms, multiplied and summed over tiles.
 
-    grad_weight = Gt [ sum over tiles of (Bt inputs B) * (A gradients At) ] G          3 taps along one axis or two
+    grad_weight = Gt [ sum over tiles of (Bt inputs B) * (A gradients At) ] G          filters of one slice
 
     for a part of the boxes of tiles, a block of channels, some panels of filters (a task):
         for each box:
@@ -37,8 +37,6 @@ from .tile import ROW_MULTIPLE, address, flat, multiply_apart, pointer, reader, 
 from .weight_grad import Sums, Task, add_rows, do_tasks, panel_bias, panel_sums, start_task, store_rows, task_of
 from .winograd_tiles import LIMIT, all_below, make_transform, points
 
-APART = 16  #: tiles whose products are summed by themselves: sums of sums have smaller errors
-
 _transform_inputs = make_transform("inputs")
 _transform_grads = make_transform("outputs")
 _transform_sums = make_transform("taps", back=True)
@@ -65,7 +63,7 @@ class Rooms(NamedTuple):
     products: Any
     tiles: Any  #: where each tile of a box is
     channels: Any  #: ... each channel of a tile
-    parts: Any  #: ... each APART tiles of the transformed inputs
+    parts: Any  #: ... each run of tiles, of the transformed inputs
 
 
 def conv_weight_grad(
@@ -93,7 +91,7 @@ def _weight_grad_below(
     tile = choose_for_weights(dims)
     assert tile is not None, "the registry has checked it"
     dtype, threads = grad_weight.dtype, worthwhile(options.threads, dims.flops)
-    plan = winograd_grad_plan(dims, dtype.itemsize, tile.rows, tile.columns)
+    plan = winograd_grad_plan(dims, dtype.itemsize, tile)
     tasks, numbers = winograd_grad_tasks(plan, grad_bias is not None), flat(plan)
     most_tiles, below = math.prod(plan.inputs.box), list[bool]()
 
@@ -129,8 +127,8 @@ def _weight_grad(
         pointer(addresses.box, limit), pointer(addresses.inputs, limit), pointer(addresses.grads, limit),
         pointer(addresses.products, limit), offsets, shift(offsets, 2 * most_tiles), shift(offsets, most_tiles),
     )  # fmt: skip
-    for part in range(-(-most_tiles // APART)):
-        rooms.parts[part] = part * APART * plan.inputs.block
+    for part in range(-(-most_tiles // plan.summed)):
+        rooms.parts[part] = part * plan.summed * plan.inputs.block
     for number in range(first, last):
         task = task_of(number, tasks, plan.inputs)
         start_task(sums, task, plan.weights)
@@ -170,8 +168,8 @@ def _add_inputs(
     packing.pixel_offsets(rooms.tiles, inputs, size, 0, count, 1)
     for tile in range(count):
         _transform_inputs(
-            plan.rows, plan.columns, inputs.block,
-            shift(rooms.inputs, tile * inputs.block), points(plan.columns) * plan.input_step, plan.input_step,
+            plan.row_side, plan.column_side, inputs.block,
+            shift(rooms.inputs, tile * inputs.block), points(plan.column_side) * plan.input_step, plan.input_step,
             shift(rooms.box, rooms.tiles[tile]), inputs.tap_step[1], inputs.tap_step[2],
         )  # fmt: skip
     return below
@@ -197,8 +195,8 @@ def _add_grads(
         target = shift(rooms.grads, (panel - task.panel0) * plan.grad_panel)
         for tile in range(count):
             _transform_grads(
-                plan.rows, plan.columns, lanes,
-                shift(target, tile * lanes), points(plan.columns) * plan.grad_step, plan.grad_step,
+                plan.row_side, plan.column_side, lanes,
+                shift(target, tile * lanes), points(plan.column_side) * plan.grad_step, plan.grad_step,
                 shift(rooms.box, rooms.tiles[tile]), grads.tap_step[1], grads.tap_step[2],
             )  # fmt: skip
     return below
@@ -206,16 +204,17 @@ def _add_grads(
 
 @jit
 def _multiply(rooms: Rooms, tiles: int, channels: int, panels: int, plan: WinogradGradPlan) -> None:
-    """Add the products of a box to the sums of all points: those of APART tiles at a time, and of those left."""
-    panel, block, whole = plan.inputs.panel, plan.inputs.block, tiles // APART
-    rest, done = tiles % APART, whole * APART
+    """Add the products of a box to the sums of all points: those of a run of tiles at a time, and of those left."""
+    panel, block, run = plan.inputs.panel, plan.inputs.block, plan.summed
+    whole, rest = tiles // run, tiles % run
+    done = whole * run
     for point in range(plan.points):
         for i in range(panels):
             to = shift(rooms.products, point * plan.sum_step + i * plan.sum_panel)
             cells = shift(rooms.inputs, point * plan.input_step)
             grads = shift(rooms.grads, point * plan.grad_step + i * plan.grad_panel)
-            part = APART * panel.lanes
-            multiply_apart(to, cells, rooms.channels, channels, rooms.parts, whole, APART, block, grads, part, panel)
+            part = run * panel.lanes
+            multiply_apart(to, cells, rooms.channels, channels, rooms.parts, whole, run, block, grads, part, panel)
             if rest:
                 cells, grads = shift(cells, done * block), shift(grads, done * panel.lanes)
                 multiply_apart(to, cells, rooms.channels, channels, rooms.parts, 1, rest, block, grads, part, panel)
@@ -234,9 +233,9 @@ def _store(
         taps = panel_sums(sums, task, task.panel0 if task.at_once else panel, row0, weights)
         for channel in range(channels):
             _transform_sums(
-                plan.rows, plan.columns, lanes,
+                plan.row_side, plan.column_side, lanes,
                 shift(taps, channel * weights.taps * lanes), wide * lanes, lanes,
-                shift(products, channel * lanes), points(plan.columns) * plan.sum_step, plan.sum_step,
+                shift(products, channel * lanes), points(plan.column_side) * plan.sum_step, plan.sum_step,
             )  # fmt: skip
         if task.at_once:
             filter0, filter_step, count = packing.filters_of(weights, task.group, panel)

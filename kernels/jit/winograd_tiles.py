@@ -3,7 +3,8 @@
     Y = M X Nt      cells to points: M and N are the Bt of inputs, the G of taps or the A of outputs, of a tile's axes
     Y = Mt X N      points back to cells: outputs of the forward pass, taps of the gradient of the weights
 
-An axis of m outputs and 3 taps has m + 2 points: 0, infinity, and pairs p and -p between them.
+An axis of m outputs and r taps has m + r - 1 points: 0, infinity, and pairs p and -p between them. With stride 2, it
+has those of the even taps, which see even cells, and then those of the odd ones.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..winograd import SIDES, SLICE
+from ..winograd import TERMS, Side
 from .compile import jit
 from .tile import MACHINE
 
 LIMIT = 2.0**48  #: products of numbers below it can be summed without overflow
-PAIRS = {2: (1.0,), 4: (0.625, 1.5)}  #: points beside 0 and infinity, each with its negative, for so many outputs
+PAIRS = {4: (1.0,), 6: (0.625, 1.5)}  #: points beside 0 and infinity, each with its negative, of so many
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -37,25 +38,48 @@ class Axis(NamedTuple):
     inputs: Matrix  #: Bt
     taps: Matrix  #: G
     outputs: Matrix  #: A
+    pairs: tuple[int, ...]  #: the first point of each
 
 
-def _axis(side: int) -> Axis:
-    """Return the matrices for so many outputs: Lagrange's interpolation; ``side`` 1 leaves the axis alone."""
-    if side == 1:
-        return Axis(*[((1.0,),)] * 3)
-    pairs = PAIRS[side]
-    inputs, taps, outputs = [_product(pairs)], [_powers(0, SLICE) / _product(pairs)[0]], [_powers(0, side)]
+def _axis(side: Side) -> Axis:
+    """Return the matrices of a side; with stride 2, those of its phases, which see every second cell."""
+    if side.stride == 1:
+        return _phase(side.outputs, side.taps)
+    even, odd = (_phase(side.outputs, taps) for taps in ((side.taps + 1) // 2, side.taps // 2))
+    return Axis(
+        _every_second(even.inputs, 0, side.points) + _every_second(odd.inputs, 1, side.points),
+        _every_second(even.taps, 0, side.taps) + _every_second(odd.taps, 1, side.taps),
+        even.outputs + odd.outputs,
+        (*even.pairs, *(len(even.taps) + pair for pair in odd.pairs)),
+    )
+
+
+def _every_second(matrix: Matrix, first: int, cells: int) -> Matrix:
+    """Return the matrix of a phase as one of all cells."""
+    spread = np.zeros((len(matrix), cells))
+    spread[:, first::2] = matrix
+    return _matrix(list(spread))
+
+
+def _phase(outputs: int, taps: int) -> Axis:
+    """Return the matrices for so many outputs: Lagrange's interpolation; a single tap is multiplied by each input."""
+    if taps == 1:
+        each = _matrix(list(np.eye(outputs)))
+        return Axis(each, ((1.0,),) * outputs, each, ())
+    pairs = PAIRS[outputs + taps - 1]
+    to_inputs, to_taps, to_outputs = [_product(pairs)], [_powers(0, taps) / _product(pairs)[0]], [_powers(0, outputs)]
     for p in pairs:
         others = _product([q for q in pairs if q != p])
         scale = 2 * p * p * math.prod(p * p - q * q for q in pairs if q != p)
-        inputs += [np.convolve(others, (0, 0, 1)), np.convolve(others, (0, p))]  # times x (x + p)
+        to_inputs += [np.convolve(others, (0, 0, 1)), np.convolve(others, (0, p))]  # times x (x + p)
         for parity in (0, 1):
-            taps.append(_powers(p, SLICE, parity) / scale)
-            outputs.append(_powers(p, side, parity))
-    inputs.append(np.convolve(_product(pairs), (0, 1)))
-    taps.append(_powers(0, SLICE)[::-1])
-    outputs.append(_powers(0, side)[::-1])
-    return Axis(_matrix(inputs), _matrix(taps), _matrix(outputs))
+            to_taps.append(_powers(p, taps, parity) / scale)
+            to_outputs.append(_powers(p, outputs, parity))
+    to_inputs.append(np.convolve(_product(pairs), (0, 1)))
+    to_taps.append(_powers(0, taps)[::-1])
+    to_outputs.append(_powers(0, outputs)[::-1])
+    firsts = tuple(range(1, 2 * len(pairs), 2))
+    return Axis(_matrix(to_inputs), _matrix(to_taps), _matrix(to_outputs), firsts)
 
 
 def _product(pairs: Any) -> np.ndarray:
@@ -74,14 +98,15 @@ def _matrix(rows: list[np.ndarray]) -> Matrix:
     return tuple(tuple(float(number) for number in (*row, *[0.0] * (width - len(row)))) for row in rows)
 
 
-AXES = {side: _axis(side) for side in (1, *PAIRS)}
+SIDES = tuple(dict.fromkeys(sides for pair in TERMS for sides in (pair, pair[::-1])))
+AXES = {side: _axis(side) for pair in SIDES for side in pair}
 
 
 def make_transform(kind: str, back: bool = False) -> Any:
     """Return the function that transforms X to Y by the matrices of a ``kind``, neighbouring ``numbers`` at once.
 
-    Rows and columns of X and Y are so many elements apart. A tile that is higher than wide has its axes exchanged, but
-    for outputs stored row by row: ``conv_winograd`` lets rows overlap.
+    Rows and columns of X and Y are so many elements apart. Sides are known by their codes; a tile whose rows have the
+    greater one has its axes exchanged, but for outputs stored row by row: ``conv_winograd`` lets rows overlap.
     """
     exchanged = not (kind == "outputs" and back)
 
@@ -94,13 +119,14 @@ def make_transform(kind: str, back: bool = False) -> Any:
             lanes = MACHINE.vector_bytes // (y.dtype.bitwidth // 8)
             vectors = builder.udiv(args[2], args[2].type(lanes))
             vector_type = ir.VectorType(context.get_value_type(y.dtype), lanes)
-            for sides in (sides for sides in SIDES if not exchanged or sides[0] <= sides[1]):
-                here = [builder.icmp_signed("==", arg, arg.type(side)) for arg, side in zip(args, sides, strict=False)]
+            for sides in (sides for sides in SIDES if not exchanged or sides[0].code <= sides[1].code):
+                codes = [arg.type(side.code) for arg, side in zip(args, sides, strict=False)]
+                here = [builder.icmp_signed("==", arg, code) for arg, code in zip(args, codes, strict=False)]
                 with builder.if_then(builder.and_(*here)), cgutils.for_range(builder, vectors) as vector:
                     lane = builder.mul(vector.index, vector.index.type(lanes))
                     to, start = builder.gep(args[3], [lane]), builder.gep(args[6], [lane])
-                    matrices = [getattr(AXES[side], kind) for side in sides]
-                    _emit_transform(builder, matrices, back, vector_type, to, args[4:6], start, args[7:9])
+                    axes = [(getattr(AXES[side], kind), AXES[side].pairs) for side in sides]
+                    _emit_transform(builder, axes, back, vector_type, to, args[4:6], start, args[7:9])
             return context.get_dummy_value()
 
         size = types.intp
@@ -118,11 +144,11 @@ def make_transform(kind: str, back: bool = False) -> Any:
 
 
 def _emit_transform(
-    builder: ir.IRBuilder, matrices: list[Matrix], back: bool, vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
+    builder: ir.IRBuilder, axes: list[Any], back: bool, vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
 ) -> None:
     """Emit the loads, the transforms of columns and of rows, and the stores of one vector of each cell."""
     align = 4 if vector.element == ir.FloatType() else 8
-    high, wide = (len(matrix) if back else len(matrix[0]) for matrix in matrices)
+    high, wide = (len(matrix) if back else len(matrix[0]) for matrix, _ in axes)
 
     def cell(start: Any, steps: Any, i: int, j: int) -> Any:
         offset = builder.add(*(builder.mul(step, step.type(n)) for step, n in zip(steps, (i, j), strict=True)))
@@ -130,16 +156,18 @@ def _emit_transform(
 
     half = [
         _emit_axis(
-            builder, matrices[0], back, vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
+            builder, *axes[0], back, vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
         )
         for j in range(wide)
     ]
     for i in range(len(half[0])):
-        for j, result in enumerate(_emit_axis(builder, matrices[1], back, vector, [column[i] for column in half])):
+        for j, result in enumerate(_emit_axis(builder, *axes[1], back, vector, [column[i] for column in half])):
             builder.store(result, cell(y, y_steps, i, j), align=align)
 
 
-def _emit_axis(builder: ir.IRBuilder, matrix: Matrix, back: bool, vector: Any, vectors: list[Any]) -> list[Any]:
+def _emit_axis(
+    builder: ir.IRBuilder, matrix: Matrix, pairs: tuple[int, ...], back: bool, vector: Any, vectors: list[Any]
+) -> list[Any]:
     """Emit the transform of one axis, to points or back."""
     name = f"llvm.fmuladd.v{vector.count}f{32 if vector.element == ir.FloatType() else 64}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
@@ -158,9 +186,9 @@ def _emit_axis(builder: ir.IRBuilder, matrix: Matrix, back: bool, vector: Any, v
         return total
 
     def add_and_subtract(parts: list[Any]) -> list[Any]:
-        """Return a + b and a - b for each pair (a, b) of parts, or of points: all but the first and the last."""
+        """Return a + b and a - b for each pair (a, b) of parts, or of points."""
         result = list(parts)
-        for i in range(1, len(parts) - 2, 2):
+        for i in pairs:
             result[i : i + 2] = builder.fadd(*parts[i : i + 2]), builder.fsub(*parts[i : i + 2])
         return result
 
@@ -172,8 +200,8 @@ def _emit_axis(builder: ir.IRBuilder, matrix: Matrix, back: bool, vector: Any, v
 
 @jit
 def points(side: int) -> int:
-    """Return the points of an axis: ``winograd.points``."""
-    return 1 if side == 1 else side + SLICE - 1
+    """Return the points of the side with this code: ``winograd.Side.points``."""
+    return (side // 10 % 10 - 1) * (side // 100) + side % 10
 
 
 @jit

@@ -48,8 +48,7 @@ from fastconv.kernels.native import conv_direct
 from fastconv.kernels.native.weight_winograd import conv_weight_grad
 
 cdef enum:
-    CHANNELS = 32               # channel block, summed by itself: sums of sums have smaller errors
-    FEW_CHANNELS = 16           # the same for tiles with a side of 4, which would not be exact enough
+    CHANNELS = 32               # channel block, at most
     REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
     TILES = 64                  # of a block, about; fewer where there are many channels
     INPUT_BYTES = 4 << 20       # transformed inputs of a block, at most
@@ -65,6 +64,9 @@ def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
     cdef Py_ssize_t image
     refused = _forward(input, weight, bias, output, dims, options)
+    if len(refused) == len(input):
+        conv_direct.conv_forward(input, weight, bias, output, dims, options)
+        return
     for image in refused:
         one = slice(image, image + 1)
         conv_direct.conv_forward(input[one], weight, bias, output[one], dims, options)
@@ -91,7 +93,7 @@ ctypedef struct Plan:
     Py_ssize_t end_panel
     Py_ssize_t shares           # tasks that share the panels of one block
     Py_ssize_t panel_bytes      # of transformed weights
-    char *weights               # [group][panel of the pass][point][channel block][slice][channel][filter]
+    char *weights               # [group][panel of the pass][tap point][channel block][slice][channel][filter]
     const char *bias
     int relu
     unsigned char *refused      # images with numbers that are not below FC_SUM_LIMIT; the last one stands for the weights
@@ -108,14 +110,14 @@ ctypedef struct Task:
     Py_ssize_t *taps            # of each slice of a channel block
     Py_ssize_t *cells           # of each tile in a row of periods, in the output
     char *inputs                # [point][channel block][slice][tile][width]
-    char *weights               # [panel][point][channel block][slice][channel][filter]: its own, if they are used once
+    char *weights               # [panel][tap point][channel block][slice][channel][filter]: its own, if they are used once
     char *products              # [panel][point][tile][filter]
     char *floats                # transformed numbers that are yet to be split
     char *part                  # of the image, the weights or the output: not yet, or no longer, transformed
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
-    """Convolve; return the images that were left out."""
+    """Convolve; return the images that were left out: all, if there is no tile for a phase of a gradient."""
     cdef Plan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, bias_bytes
@@ -125,7 +127,10 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(c, input, weight, output, dims, options)
     split_numbers(c, PRECISION[options.precision])
     products = "split" if c.kernels.pieces else "fused" if c.kernels.fused else "rounded"
-    cut_taps(c, winograd.choose(dims, products), &plan.g)
+    tile = winograd.choose(dims, products)
+    if tile is None:
+        return list(range(c.batch))
+    cut_taps(c, tile, &plan.g)
     _plan_blocks(&plan)
     _plan_weights(&plan)
     kept = None if plan.once else options.packed
@@ -141,7 +146,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.refused = &refused[0]
     plan.ready = False
     if kept is not None:
-        form = ("winograd", c.item, c.kernels.pieces, plan.width, plan.g.rows, plan.g.columns)
+        form = ("winograd", c.item, c.kernels.pieces, plan.width, plan.g.sides[0], plan.g.sides[1])
         mine = kept.get(form)
         plan.ready = mine is not None
         if not plan.ready:
@@ -181,7 +186,7 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
     cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles
-    cdef Py_ssize_t most = FEW_CHANNELS if max(g.rows, g.columns) == 4 else CHANNELS
+    cdef Py_ssize_t most = min(g.run, <int>CHANNELS)
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     plan.whole = c.depth // plan.width
@@ -196,12 +201,12 @@ cdef void _plan_weights(Plan *plan) noexcept nogil:
     This may look at the batch, for sums are added up in the order of the channels, however the weights are cut.
     """
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t row_bytes = plan.g.points * plan.g.count * c.panel * c.packed  # of a channel
+    cdef Py_ssize_t row_bytes = plan.g.tap_points * plan.g.count * c.panel * c.packed  # of a channel
     plan.once = c.batch * plan.blocks.count == 1
     plan.together = plan.channel_blocks
     if plan.once:
         plan.together = min(plan.together, max(1, WEIGHT_BYTES // (PANELS * plan.width * row_bytes)))
-    plan.panel_bytes = min(c.depth, plan.together * plan.width) * row_bytes + plan.g.points * LINE_BYTES
+    plan.panel_bytes = min(c.depth, plan.together * plan.width) * row_bytes + plan.g.tap_points * LINE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -212,7 +217,7 @@ cdef int _transform_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
     cdef Py_ssize_t part_bytes = weight_part_bytes(plan)
-    cdef char *part = arena(FC_ARENA_BLOCK, part_bytes + plan.g.points * weight_float_bytes(plan))
+    cdef char *part = arena(FC_ARENA_BLOCK, part_bytes + plan.g.tap_points * weight_float_bytes(plan))
     if part == NULL:
         return 1
     _transform_weights(
@@ -260,19 +265,19 @@ cdef void _transform_slice(const Plan *plan, Py_ssize_t panel, Py_ssize_t channe
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
     cdef Py_ssize_t width = vectors * c.kernels.lanes, point, n
-    cdef Py_ssize_t point_bytes = plan.panel_bytes // plan.g.points, float_bytes = weight_float_bytes(plan)
+    cdef Py_ssize_t point_bytes = plan.panel_bytes // plan.g.tap_points, float_bytes = weight_float_bytes(plan)
     cdef Py_ssize_t[CHANNELS] at
     for n in range(channels):
         at[n] = (((n * c.kernel[0] + d) * c.kernel[1] + h) * c.kernel[2] + w) * width
     cdef fc_tiles tiles = tiles_at(&plan.g, at, channels, c.kernel[2] * width, width)
     tiles.high, tiles.wide = <int>(c.kernel[1] - h), <int>(c.kernel[2] - w)
-    if plan.g.rows > plan.g.columns:
+    if plan.g.sides[0] > plan.g.sides[1]:
         tiles.high, tiles.wide = tiles.wide, tiles.high
     if pieces == 0:
         c.kernels.winograd_transform(FC_TAPS, &tiles, part, width, out, point_bytes // c.item)
         return
     c.kernels.winograd_transform(FC_TAPS, &tiles, part, width, floats, float_bytes // c.item)
-    for point in range(plan.g.points):
+    for point in range(plan.g.tap_points):
         c.kernels.split_weights(floats + point * float_bytes, channels, 1, vectors, pieces, out + point * point_bytes)
 
 
@@ -350,7 +355,9 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
     cdef Py_ssize_t cells = t.whole.high * t.whole.wide, b, d, h, w, p, cell
     cdef int sizes = 0
     cdef char *out = t.inputs
-    place_tiles(c, g, t.whole.rows, t.whole.columns, t.whole.wide, plan.width, t.offsets)
+    place_tiles(
+        c, g, t.whole.rows, t.whole.columns, c.stride[1] * t.whole.wide * plan.width, c.stride[2] * plan.width, t.offsets
+    )
     for b in range(plan.channel_blocks):
         pack_image(
             c, &t.whole, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
@@ -394,6 +401,7 @@ cdef int _transform_inputs(const Plan *plan, const Task *t, const char *cells, c
 cdef void _panels(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Compute and store the filters of some panels for all tiles of a block."""
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel, points = plan.g.points, b, point, panel
+    cdef Py_ssize_t point_bytes = plan.panel_bytes // plan.g.tap_points
     cdef char *weights = t.weights
     if not plan.once:
         weights = plan.weights + (t.group * pass_panels + first - plan.first_panel) * plan.panel_bytes
@@ -407,7 +415,7 @@ cdef void _panels(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t 
             for panel in range(first, end):
                 _multiply(
                     plan, t, panel, b, t.inputs + point * t.point_bytes,
-                    weights + (panel - first) * plan.panel_bytes + point * (plan.panel_bytes // points),
+                    weights + (panel - first) * plan.panel_bytes + plan.g.tap_point[point] * point_bytes,
                     t.products + ((panel - first) * points + point) * t.product_bytes,
                 )
     for panel in range(first, end):
@@ -423,7 +431,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks) * plan.g.count
     cdef Py_ssize_t whole = plan.whole * plan.g.count  # slices of full channel blocks; the others are less deep
     cdef fc_reduction reduction
-    reduction.apart = 1
+    reduction.apart = <int>max(1, plan.g.run // plan.width)
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_step = width
@@ -448,7 +456,7 @@ cdef void _store_panel(const Plan *plan, const Task *t, Py_ssize_t panel, const 
     cdef Py_ssize_t filters = min(width, c.filters - panel * c.panel)
     cdef Py_ssize_t tiles = c.dilation[1] * (pitch // g.columns)
     cdef fc_tiles period = tiles_at(g, t.cells, tiles, c.dilation[1] * pitch * width, c.dilation[2] * width)
-    place_tiles(c, g, g.down, pitch, pitch, width, t.cells)
+    place_tiles(c, g, g.down, pitch, pitch * width, width, t.cells)
     for row from 0 <= row < block.rows by g.down:
         c.kernels.winograd_gather(FC_OUTPUTS, &period, products, t.product_bytes // c.item, width, t.part)
         products += tiles * width * c.item

@@ -1,6 +1,6 @@
 """The gradient of the weights by Winograd's tiles: the same transforms, multiplied and summed over tiles.
 
-    grad_weight = Gt [ sum over tiles of (Bt inputs B) * (A gradients At) ] G          3 taps along one axis or two
+    grad_weight = Gt [ sum over tiles of (Bt inputs B) * (A gradients At) ] G          filters of one slice
 
     for chunk of the blocks of all images, block of channels, panels of filters:     in parallel
         pack and transform both, until there are enough tiles          [point][tile][width], [point][panel][tile][filter]
@@ -38,7 +38,7 @@ from fastconv.kernels.native import weight_direct
 cdef enum:
     CHANNELS = 64               # of a task, at most: the panels' transformed gradients are used for all of them
     TILES = 64                  # that one brgemm reduces over, at most
-    APART = 16                  # tiles whose products are summed by themselves: sums of sums have smaller errors
+    LEAST_RUN = 16              # of tiles whose products are summed by themselves: sums of sums have smaller errors
 
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
@@ -63,7 +63,7 @@ ctypedef struct GradTask:
     Py_ssize_t tiles            # transformed so far
     Py_ssize_t *offsets         # of each tile
     Py_ssize_t *rows            # of each channel
-    Py_ssize_t *parts           # of each APART tiles
+    Py_ssize_t *parts           # of each run of tiles
     char *inputs                # [point][tile][channel]
     char *grads                 # [point][panel][tile][filter]
     char *sums                  # [point][panel][channel][filter]
@@ -121,10 +121,10 @@ cdef int _place(const GradPlan *plan, GradTask *t) noexcept nogil:
     """Find room for a task's arrays, clear its sums; return 1 if there is no memory."""
     cdef const WeightPlan *w = &plan.w
     cdef const Conv *c = &w.c
-    cdef Py_ssize_t offset_bytes = (TILES + w.width + TILES // APART + 8) // 8 * 64
+    cdef Py_ssize_t offset_bytes = (TILES + w.width + TILES // LEAST_RUN + 8) // 8 * 64
     cdef Py_ssize_t points = plan.g.points, i
-    cdef Py_ssize_t high = w.blocks.rows + (c.kernel[1] - 1) * c.dilation[1]
-    cdef Py_ssize_t wide = w.blocks.columns + (c.kernel[2] - 1) * c.dilation[2]
+    cdef Py_ssize_t high = (w.blocks.rows - 1) * c.stride[1] + (c.kernel[1] - 1) * c.dilation[1] + 1
+    cdef Py_ssize_t wide = (w.blocks.columns - 1) * c.stride[2] + (c.kernel[2] - 1) * c.dilation[2] + 1
     cdef Py_ssize_t cells = max(high * wide * w.width, w.blocks.rows * w.blocks.columns * c.panel)
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + points * (plan.point_bytes + plan.grad_bytes + plan.sum_bytes) + cells * c.item
@@ -141,8 +141,8 @@ cdef int _place(const GradPlan *plan, GradTask *t) noexcept nogil:
     t.part = t.sums + points * plan.sum_bytes
     for i in range(w.width):
         t.rows[i] = i
-    for i in range(TILES // APART):
-        t.parts[i] = i * APART * w.width
+    for i in range(TILES // plan.g.run):
+        t.parts[i] = i * plan.g.run * w.width
     memset(t.sums, 0, <size_t>(points * plan.sum_bytes))
     return 0
 
@@ -159,7 +159,9 @@ cdef bint _add_inputs(const GradPlan *plan, const GradTask *t, const Block *whol
     )
     if not c.kernels.all_below(t.part, w.width * whole.high * whole.wide, FC_SUM_LIMIT):
         return False
-    place_tiles(c, &plan.g, whole.rows, whole.columns, whole.wide, w.width, t.offsets)
+    place_tiles(
+        c, &plan.g, whole.rows, whole.columns, c.stride[1] * whole.wide * w.width, c.stride[2] * w.width, t.offsets
+    )
     c.kernels.winograd_transform(
         FC_INPUTS, &tiles, t.part, w.width, t.inputs + t.tiles * w.width * c.item, plan.point_bytes // c.item
     )
@@ -186,7 +188,7 @@ cdef bint _add_grads(const GradPlan *plan, const GradTask *t, const Block *block
         if not c.kernels.all_below(t.part, cells * width, FC_SUM_LIMIT):
             return False
         add_bias(w, &t.w, panel, t.part, cells)
-        place_tiles(c, &plan.g, whole.rows, whole.columns, whole.columns, width, t.offsets)
+        place_tiles(c, &plan.g, whole.rows, whole.columns, whole.columns * width, width, t.offsets)
         tiles = tiles_at(&plan.g, t.offsets, count, c.dilation[1] * whole.columns * width, c.dilation[2] * width)
         c.kernels.winograd_transform(
             FC_OUTPUTS, &tiles, t.part, width,
@@ -196,10 +198,10 @@ cdef bint _add_grads(const GradPlan *plan, const GradTask *t, const Block *block
 
 
 cdef void _sum_tiles(const GradPlan *plan, GradTask *t) noexcept nogil:
-    """Add the products of all tiles that are transformed to the sums, those of APART tiles at a time."""
-    cdef Py_ssize_t whole = t.tiles // APART * APART
+    """Add the products of all tiles that are transformed to the sums, those of a run of tiles at a time."""
+    cdef Py_ssize_t run = plan.g.run, whole = t.tiles // run * run
     if whole > 0:
-        _add_products(plan, t, 0, APART, whole // APART)
+        _add_products(plan, t, 0, run, whole // run)
     if whole < t.tiles:
         _add_products(plan, t, whole, t.tiles - whole, 1)
     t.tiles = 0

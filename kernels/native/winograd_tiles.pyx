@@ -1,7 +1,7 @@
 """Where the tiles of Winograd's convolution are: slices of the filters, periods of dilated tiles, blocks of periods.
 
-How many outputs a tile has is the choice of ``kernels/winograd.py``. Filters of more than 3 taps along an axis are cut
-into slices of 3, whose products are summed like those of channels. With dilation 2 the outputs of a tile are 2 apart, and
+How many outputs a tile has is the choice of ``kernels/winograd.py``. Filters of more taps than a tile's sides have are cut
+into slices, whose products are summed like those of channels. With dilation 2 the outputs of a tile are 2 apart, and
 2x2 tiles together make a period of neighbouring outputs:
 
       taps of a 5x5 filter      outputs of four 2x2 tiles
@@ -19,12 +19,14 @@ from fastconv.kernels.native.machine cimport fc_tiles
 
 cdef void cut_taps(const Conv *c, tile, Geometry *g):
     """Cut the taps into slices for a tile."""
-    cdef int axis
-    cdef int[3] sides
-    sides[0], sides[1], sides[2] = 1, tile.rows, tile.columns
-    g.rows, g.columns, g.points = tile.rows, tile.columns, tile.points
+    cdef int axis, point, tap_point
+    g.rows, g.columns, g.points, g.run = tile.rows.outputs, tile.columns.outputs, tile.points, tile.run
+    g.taps[0], g.taps[1], g.taps[2] = 1, tile.rows.taps, tile.columns.taps
+    g.sides[0], g.sides[1] = tile.rows.code, tile.columns.code
+    for point, tap_point in enumerate(tile.tap_points):
+        g.tap_point[point] = tap_point
+    g.tap_points = g.tap_point[g.points - 1] + 1
     for axis in range(3):
-        g.taps[axis] = 1 if sides[axis] == 1 else SLICE
         g.slices[axis] = ceil_div(c.kernel[axis], g.taps[axis])
     g.count = g.slices[0] * g.slices[1] * g.slices[2]
     g.down = g.rows * c.dilation[1]
@@ -33,27 +35,27 @@ cdef void cut_taps(const Conv *c, tile, Geometry *g):
 
 cdef fc_tiles tiles_at(const Geometry *g, const Py_ssize_t *at, Py_ssize_t count, Py_ssize_t row_step,
                        Py_ssize_t cell_step) noexcept nogil:
-    """Return tiles whose cells are so far apart; where they are higher than wide, with exchanged axes."""
+    """Return tiles whose cells are so far apart; ``winograd.h`` has no others than with the greater side across."""
     cdef fc_tiles tiles
-    if g.rows > g.columns:
+    if g.sides[0] > g.sides[1]:
         row_step, cell_step = cell_step, row_step
-    tiles.rows, tiles.columns = min(g.rows, g.columns), max(g.rows, g.columns)
-    tiles.high, tiles.wide = SLICE, SLICE
+    tiles.rows, tiles.columns = min(g.sides[0], g.sides[1]), max(g.sides[0], g.sides[1])
+    tiles.high, tiles.wide = <int>g.taps[1], <int>g.taps[2]
     tiles.count = count
     tiles.at = at
     tiles.row_step, tiles.cell_step = row_step, cell_step
     return tiles
 
 
-cdef void place_tiles(const Conv *c, const Geometry *g, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t pitch,
-                      Py_ssize_t width, Py_ssize_t *at) noexcept nogil:
-    """Write where each tile of so many outputs, in whole periods, starts among cells of ``width``, ``pitch`` in a row."""
+cdef void place_tiles(const Conv *c, const Geometry *g, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t row_step,
+                      Py_ssize_t cell_step, Py_ssize_t *at) noexcept nogil:
+    """Write where each tile of so many outputs, in whole periods, starts; the cells of outputs are so far apart."""
     cdef Py_ssize_t row, column, r, q, p = 0
     for row from 0 <= row < rows by g.down:
         for r in range(c.dilation[1]):
             for column from 0 <= column < columns by g.across:
                 for q in range(c.dilation[2]):
-                    at[p] = ((row + r) * pitch + column + q) * width
+                    at[p] = (row + r) * row_step + (column + q) * cell_step
                     p += 1
 
 
@@ -62,8 +64,8 @@ cdef Block whole_periods(const Conv *c, const Geometry *g, const Block *block) n
     cdef Block whole = block[0]
     whole.rows = round_up(block.rows, g.down)
     whole.columns = round_up(block.columns, g.across)
-    whole.high = whole.rows + (g.slices[1] * g.taps[1] - 1) * c.dilation[1]
-    whole.wide = whole.columns + (g.slices[2] * g.taps[2] - 1) * c.dilation[2]
+    whole.high = (whole.rows - 1) * c.stride[1] + (g.slices[1] * g.taps[1] - 1) * c.dilation[1] + 1
+    whole.wide = (whole.columns - 1) * c.stride[2] + (g.slices[2] * g.taps[2] - 1) * c.dilation[2] + 1
     return whole
 
 

@@ -131,20 +131,20 @@ def _planar(op: str, dims: ConvDims) -> str:
 
 
 def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, products: str = "fused") -> str:
-    """Say yes where plain products (or ``columns``) are at least ``gain`` times the cost modelled for a tile."""
-    if dims.stride[1:] != (1, 1) or dims.kernel_size[1:] == (1, 1):
-        return "only for filters of several taps and for stride 1, along height and width"
+    """Say yes where plain products (or ``columns``) are at least ``gain`` times the cost modelled for tiles."""
+    if dims.kernel_size[1:] == (1, 1):
+        return "only for filters of several taps along height or width"
     if op == "conv_weight_grad":
-        tile, plain = winograd.choose_for_weights(dims), dims.batch * winograd.plain_cost(dims)
-    elif op == "conv_input_grad" and (dims.stride[0] != 1 or dims.input_grad_parts()[0].dims is None):
-        return "only for stride 1"
+        tiles, plain = [winograd.choose_for_weights(dims)], [dims.batch * winograd.plain_cost(dims)]
     else:
-        dims = dims.input_grad_parts()[0].dims or dims if op == "conv_input_grad" else dims
-        tile, plain = winograd.choose(dims, products), winograd.plain_cost(dims, products)
+        parts = [part.dims for part in dims.input_grad_parts() if part.dims] if op == "conv_input_grad" else [dims]
+        tiles = [winograd.choose(part, products) for part in parts]
+        plain = [winograd.plain_cost(part, products) for part in parts]
+    tile = next(filter(None, tiles), None)
     if tile is None:
-        return "not for such filters or so short sums: less exact than plain sums there, and no faster"
-    if gain * tile.cost > (columns or plain):
-        return f"slower: the transforms take what tiles of {tile.rows}x{tile.columns} save"
+        return "not for such filters, strides or so short sums: less exact than plain sums there, or no faster"
+    if gain * sum(t.cost if t else cost for t, cost in zip(tiles, plain, strict=True)) > (columns or sum(plain)):
+        return f"slower: the transforms take what tiles of {tile.rows.outputs}x{tile.columns.outputs} save"
     return ""
 
 

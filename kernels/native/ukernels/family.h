@@ -17,6 +17,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                                                            int accumulate)
 {
     V acc[TILE_ROWS][4] = {{{0}}};
+    ptrdiff_t end = r->apart ? r->apart : r->n_taps;
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
         const T *row[TILE_ROWS];
         UNROLL for (int m = 0; m < n_rows; m++)
@@ -35,8 +36,9 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                     NEEDED(cell);
             }
         }
-        if (!r->apart && t + 1 < r->n_taps)
+        if (t + 1 < end && t + 1 < r->n_taps)
             continue;
+        end += r->apart;
         UNROLL for (int m = 0; m < n_rows; m++)
             UNROLL for (int v = 0; v < vectors; v++) {
                 V *sum = (V *)(c + m * r->c_step + v * LANES);

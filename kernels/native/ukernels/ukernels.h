@@ -25,7 +25,7 @@ typedef struct {
     const ptrdiff_t *taps, *b_taps;
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
     ptrdiff_t c_step; /* between rows of c */
-    int apart; /* each tap is summed by itself and then added to c: sums of sums have smaller errors */
+    int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
 enum { FC_FLAT_ROWS = 3 };
@@ -73,10 +73,10 @@ typedef struct {
     ptrdiff_t n_rows, run, plane, depth;
 } fc_patches;
 
-/* Tiles of Winograd's convolution: 1 x 2, 1 x 4, 2 x 2, 2 x 4 or 4 x 4 outputs; along each axis 1, 2 or 4 outputs see 1, 4 or 6
- * inputs by way of 1 or 3 taps and have 1, 4 or 6 points. A tile that is higher than wide has its axes exchanged. */
+/* Tiles of Winograd's convolution. A side is a number of three digits, its stride, outputs and taps: 143 is F(4, 3). A tile
+ * whose rows have the greater one has its axes exchanged. */
 typedef struct {
-    int rows, columns;              /* outputs */
+    int rows, columns;              /* sides */
     int high, wide;                 /* of kind FC_TAPS: the taps that there are; others are zero */
     ptrdiff_t count;
     const ptrdiff_t *at;            /* the first cell of each */
