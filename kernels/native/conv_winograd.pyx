@@ -1,6 +1,6 @@
 """Winograd's convolution: a tile of outputs for fewer multiplications than its products, 36 instead of 144 for 4x4 outputs.
 
-    output tile = At [ sum over channels of (G taps Gt) * (Bt inputs B) ] A        3x3 taps at most; ukernels/winograd.h
+    output tile = At [ sum over channels, slices of (G taps Gt) * (Bt inputs B) ] A        ukernels/winograd.h
 
     transform the weights, all or (where they are large) some of the panels at a time, unless each is used by one task
     for image, group, block of tiles, share of the panels:                 in parallel
