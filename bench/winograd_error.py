@@ -4,7 +4,7 @@
 
 It prints these ratios for the tiles of ``kernels/winograd.py``, by the length of the sums and how much of them is
 summed in a row, and the points (of sixteenths) with the smallest errors. What is computed is what the kernels compute,
-in NumPy, with products rounded before they are added: no padding, some tiles of an image.
+in NumPy: no padding, some tiles of an image. Products of tiles are fused with sums, those of plain sums rounded first.
 """
 
 from __future__ import annotations
@@ -97,14 +97,15 @@ def error_ratio(channels: int, rows: Matrices, columns: Matrices, run: int, relu
 
 
 def _convolve(x: Array, w: Array, rows: Matrices, columns: Matrices, run: int) -> Array:
-    """Return the tiles' outputs, (filter, tile, row, column), all in float32."""
+    """Return the tiles' outputs, (filter, tile, row, column), all in float32 but for the products."""
     inputs = np.einsum("bj,ctaj->abct", columns.inputs, np.einsum("ai,ctij->ctaj", rows.inputs, x))
     taps = np.einsum("bj,kcaj->abkc", columns.taps, np.einsum("ai,kcij->kcaj", rows.taps, w))
     total = np.zeros((*taps.shape[:3], x.shape[1]), np.float32)
+    inputs, taps = inputs.astype(float), taps.astype(float)
     for first in range(0, x.shape[0], run):
         part = np.zeros_like(total)
         for c in range(first, min(first + run, x.shape[0])):
-            part += taps[:, :, :, c, None] * inputs[:, :, None, c]
+            part = (part + taps[:, :, :, c, None] * inputs[:, :, None, c]).astype(np.float32)
         total += part
     result: Array = np.einsum("jb,ibkt->ktij", columns.outputs, np.einsum("ia,abkt->ibkt", rows.outputs, total))
     return result

@@ -7,12 +7,12 @@ is left alone, in slices of one tap.
 
     tile                  products of an output    instead of    terms
     F(2, 3)                        2                   3           120
-    F(4, 3)                        1.5                 3           400
+    F(4, 3)                        1.5                 3           300
     F(2, 3) x F(2, 3)              4                   9           120
     F(2, 3) x F(4, 3)              3                   9           400
     F(4, 3) x F(4, 3)              2.25                9          1600
     F(3, 2) x F(3, 2)              1.8                 4           180
-    F(3, 4) x F(3, 4)              4                  16          1600
+    F(3, 4) x F(3, 4)              4                  16          1250
     F(3, 3) x F(3, 3), stride 2    5.4                 9           120
     F(3, 4) x F(3, 4), stride 2    7.1                16           180
 
@@ -64,16 +64,16 @@ ALONE = Side(1, 1)  #: of any stride
 RUNS = (16, 32, 64)  #: products that are summed in a row
 TERMS = {  #: that a sum must have for each of the runs; the axes of a tile may be exchanged
     (ALONE, Side(2, 3)): (120, 120, 180),
-    (ALONE, Side(4, 3)): (400, 400, 600),
+    (ALONE, Side(4, 3)): (300, 350, 500),
     (ALONE, Side(3, 2)): (120, 120, 250),
-    (ALONE, Side(3, 4)): (400, 400, 700),
+    (ALONE, Side(3, 4)): (300, 300, 500),
     (ALONE, Side(3, 3, 2)): (120, 120, 180),
     (ALONE, Side(3, 4, 2)): (120, 120, 250),
     (Side(2, 3), Side(2, 3)): (120, 120, 180),
-    (Side(2, 3), Side(4, 3)): (400, 600, 1000),
-    (Side(4, 3), Side(4, 3)): (1600, 2000, 3000),
+    (Side(2, 3), Side(4, 3)): (400, 540, 850),
+    (Side(4, 3), Side(4, 3)): (1600, 1600, 2500),
     (Side(3, 2), Side(3, 2)): (180, 180, 400),
-    (Side(3, 4), Side(3, 4)): (1600, 2300, 3200),
+    (Side(3, 4), Side(3, 4)): (1250, 1500, 2400),
     (Side(3, 3, 2), Side(3, 3, 2)): (120, 120, 180),
     (Side(3, 4, 2), Side(3, 4, 2)): (180, 180, 400),
 }
