@@ -95,7 +95,7 @@ def test_stride_2_has_tiles_of_both_phases(taps: int, points: int, tap_points: i
 
 
 def test_no_more_points_than_native_code_has_room_for() -> None:
-    source = (Path(winograd.__file__).parent / "native" / "winograd_tiles.pxd").read_text()
+    source = (Path(__file__).parent.parent / "kernels" / "native" / "winograd_tiles.pxd").read_text()
     most = re.search(r"MOST_POINTS = (\d+)", source)
     assert most is not None
     assert max(rows.points * columns.points for rows, columns in winograd.TERMS) <= int(most[1])

@@ -85,6 +85,7 @@ ctypedef struct Plan:
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
     Py_ssize_t whole            # of them have all their channels
+    Py_ssize_t run              # channel blocks that are summed in a row; what is cut otherwise is cut between runs
     Py_ssize_t most_taps        # channel blocks that one brgemm reduces over
     bint ready                  # the weights were kept from an earlier call
     bint once                   # each panel's weights are used by one task: it transforms them itself
@@ -190,7 +191,8 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     plan.whole = c.depth // plan.width
-    plan.most_taps = REDUCTION // plan.width
+    plan.run = max(1, g.run // plan.width)
+    plan.most_taps = REDUCTION // plan.width // plan.run * plan.run
     tiles = INPUT_BYTES // (g.points * g.count * plan.channel_blocks * plan.width * c.packed)
     cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles)), &plan.blocks)
 
@@ -205,7 +207,9 @@ cdef void _plan_weights(Plan *plan) noexcept nogil:
     plan.once = c.batch * plan.blocks.count == 1
     plan.together = plan.channel_blocks
     if plan.once:
-        plan.together = min(plan.together, max(1, WEIGHT_BYTES // (PANELS * plan.width * row_bytes)))
+        plan.together = min(
+            plan.together, max(1, WEIGHT_BYTES // (PANELS * plan.run * plan.width * row_bytes)) * plan.run
+        )
     plan.panel_bytes = min(c.depth, plan.together * plan.width) * row_bytes + plan.g.tap_points * LINE_BYTES
 
 
@@ -431,7 +435,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks) * plan.g.count
     cdef Py_ssize_t whole = plan.whole * plan.g.count  # slices of full channel blocks; the others are less deep
     cdef fc_reduction reduction
-    reduction.apart = <int>max(1, plan.g.run // plan.width)
+    reduction.apart = <int>plan.run
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_step = width

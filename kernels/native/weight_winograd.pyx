@@ -71,7 +71,7 @@ ctypedef struct GradTask:
 
 
 cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
-    """Compute the gradient; return whether all numbers can be summed."""
+    """Compute the gradient; return whether all numbers can be summed, and there is a tile."""
     cdef GradPlan plan
     cdef WeightPlan *w = &plan.w
     cdef Conv *c = &w.c
@@ -79,7 +79,10 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     make_conv(c, input, grad_weight, grad_output, dims, options)
     w.width = round_up(ceil_div(c.channels, ceil_div(c.channels, CHANNELS)), c.kernels.lanes)  # even parts
     w.channel_blocks = 1
-    cut_taps(c, winograd.choose_for_weights(dims, "fused" if c.kernels.fused else "rounded"), &plan.g)
+    tile = winograd.choose_for_weights(dims, "fused" if c.kernels.fused else "rounded")
+    if tile is None:
+        return False
+    cut_taps(c, tile, &plan.g)
     cut_tiles(c, &plan.g, TILES, &w.blocks)
     plan_chunks(w, c.batch * w.blocks.count, grad_bias)
     plan.point_bytes = TILES * w.width * c.item + LINE_BYTES

@@ -135,7 +135,7 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, produc
     if dims.kernel_size[1:] == (1, 1):
         return "only for filters of several taps along height or width"
     if op == "conv_weight_grad":
-        tiles, plain = [winograd.choose_for_weights(dims)], [dims.batch * winograd.plain_cost(dims)]
+        tiles, plain = [winograd.choose_for_weights(dims, products)], [dims.batch * winograd.plain_cost(dims)]
     else:
         parts = [part.dims for part in dims.input_grad_parts() if part.dims] if op == "conv_input_grad" else [dims]
         tiles = [winograd.choose(part, products) for part in parts]
@@ -153,7 +153,8 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
         return "slower than direct, whose tile multiplies pieces of numbers"
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
-    products = {"scalar": "rounded", "amx": "split" if summed >= 16 else "fused"}.get(isa(), "fused")
+    split = op != "conv_weight_grad" and summed >= 16
+    products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1  # its weights are packed in shorter runs
     return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
 
