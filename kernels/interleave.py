@@ -41,13 +41,12 @@ def input_grad(
     options: Any,
 ) -> None:
     """Fill ``grad_input`` by one call of ``forward`` for each phase of the stride."""
-    swapped = swap_channels(weight, dims.groups)
-    for part in dims.input_grad_parts():
-        target = grad_input[(..., *part.input_slices)]
-        if part.dims is None:
-            fill(target, bias, options.activation)
-        else:
-            source = grad_output[(..., *part.output_slices)]
+    swapped, parts = swap_channels(weight, dims.groups), dims.input_grad_parts()
+    if any(part.dims is None for part in parts):  # all at once: a phase of it has no two neighbours
+        fill(grad_input, bias, options.activation)
+    for part in parts:
+        if part.dims is not None:
+            source, target = grad_output[(..., *part.output_slices)], grad_input[(..., *part.input_slices)]
             forward(source, swapped[(..., *part.kernel_slices)], bias, target, part.dims, options)
 
 

@@ -38,7 +38,6 @@ cdef enum:
     PLANE_BYTES = 1 << 18       # of a block: with what else there is, half of L2
     SHARE_BYTES = 3 << 13       # of the planes that a tile sees, and the next one again: L1
     LINE_BYTES = 64
-    FLAT_VECTORS = 4            # in a tile of few rows
     TILE_BYTES = 2048           # of sums, at most
 
 
@@ -166,7 +165,7 @@ cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ss
                    const Py_ssize_t *b_taps, const char *planes, Py_ssize_t plane_bytes, char *sums) noexcept nogil:
     """Compute and store a tile's rows of filters for all pixels of a block."""
     cdef const Conv *c = &plan.c
-    cdef int vectors = FLAT_VECTORS if filters <= FC_FLAT_ROWS else 2
+    cdef int vectors = 8 if filters == 1 else 4 if filters <= FC_FLAT_ROWS else 2
     cdef Py_ssize_t width = vectors * c.kernels.lanes, pixel, channel, row
     cdef Py_ssize_t pixels = (block.rows - 1) * block.wide + block.columns
     cdef Py_ssize_t rows[16]

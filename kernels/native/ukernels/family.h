@@ -16,7 +16,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
                                                            const int n_rows, const T *b, const int vectors, T *c,
                                                            int accumulate)
 {
-    V acc[TILE_ROWS][4] = {{{0}}};
+    V acc[TILE_ROWS][8] = {{{0}}};
     ptrdiff_t end = r->apart ? r->apart : r->n_taps;
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
         const T *row[TILE_ROWS];
@@ -25,7 +25,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
         const T *panel = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap);
         ptrdiff_t step = 0;
         for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
-            V weight[4];
+            V weight[8];
             UNROLL for (int v = 0; v < vectors; v++)
                 weight[v] = *(const V *)(panel + v * LANES);
             UNROLL for (int m = 0; m < n_rows; m++) {
@@ -53,16 +53,18 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
 #define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate)
-#define TILE_CASE(n)                             \
-    case n:                                      \
-        if (n <= TILE_ROWS) {                    \
-            if (n <= FC_FLAT_ROWS && vectors == 4) \
-                TILE(n, 4);                      \
-            else if (vectors == 2)               \
-                TILE(n, 2);                      \
-            else                                 \
-                TILE(n, 1);                      \
-        }                                        \
+#define TILE_CASE(n)                                    \
+    case n:                                             \
+        if (n <= TILE_ROWS) {                           \
+            if (n == 1 && vectors == 8)                 \
+                TILE(n, 8);                             \
+            else if (n <= FC_FLAT_ROWS && vectors == 4) \
+                TILE(n, 4);                             \
+            else if (vectors == 2)                      \
+                TILE(n, 2);                             \
+            else                                        \
+                TILE(n, 1);                             \
+        }                                               \
         break;
 
 static inline __attribute__((always_inline)) void FC(one_tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
@@ -202,7 +204,7 @@ static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_str
     const T *c = tile;
     T *out = output;
     const ptrdiff_t ps = e->pixel_stride, cs = e->channel_stride;
-    const ptrdiff_t most = cs == 1 ? channels : ps != 1 ? 0 : channels < pixels ? channels : pixels; /* side of a square */
+    const ptrdiff_t most = cs == 1 || channels < pixels ? channels : pixels; /* side of a square */
 #ifdef WIDE
     if (most >= WIDE) {
         SQUARES(epilogue, WIDE)(e, c, c_stride, pixels, channels, out);

@@ -90,7 +90,8 @@ static inline void SQ(finish)(ROW *value, const ROW *bias, int relu)
         *value = (ROW)((SQ(mask))*value & ~(*value < 0)); /* a NaN stays one */
 }
 
-/* The epilogue for at least SIDE channels whose elements, or (SIDE of them) whose pixels, are neighbours in the output. */
+/* The epilogue for at least SIDE channels whose elements are neighbours in the output, or SIDE of them and as many pixels. Pixels
+ * that are no neighbours are stored one by one, a channel's after another: channels may be a power of two apart. */
 static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, ptrdiff_t pixels, ptrdiff_t channels, T *out)
 {
     const T *bias = e->bias;
@@ -115,7 +116,11 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
             }
             SQ(turn)(x);
             UNROLL for (int n = 0; n < SIDE; n++)
-                *(ROW *)(out + (i + n) * cs + p) = x[n];
+                if (ps == 1)
+                    *(ROW *)(out + (i + n) * cs + p) = x[n];
+                else
+                    UNROLL for (int k = 0; k < SIDE; k++)
+                        out[(i + n) * cs + (p + k) * ps] = x[n][k];
         }
     }
 }

@@ -87,7 +87,7 @@ enum { FC_INPUTS, FC_TAPS, FC_OUTPUTS };
 
 typedef struct {
     int lanes;      /* elements in a vector */
-    int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide */
+    int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide, with one 8 */
     int depth_step; /* the depth of a reduction is a multiple of it */
     int fused;      /* whether a product is not rounded before it is added */
 
