@@ -141,7 +141,8 @@ def winograd_plan(dims: Any, itemsize: int, threads: int, tile: Tile) -> Winogra
     weights = plan.block if plan.box_count == 1 else plan.channels  # used by one task, which transforms them by blocks
     return WinogradPlan(
         plan, plan._replace(kernel_size=dims.kernel_size, taps=dims.taps, output_size=dims.output_size),
-        rows.outputs, columns.outputs, rows.code, columns.code, points, slices, slice_taps, slice_count, tile.run,
+        rows.outputs, columns.outputs, rows.code, columns.code, points, slices, slice_taps, slice_count,
+        min(tile.run, plan.block),
         weights * slice_count * lanes + line, plan.blocks * slice_count * most_rows * plan.block + line,
         most_rows * lanes + line,
     )  # fmt: skip

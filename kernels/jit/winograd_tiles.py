@@ -3,8 +3,8 @@
     Y = M X Nt      cells to points: M and N are the Bt of inputs, the G of taps or the A of outputs, of a tile's axes
     Y = Mt X N      points back to cells: outputs of the forward pass, taps of the gradient of the weights
 
-An axis of m outputs and r taps has m + r - 1 points: 0, infinity, and pairs p and -p between them. With stride 2, it
-has those of the even taps, which see even cells, and then those of the odd ones.
+An axis of m outputs and r taps has m + r - 1 points: 0, infinity, and pairs p and -p between them. There are no tiles
+for stride 2: they gained nothing here, and a first call took 23 seconds with them instead of 17.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..winograd import TERMS, Side
+from ..winograd import ALONE, TERMS, Side
 from .compile import jit
 from .tile import MACHINE
 
@@ -38,35 +38,13 @@ class Axis(NamedTuple):
     inputs: Matrix  #: Bt
     taps: Matrix  #: G
     outputs: Matrix  #: A
-    pairs: tuple[int, ...]  #: the first point of each
 
 
 def _axis(side: Side) -> Axis:
-    """Return the matrices of a side; with stride 2, those of its phases, which see every second cell."""
-    if side.stride == 1:
-        return _phase(side.outputs, side.taps)
-    even, odd = (_phase(side.outputs, taps) for taps in ((side.taps + 1) // 2, side.taps // 2))
-    return Axis(
-        _every_second(even.inputs, 0, side.points) + _every_second(odd.inputs, 1, side.points),
-        _every_second(even.taps, 0, side.taps) + _every_second(odd.taps, 1, side.taps),
-        even.outputs + odd.outputs,
-        (*even.pairs, *(len(even.taps) + pair for pair in odd.pairs)),
-    )
-
-
-def _every_second(matrix: Matrix, first: int, cells: int) -> Matrix:
-    """Return the matrix of a phase as one of all cells."""
-    spread = np.zeros((len(matrix), cells))
-    spread[:, first::2] = matrix
-    return _matrix(list(spread))
-
-
-def _phase(outputs: int, taps: int) -> Axis:
-    """Return the matrices for so many outputs: Lagrange's interpolation; a single tap is multiplied by each input."""
-    if taps == 1:
-        each = _matrix(list(np.eye(outputs)))
-        return Axis(each, ((1.0,),) * outputs, each, ())
-    pairs = PAIRS[outputs + taps - 1]
+    """Return the matrices for so many outputs and taps: Lagrange's interpolation; F(1, 1) leaves the axis alone."""
+    if side == ALONE:
+        return Axis(*[((1.0,),)] * 3)
+    outputs, taps, pairs = side.outputs, side.taps, PAIRS[side.points]
     to_inputs, to_taps, to_outputs = [_product(pairs)], [_powers(0, taps) / _product(pairs)[0]], [_powers(0, outputs)]
     for p in pairs:
         others = _product([q for q in pairs if q != p])
@@ -78,8 +56,7 @@ def _phase(outputs: int, taps: int) -> Axis:
     to_inputs.append(np.convolve(_product(pairs), (0, 1)))
     to_taps.append(_powers(0, taps)[::-1])
     to_outputs.append(_powers(0, outputs)[::-1])
-    firsts = tuple(range(1, 2 * len(pairs), 2))
-    return Axis(_matrix(to_inputs), _matrix(to_taps), _matrix(to_outputs), firsts)
+    return Axis(_matrix(to_inputs), _matrix(to_taps), _matrix(to_outputs))
 
 
 def _product(pairs: Any) -> np.ndarray:
@@ -98,7 +75,9 @@ def _matrix(rows: list[np.ndarray]) -> Matrix:
     return tuple(tuple(float(number) for number in (*row, *[0.0] * (width - len(row)))) for row in rows)
 
 
-SIDES = tuple(dict.fromkeys(sides for pair in TERMS for sides in (pair, pair[::-1])))
+SIDES = tuple(
+    dict.fromkeys(sides for pair in TERMS for sides in (pair, pair[::-1]) if all(side.stride == 1 for side in sides))
+)
 AXES = {side: _axis(side) for pair in SIDES for side in pair}
 
 
@@ -119,14 +98,19 @@ def make_transform(kind: str, back: bool = False) -> Any:
             lanes = MACHINE.vector_bytes // (y.dtype.bitwidth // 8)
             vectors = builder.udiv(args[2], args[2].type(lanes))
             vector_type = ir.VectorType(context.get_value_type(y.dtype), lanes)
+            end = builder.append_basic_block("end")
+            switch = builder.switch(builder.add(builder.mul(args[0], args[0].type(1000)), args[1]), end)
             for sides in (sides for sides in SIDES if not exchanged or sides[0].code <= sides[1].code):
-                codes = [arg.type(side.code) for arg, side in zip(args, sides, strict=False)]
-                here = [builder.icmp_signed("==", arg, code) for arg, code in zip(args, codes, strict=False)]
-                with builder.if_then(builder.and_(*here)), cgutils.for_range(builder, vectors) as vector:
+                case = builder.append_basic_block("tile")
+                switch.add_case(args[0].type(1000 * sides[0].code + sides[1].code), case)
+                builder.position_at_end(case)
+                with cgutils.for_range(builder, vectors) as vector:
                     lane = builder.mul(vector.index, vector.index.type(lanes))
                     to, start = builder.gep(args[3], [lane]), builder.gep(args[6], [lane])
-                    axes = [(getattr(AXES[side], kind), AXES[side].pairs) for side in sides]
-                    _emit_transform(builder, axes, back, vector_type, to, args[4:6], start, args[7:9])
+                    matrices = [getattr(AXES[side], kind) for side in sides]
+                    _emit_transform(builder, matrices, back, vector_type, to, args[4:6], start, args[7:9])
+                builder.branch(end)
+            builder.position_at_end(end)
             return context.get_dummy_value()
 
         size = types.intp
@@ -144,11 +128,11 @@ def make_transform(kind: str, back: bool = False) -> Any:
 
 
 def _emit_transform(
-    builder: ir.IRBuilder, axes: list[Any], back: bool, vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
+    builder: ir.IRBuilder, matrices: list[Matrix], back: bool, vector: Any, y: Any, y_steps: Any, x: Any, x_steps: Any
 ) -> None:
     """Emit the loads, the transforms of columns and of rows, and the stores of one vector of each cell."""
     align = 4 if vector.element == ir.FloatType() else 8
-    high, wide = (len(matrix) if back else len(matrix[0]) for matrix, _ in axes)
+    high, wide = (len(matrix) if back else len(matrix[0]) for matrix in matrices)
 
     def cell(start: Any, steps: Any, i: int, j: int) -> Any:
         offset = builder.add(*(builder.mul(step, step.type(n)) for step, n in zip(steps, (i, j), strict=True)))
@@ -156,18 +140,16 @@ def _emit_transform(
 
     half = [
         _emit_axis(
-            builder, *axes[0], back, vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
+            builder, matrices[0], back, vector, [builder.load(cell(x, x_steps, i, j), align=align) for i in range(high)]
         )
         for j in range(wide)
     ]
     for i in range(len(half[0])):
-        for j, result in enumerate(_emit_axis(builder, *axes[1], back, vector, [column[i] for column in half])):
+        for j, result in enumerate(_emit_axis(builder, matrices[1], back, vector, [column[i] for column in half])):
             builder.store(result, cell(y, y_steps, i, j), align=align)
 
 
-def _emit_axis(
-    builder: ir.IRBuilder, matrix: Matrix, pairs: tuple[int, ...], back: bool, vector: Any, vectors: list[Any]
-) -> list[Any]:
+def _emit_axis(builder: ir.IRBuilder, matrix: Matrix, back: bool, vector: Any, vectors: list[Any]) -> list[Any]:
     """Emit the transform of one axis, to points or back."""
     name = f"llvm.fmuladd.v{vector.count}f{32 if vector.element == ir.FloatType() else 64}"
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
@@ -186,9 +168,9 @@ def _emit_axis(
         return total
 
     def add_and_subtract(parts: list[Any]) -> list[Any]:
-        """Return a + b and a - b for each pair (a, b) of parts, or of points."""
+        """Return a + b and a - b for each pair (a, b) of parts, or of points: all but the first and the last."""
         result = list(parts)
-        for i in pairs:
+        for i in range(1, len(parts) - 2, 2):
             result[i : i + 2] = builder.fadd(*parts[i : i + 2]), builder.fsub(*parts[i : i + 2])
         return result
 
@@ -200,8 +182,8 @@ def _emit_axis(
 
 @jit
 def points(side: int) -> int:
-    """Return the points of the side with this code: ``winograd.Side.points``."""
-    return (side // 10 % 10 - 1) * (side // 100) + side % 10
+    """Return the points of the side of stride 1 with this code: ``winograd.Side.points``."""
+    return side // 10 % 10 - 1 + side % 10
 
 
 @jit

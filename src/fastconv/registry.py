@@ -162,6 +162,8 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
 def _winograd_numba(op: str, dims: ConvDims) -> str:
     if any(taps > 1 and step > 1 for taps, step in zip(dims.kernel_size[1:], dims.dilation[1:], strict=True)):
         return "only for dilation 1 along height and width"
+    if op != "conv_input_grad" and dims.stride[1:] != (1, 1):
+        return "only for stride 1 along height and width"
     # Measured where it meets direct: transforms take longer, and few channels leave rows of the register tile empty.
     return _winograd(op, dims, gain=1.1 + 1 / dims.group_in_channels if op == "conv_weight_grad" else 1.35)
 
