@@ -308,20 +308,26 @@ static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, pt
 
 /* -------------------------------------------------------------------------------------------------- lines of pixels */
 
-typedef uint32_t pairs __attribute__((vector_size(32)));
+typedef uint32_t eight_words __attribute__((vector_size(32)));
 typedef uint16_t eight __attribute__((vector_size(16)));
 
-/* `count`, 8 or 32, pixels; every second cell is the lower half of a word. */
+/* `count`, a multiple of 8, pixels; every second cell is the lower half of a word. */
 INLINE void copy_cells(const uint16_t *cells, const ptrdiff_t step, const int count, uint16_t *out)
 {
     if (step == 1) {
         memcpy(out, cells, (size_t)count * 2);
     } else if (step == 2) {
-        UNROLL for (int i = 0; i < count; i += 8) {
-            pairs words;
-            memcpy(&words, cells + 2 * i, sizeof words);
-            const eight lower = __builtin_convertvector(words, eight);
+        UNROLL for (int i = 0; i < count / 16 * 16; i += 16) {
+            words pairs;
+            memcpy(&pairs, cells + 2 * i, sizeof pairs);
+            const halves lower = __builtin_convertvector(pairs, halves);
             memcpy(out + i, &lower, sizeof lower);
+        }
+        if (count % 16) {
+            eight_words pairs;
+            memcpy(&pairs, cells + 2 * (count - 8), sizeof pairs);
+            const eight lower = __builtin_convertvector(pairs, eight);
+            memcpy(out + count - 8, &lower, sizeof lower);
         }
     } else {
         for (int i = 0; i < count; i++)
@@ -330,39 +336,54 @@ INLINE void copy_cells(const uint16_t *cells, const ptrdiff_t step, const int co
 }
 
 /* `count` pixels of all channels and pieces. */
-INLINE void lay_block(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, const int count, int pieces,
+INLINE void lay_block(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, const int count, const int pieces,
                       uint16_t *out)
 {
-    for (ptrdiff_t channel = 0; channel < l->channels; channel++, out += pieces * l->pitch)
-        for (int p = 0; p < pieces; p++, cells += l->run)
-            copy_cells(cells, step, count, out + p * CHANNELS);
+    const ptrdiff_t run = l->run, pitch = l->pitch;
+    for (ptrdiff_t channel = l->channels; channel > 0; channel--, cells += pieces * run, out += pieces * pitch)
+        UNROLL for (int p = 0; p < pieces; p++)
+            copy_cells(cells + p * run, step, count, out + p * CHANNELS);
 }
 
-INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, int pieces,
+/* The pixels of a block of a line at a time: how many there may be are constants, for copies without a loop. */
+INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, const int pieces,
                        uint16_t *out, ptrdiff_t at)
 {
-    for (ptrdiff_t end = at + n; at < end;) {
-        const ptrdiff_t place = at % CHANNELS, to = (at - place) * pieces + place;
-        const int count = place == 0 && end - at >= CHANNELS ? CHANNELS : 8;
-        if (count == CHANNELS)
-            lay_block(l, cells, step, CHANNELS, pieces, out + to);
+    for (ptrdiff_t end = at + n, count; at < end; at += count, cells += count * step) {
+        const ptrdiff_t place = at % CHANNELS;
+        uint16_t *to = out + (at - place) * pieces + place;
+        count = end - at < CHANNELS - place ? end - at : CHANNELS - place;
+        if (count == 32)
+            lay_block(l, cells, step, 32, pieces, to);
+        else if (count == 24)
+            lay_block(l, cells, step, 24, pieces, to);
+        else if (count == 16)
+            lay_block(l, cells, step, 16, pieces, to);
         else
-            lay_block(l, cells, step, 8, pieces, out + to);
-        at += count;
-        cells += count * step;
+            lay_block(l, cells, step, 8, pieces, to);
     }
+}
+
+INLINE void lay_steps(const fc_lines *l, const uint16_t *cells, ptrdiff_t n, const int pieces, uint16_t *out, ptrdiff_t at)
+{
+    if (l->step == 1)
+        lay_pixels(l, cells, 1, n, pieces, out, at);
+    else if (l->step == 2)
+        lay_pixels(l, cells, 2, n, pieces, out, at);
+    else
+        lay_pixels(l, cells, l->step, n, pieces, out, at);
 }
 
 static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces,
                                    void *out, ptrdiff_t at)
 {
     const uint16_t *cells = (const uint16_t *)rows + first;
-    if (lines->step == 1)
-        lay_pixels(lines, cells, 1, n, pieces, out, at);
-    else if (lines->step == 2)
-        lay_pixels(lines, cells, 2, n, pieces, out, at);
+    if (pieces == 3)
+        lay_steps(lines, cells, n, 3, out, at);
+    else if (pieces == 2)
+        lay_steps(lines, cells, n, 2, out, at);
     else
-        lay_pixels(lines, cells, lines->step, n, pieces, out, at);
+        lay_steps(lines, cells, n, 1, out, at);
 }
 
 /* --------------------------------------------------------------------------------------------------------- patches */
