@@ -97,7 +97,7 @@ cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssi
     c.kernels.depthwise_weight(
         &tap, 1, <const char *>ONES_32 if c.item == 4 else <const char *>ONES_64, 0, grads, pixels, width, block
     )
-    _add(c.item, sums, <const char *>block, width * c.item)
+    c.kernels.add(sums, block, width)
 
 
 cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
@@ -118,7 +118,9 @@ cdef int _sum_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t chunk
     _locate_task(plan, task, &t)
     for chunk in range(1, plan.chunks):
-        _add(plan.c.item, t.accumulators, t.accumulators + chunk * plan.tasks * plan.task_bytes, plan.task_bytes)
+        plan.c.kernels.add(
+            t.accumulators, t.accumulators + chunk * plan.tasks * plan.task_bytes, plan.task_bytes // plan.c.item
+        )
     _store_task(plan, &t)
     return 0
 
@@ -178,14 +180,3 @@ cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_
                     out + (d * w.stride[2] + h * w.stride[3] + tap * w.stride[4]) * c.item,
                 )
                 accumulators += block_channels * width * c.item
-
-
-cdef void _add(Py_ssize_t item, char *total, const char *more, Py_ssize_t bytes) noexcept nogil:
-    """total += more, float32 or float64."""
-    cdef Py_ssize_t i
-    if item == 4:
-        for i in range(bytes // 4):
-            (<float *>total)[i] += (<const float *>more)[i]
-    else:
-        for i in range(bytes // 8):
-            (<double *>total)[i] += (<const double *>more)[i]

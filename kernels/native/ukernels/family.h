@@ -316,6 +316,14 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
     }
 }
 
+static void FC(add)(void *total, const void *more, ptrdiff_t n)
+{
+    T *sums = total;
+    const T *x = more;
+    for (ptrdiff_t i = 0; i < n; i += LANES)
+        *(V *)(sums + i) += *(const V *)(x + i);
+}
+
 /* -------------------------------------------------------------------------------------------------------- Winograd */
 
 #include "winograd.h"
@@ -543,6 +551,7 @@ static const fc_ukernels FC(table) = {
     .max_pool_grad = FC(max_pool_grad),
     .winograd_transform = FC(winograd_transform),
     .winograd_gather = FC(winograd_gather),
+    .add = FC(add),
     .all_below = FC(all_below),
 };
 

@@ -136,6 +136,9 @@ typedef struct {
     void (*winograd_gather)(int kind, const fc_tiles *tiles, const void *in, ptrdiff_t point_stride, ptrdiff_t block,
                             void *out);
 
+    /* total[i] += more[i] for i < n, a multiple of `lanes`. */
+    void (*add)(void *total, const void *more, ptrdiff_t n);
+
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
 
