@@ -158,10 +158,10 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
                 memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));
         return;
     }
-    if (j_stride == -1) { /* rotated filters: read forwards, write backwards */
-        in -= nj - 1;
+    if (j_stride < 0) { /* rotated filters: read forwards, write backwards */
+        in += (nj - 1) * j_stride;
         out += (nj - 1) * out_stride;
-        j_stride = 1;
+        j_stride = -j_stride;
         out_stride = -out_stride;
     }
     const int side_by_side = j_stride == 1 && ni == 3 && out_stride == 3;
@@ -172,6 +172,12 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
     }
     if (side_by_side && nj >= WIDE) {
         SQUARES(interleave_3, WIDE)(in, i_stride, nj, out);
+        return;
+    }
+#endif
+#if defined(WIDE) && defined(MASKED_LOAD)
+    if (ni >= WIDE && nj > 1 && j_stride > 0 && (nj - 1) * j_stride < WIDE && !(nj == 4 && j_stride == 1)) { /* 4x4 squares */
+        SQUARES(transpose_short, WIDE)(in, i_stride, j_stride, ni, nj, out, out_stride);
         return;
     }
 #endif

@@ -59,6 +59,35 @@ static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff
             }
 }
 
+#if defined(MASKED_LOAD) && SIDE > 4
+/* The same for rows that are shorter than a vector: no lane beyond them is read. `in` has a column every j_stride > 0 elements. */
+static void SQ(transpose_short)(const T *in, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, T *out,
+                                ptrdiff_t out_stride)
+{
+    const ptrdiff_t span = (nj - 1) * j_stride + 1;
+    const unsigned read = (1u << span) - 1;
+    for (ptrdiff_t i = 0; i < ni; i += SIDE) {
+        const ptrdiff_t i0 = i + SIDE <= ni ? i : ni - SIDE;
+        const T *row = in + i0 * i_stride;
+        T *column = out + i0;
+        ROW x[SIDE];
+        UNROLL for (int n = 0; n < SIDE; n++, row += i_stride)
+            x[n] = (ROW)MASKED_LOAD(read, row);
+        SQ(turn)(x);
+        ptrdiff_t wanted = 0;
+        UNROLL for (int n = 0; n < SIDE; n++) {
+            if (n == span)
+                break;
+            if (n == wanted) {
+                *(ROW *)column = x[n];
+                column += out_stride;
+                wanted += j_stride;
+            }
+        }
+    }
+}
+#endif
+
 /* Three rows, of at least SIDE elements, side by side: out[3 j + i] = in[i * i_stride + j], the channels of an RGB image. */
 #define OF_TWO(part, j) (((part) * SIDE + (j)) % 3 == 1) * SIDE + ((part) * SIDE + (j)) / 3
 #define AND_THIRD(part, j) ((part) * SIDE + (j)) % 3 == 2 ? SIDE + ((part) * SIDE + (j)) / 3 : (j)
