@@ -42,6 +42,7 @@
 /* Loads and stores of some lanes, where there are such. */
 #ifdef __AVX512F__
 #define MASKED_LOAD(mask, from) PASTE(_mm512_maskz_loadu_, SUFFIX)(mask, from)
+#define MASKED_STORE(to, mask, from) PASTE(_mm512_mask_storeu_, SUFFIX)(to, mask, from)
 #endif
 
 /* A store of 16 bytes, to an address that is a multiple of them, for which no cache line is read. */

@@ -119,6 +119,21 @@ static inline void SQ(finish)(ROW *value, const ROW *bias, int relu)
         *value = (ROW)((SQ(mask))*value & ~(*value < 0)); /* a NaN stays one */
 }
 
+/* Store a row as every second element, where lanes can be masked; return whether they can. */
+#define TWICE(part, j) ((part) * SIDE / 2 + (j) / 2)
+static inline __attribute__((always_inline)) int SQ(store_apart)(ROW value, T *out)
+{
+#if defined(MASKED_STORE) && SIDE > 4
+    MASKED_STORE(out, 0x5555 & ((1 << SIDE) - 1), SHUFFLE(value, value, ALL_LANES(TWICE, 0)));
+    MASKED_STORE(out + SIDE, 0x5555 & ((1 << SIDE) - 1), SHUFFLE(value, value, ALL_LANES(TWICE, 1)));
+    return 1;
+#else
+    (void)value, (void)out;
+    return 0;
+#endif
+}
+#undef TWICE
+
 /* The epilogue for at least SIDE channels whose elements are neighbours in the output, or SIDE of them and as many pixels. Pixels
  * that are no neighbours are stored one by one, a channel's after another: channels may be a power of two apart. */
 static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, ptrdiff_t pixels, ptrdiff_t channels, T *out)
@@ -147,6 +162,8 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
             UNROLL for (int n = 0; n < SIDE; n++)
                 if (ps == 1)
                     *(ROW *)(out + (i + n) * cs + p) = x[n];
+                else if (ps == 2 && SQ(store_apart)(x[n], out + (i + n) * cs + p * ps))
+                    continue;
                 else
                     UNROLL for (int k = 0; k < SIDE; k++)
                         out[(i + n) * cs + (p + k) * ps] = x[n][k];
