@@ -220,6 +220,13 @@ INLINE halves upper_halves(words x)
     const words odd = {0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d};
     return (halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)odd, (__m512i)x));
 }
+
+INLINE void store_upper_halves(words x, words y, uint16_t *out)
+{
+    const words odd = {0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d,
+                       0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d};
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)x, (__m512i)odd, (__m512i)y));
+}
 #else
 INLINE void keep_larger(words *x, words y)
 {
@@ -228,6 +235,12 @@ INLINE void keep_larger(words *x, words y)
 }
 
 INLINE halves upper_halves(words x) { return __builtin_convertvector(x >> 16, halves); }
+
+INLINE void store_upper_halves(words x, words y, uint16_t *out)
+{
+    *(halves *)out = upper_halves(x);
+    *(halves *)(out + LANES) = upper_halves(y);
+}
 #endif
 
 /* The pieces of 16 numbers, each the upper half of a word. What is left for the next piece is exact, and one bit shorter if a
@@ -261,14 +274,34 @@ INLINE int size(words largest)
 INLINE int split_image(const float *in, ptrdiff_t n, ptrdiff_t run, const int pieces, uint16_t *out)
 {
     words largest = {0};
-    for (const float *end = in + n; in < end; in += run, out += pieces * run)
-        for (ptrdiff_t i = 0; i < run; i += LANES) {
-            words parts[MAX_PIECES];
-            split(*(const floats *)(in + i), pieces, parts, &largest);
+    for (const float *end = in + n; in < end; out += (pieces - 1) * run) {
+        const float *const row = in + run;
+        for (; row - in >= 2 * LANES; in += 2 * LANES, out += 2 * LANES) {
+            words parts[2][MAX_PIECES];
+            split(*(const floats *)in, pieces, parts[0], &largest);
+            split(*(const floats *)(in + LANES), pieces, parts[1], &largest);
             UNROLL for (int p = 0; p < pieces; p++)
-                *(halves *)(out + p * run + i) = upper_halves(parts[p]);
+                store_upper_halves(parts[0][p], parts[1][p], out + p * run);
         }
+        if (in < row) {
+            words parts[MAX_PIECES];
+            split(*(const floats *)in, pieces, parts, &largest);
+            UNROLL for (int p = 0; p < pieces; p++)
+                *(halves *)(out + p * run) = upper_halves(parts[p]);
+            in += LANES, out += LANES;
+        }
+    }
     return size(largest);
+}
+
+/* A pair of channels, one row of a tile for each piece. */
+INLINE void split_pair(floats even, floats odd, const int pieces, char *row, words *largest)
+{
+    words low[MAX_PIECES], high[MAX_PIECES];
+    split(even, pieces, low, largest);
+    split(odd, pieces, high, largest);
+    UNROLL for (int p = 0; p < pieces; p++)
+        *(words *)(row + p * TILE_BYTES) = low[p] >> 16 | (high[p] & 0xffff0000);
 }
 
 INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, const int pieces,
@@ -279,20 +312,26 @@ INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t tap
     words largest = {0};
     for (ptrdiff_t t = 0; t < taps; t++)
         for (ptrdiff_t first = 0; first < channels; first += CHANNELS)
-            for (int v = 0; v < vectors; v++, panel += pieces * TILE_BYTES)
-                for (ptrdiff_t k = first; k < first + CHANNELS; k += 2) {
-                    const float *in = weights + k * step + t * width + v * LANES;
-                    words even[MAX_PIECES], odd[MAX_PIECES];
-                    split(k < channels ? *(const floats *)in : (floats){0}, pieces, even, &largest);
-                    split(k + 1 < channels ? *(const floats *)(in + step) : (floats){0}, pieces, odd, &largest);
-                    UNROLL for (int p = 0; p < pieces; p++)
-                        *(words *)(panel + p * TILE_BYTES + (k - first) / 2 * ROW_BYTES) = even[p] >> 16 | (odd[p] & 0xffff0000);
+            for (int v = 0; v < vectors; v++, panel += pieces * TILE_BYTES) {
+                const float *in = weights + first * step + t * width + v * LANES;
+                const ptrdiff_t pairs = (channels - first < CHANNELS ? channels - first : CHANNELS) / 2;
+                char *row = panel, *const whole = panel + pairs * ROW_BYTES;
+                for (; row < whole; row += ROW_BYTES, in += 2 * step)
+                    split_pair(*(const floats *)in, *(const floats *)(in + step), pieces, row, &largest);
+                for (; row < panel + TILE_BYTES; row += ROW_BYTES) { /* half a pair, and none */
+                    const int half = row == whole && channels % 2 && pairs < CHANNELS / 2;
+                    split_pair(half ? *(const floats *)in : (floats){0}, (floats){0}, pieces, row, &largest);
                 }
+            }
     return size(largest);
 }
 
 static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out)
 {
+    if (run == CHANNELS) /* a constant: for short runs, the ends of loops are much of the work */
+        return pieces == 3   ? split_image(image, n, CHANNELS, 3, out)
+               : pieces == 2 ? split_image(image, n, CHANNELS, 2, out)
+                             : split_image(image, n, CHANNELS, 1, out);
     return pieces == 3   ? split_image(image, n, run, 3, out)
            : pieces == 2 ? split_image(image, n, run, 2, out)
                          : split_image(image, n, run, 1, out);
