@@ -428,12 +428,12 @@ static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrd
 /* --------------------------------------------------------------------------------------------------------- patches */
 
 /* 32 cells at a time, wherever they are; what is too much is overwritten by the next row. */
-INLINE void lay_rows(const fc_patches *f, const uint16_t *cells, uint16_t *line)
+INLINE void lay_row(const uint16_t *cells, ptrdiff_t n, uint16_t *line)
 {
-    for (ptrdiff_t r = 0; r < f->n_rows; r++) {
-        const ptrdiff_t end = r + 1 < f->n_rows ? f->run : f->depth - r * f->run;
-        for (ptrdiff_t i = 0; i < end; i += CHANNELS)
-            memcpy(line + r * f->run + i, cells + f->rows[r] + i, ROW_BYTES);
+    memcpy(line, cells, ROW_BYTES);
+    for (ptrdiff_t i = CHANNELS; i < n; i += CHANNELS) {
+        memcpy(line + i, cells + i, ROW_BYTES);
+        STORES_DONE; /* or GCC makes a call of memcpy of the loop */
     }
 }
 
@@ -441,13 +441,21 @@ INLINE void lay_rows(const fc_patches *f, const uint16_t *cells, uint16_t *line)
 INLINE void lay_patches(const fc_patches *f, const uint16_t *cells, const ptrdiff_t *pixels, ptrdiff_t n, const int pieces,
                         uint16_t *out)
 {
-    uint16_t lines[2][MAX_PIECES][FC_PATCH + CHANNELS] __attribute__((aligned(64)));
+    enum { LINE = FC_PATCH + CHANNELS };
+    uint16_t lines[2][MAX_PIECES * LINE] __attribute__((aligned(64)));
+    const ptrdiff_t run = f->run, plane = f->plane, depth = f->depth, last = f->n_rows - 1;
     for (ptrdiff_t pixel = 0; pixel <= n; pixel++) {
-        for (int p = 0; p < pieces && pixel < n; p++)
-            lay_rows(f, cells + pixels[pixel] + p * f->plane, lines[pixel % 2][p]);
-        for (ptrdiff_t i = 0; i < f->depth && pixel > 0; i += CHANNELS)
-            for (int p = 0; p < pieces; p++, out += CHANNELS)
-                memcpy(out, lines[(pixel - 1) % 2][p] + i, ROW_BYTES);
+        uint16_t *line = lines[pixel % 2];
+        const uint16_t *cut = lines[(pixel + 1) % 2];
+        for (ptrdiff_t r = 0; r <= last && pixel < n; r++, line += run) {
+            const uint16_t *from = cells + pixels[pixel] + f->rows[r];
+            const ptrdiff_t wide = r < last ? run : depth - r * run;
+            UNROLL for (int p = 0; p < pieces; p++)
+                lay_row(from + p * plane, wide, line + p * LINE);
+        }
+        for (ptrdiff_t i = 0; i < depth && pixel > 0; i += CHANNELS, cut += CHANNELS)
+            UNROLL for (int p = 0; p < pieces; p++, out += CHANNELS)
+                memcpy(out, cut + p * LINE, ROW_BYTES);
     }
 }
 
