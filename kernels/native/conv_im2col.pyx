@@ -33,17 +33,22 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, run_tasks,
-    share_out, start_sums,
+    Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, piece_tile,
+    round_up, run_tasks, share_out, split_pays, start_sums, use_tile,
 )
 from fastconv.kernels.native.input_columns cimport input_by_columns
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, ukernels
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction,
+    fc_ukernels, ukernels,
+)
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
 )
 
 cdef enum:
     REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
+    SPLIT_REDUCTION = 128  # the same where numbers are split: 24 KB, of 48 KB that there are with AMX
+    USES = 32           # of a number in products that make up for splitting it, about
     CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
     BOX_PANELS = 8      # panels of pixels in a box
     PIXELS = 256        # that the gradient of 1x1 weights reduces over at a time: a panel's gradients are 16 KB, half of L1
@@ -56,7 +61,9 @@ def conv_forward(input, weight, bias, output, dims, options):
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
         rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
-    _forward(input, weight, rows, bias, output, dims, options)
+    for image in _forward(input, weight, rows, bias, output, dims, options, True):
+        one = slice(image, image + 1)
+        _forward(input[one], weight, rows, bias, output[one], dims, options, False)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -95,6 +102,24 @@ ctypedef struct Plan:
     Py_ssize_t shares           # tasks that share the filters of one box
     const char *bias
     int relu
+    bint in_place               # patches are the image as the caller has it
+    char *pieces                # of the weights, [block of channels][filter][cell]; NULL: each task splits what it uses
+    unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
+
+
+# One task: a box of pixels, a share of the filters, and its workspace.
+ctypedef struct Task:
+    Block block
+    Py_ssize_t group
+    Py_ssize_t first_pixel, pixels
+    Py_ssize_t first, filters
+    Py_ssize_t pitch            # from row to row of patches
+    Py_ssize_t *rows            # where the weights of a chunk's filters are, from the first
+    Py_ssize_t *channel_offsets
+    char *sums                  # of panels that are not in place
+    char *patches
+    char *floats                # a panel's patches before they are split
+    char *weights               # pieces of a chunk's weights
 
 
 # A panel of pixels: where the sums of its filters are, rows of so many lanes that are ``step`` apart.
@@ -127,160 +152,339 @@ cdef void join_rows(Conv *c) noexcept nogil:
 
 # --------------------------------------------------------------------------------------------------------- forward
 
-cdef void _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options):
+cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options,
+                   bint split):
+    """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t tasks, pixels
+    cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
+    plan.in_place = _in_place(c) and c.stride[2] * c.x.stride[4] == 1
+    join_rows(c)
+    if split and _split_numbers(&plan, options.precision):
+        if not rows[0].flags.c_contiguous:
+            rows = np.ascontiguousarray(rows)
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
-    join_rows(c)
+    plan.together = _channels_together(c)
     pixels = c.out[1] * c.out[2]
     plan.boxes = ceil_div(pixels, BOX_PANELS * c.panel)
     plan.pixels = ceil_div(ceil_div(pixels, plan.boxes), c.panel) * c.panel  # even parts
     plan.boxes = ceil_div(pixels, plan.pixels)
-    plan.together = min(c.channels, max(1, REDUCTION // c.taps))
-    plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
     plan.relu = options.activation == "relu"
+    refused = bytearray(c.batch + 1)
+    plan.refused = &refused[0]
+    _prepare_weights(&plan, bias, options.packed)
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
     plan.shares = max(ceil_div(c.filters, SHARE), share_out(tasks, ceil_div(c.filters, CHUNK), c.threads))
     run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)
+    return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
-cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
+cdef Py_ssize_t _channels_together(const Conv *c) noexcept nogil:
+    """Return how many channels are gathered at a time."""
+    return min(c.channels, max(1, (SPLIT_REDUCTION if c.kernels.pieces else REDUCTION) // c.taps))
+
+
+cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t share = task % plan.shares, group = task // plan.shares % c.groups
-    cdef Py_ssize_t number = task // (plan.shares * c.groups)
-    cdef Py_ssize_t first_pixel = number % plan.boxes * plan.pixels
-    cdef Py_ssize_t pixels = min(plan.pixels, c.out[1] * c.out[2] - first_pixel)
-    cdef Py_ssize_t filters = c.filters * (share + 1) // plan.shares - c.filters * share // plan.shares
-    cdef Py_ssize_t first = group * c.filters + c.filters * share // plan.shares
-    cdef Py_ssize_t pitch = plan.pixels | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all rows
-    cdef Py_ssize_t offset_bytes = (filters + plan.together + 8) // 8 * 64
-    cdef Py_ssize_t sum_bytes = filters * plan.pixels * c.item
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + sum_bytes + (plan.together * c.taps * pitch + c.panel) * c.item
-    )
-    if memory == NULL:
-        return 1
-    cdef Py_ssize_t *rows = <Py_ssize_t *>memory
-    cdef Py_ssize_t *channel_offsets = rows + filters
-    cdef char *sums = memory + offset_bytes
-    cdef char *patches = sums + sum_bytes
-    cdef Block block
+    cdef Task t
     cdef Panel panel
-    cdef Py_ssize_t i, channel
-    cdef bint started
-    plane(c, number // plan.boxes, &block)
-    for i in range(filters):
-        rows[i] = (first + i) * plan.filter_step
-    for i in range(plan.together):
-        channel_offsets[i] = i * plan.channel_step
-    started = plan.bias != NULL
+    cdef Py_ssize_t pixel, channel, channels
+    cdef bint started = plan.bias != NULL
+    cdef int sizes = FC_ORDINARY
+    _locate_task(plan, number, &t)
+    if plan.refused[t.block.image] or plan.refused[c.batch]:
+        return 0
+    if _find_memory(plan, &t):
+        return 1
     if started:
-        for i from 0 <= i < pixels by c.panel:
-            panel = _place(plan, &block, first, filters, first_pixel, pixels, i, sums)
-            start_sums(c, bias_at(plan.bias, first * c.item), filters, panel.width, panel.sums, panel.step)
+        for pixel from 0 <= pixel < t.pixels by c.panel:
+            panel = _place(plan, &t, pixel)
+            start_sums(c, bias_at(plan.bias, t.first * c.item), t.filters, panel.width, panel.sums, panel.step)
+    if c.kernels.pieces:
+        c.kernels.enter()
+        sizes = 0
     for channel from 0 <= channel < c.channels by plan.together:
-        i = min(plan.together, c.channels - channel)
-        gather(c, &block, group * c.channels + channel, i, first_pixel, pixels, pitch, patches)
-        _multiply(
-            plan, &block, channel, i, first_pixel, pixels, pitch, rows, first, filters, channel_offsets, patches, sums,
-            started or channel > 0,
-        )
-    _store(plan, &block, first, filters, first_pixel, pixels, sums)
+        channels = min(plan.together, c.channels - channel)
+        if c.kernels.pieces:
+            sizes |= _split_patches(plan, &t, channel, channels)
+        else:
+            gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel, t.pixels, t.pitch, t.patches)
+        _multiply(plan, &t, channel, channels, started or channel > 0)
+    if c.kernels.pieces:
+        c.kernels.leave()
+    if sizes & FC_HUGE or sizes == FC_TINY:
+        plan.refused[t.block.image] = 1
+    else:
+        _store(plan, &t)
     return 0
 
 
-cdef Panel _place(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
-                  Py_ssize_t pixels, Py_ssize_t pixel, char *sums) noexcept nogil:
+cdef void _locate_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogil:
+    """Find task number ``number``."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t share = number % plan.shares, unit = c.kernels.tile_rows, units = ceil_div(c.filters, unit), first, box
+    t.group = number // plan.shares % c.groups
+    box = number // (plan.shares * c.groups)
+    plane(c, box // plan.boxes, &t.block)
+    t.first_pixel = box % plan.boxes * plan.pixels
+    t.pixels = min(plan.pixels, c.out[1] * c.out[2] - t.first_pixel)
+    first = units * share // plan.shares * unit  # whole tiles
+    t.first = t.group * c.filters + first
+    t.filters = min(units * (share + 1) // plan.shares * unit, c.filters) - first
+
+
+cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
+    """Lay out a task's workspace; return whether there is none."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t cells = plan.together * c.taps, depth = round_up(cells, c.kernels.depth_step), patch_bytes
+    cdef Py_ssize_t offset_bytes = (CHUNK + plan.together + 8) // 8 * 64
+    cdef Py_ssize_t sum_bytes = round_up(t.filters, c.kernels.tile_rows) * plan.pixels * c.item
+    cdef Py_ssize_t float_bytes = 0, weight_bytes = 0
+    if c.kernels.pieces:
+        t.pitch = c.panel
+        patch_bytes = depth * plan.pixels * c.packed
+        float_bytes = depth * c.panel * c.item
+        weight_bytes = 0 if plan.pieces else CHUNK * depth * c.packed
+    else:
+        t.pitch = plan.pixels | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all rows
+        patch_bytes = round_up((cells * t.pitch + c.panel) * c.item, 64)
+    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + sum_bytes + patch_bytes + float_bytes + weight_bytes)
+    t.rows = <Py_ssize_t *>memory
+    t.channel_offsets = t.rows + CHUNK
+    t.sums = memory + offset_bytes
+    t.patches = t.sums + sum_bytes
+    t.floats = t.patches + patch_bytes
+    t.weights = t.floats + float_bytes
+    return memory == NULL
+
+
+cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel) noexcept nogil:
     """Return the panel that starts at ``pixel`` of a box, two vectors or a last one: in the output, where its pixels are
-    neighbours there, else in ``sums``, [panel][filter][pixel of the panel]."""
+    neighbours there, else in the task's sums, [panel][filter][pixel of the panel]."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t row = (first_pixel + pixel) // block.columns, column = (first_pixel + pixel) % block.columns
+    cdef Py_ssize_t row = (t.first_pixel + pixel) // t.block.columns, column = (t.first_pixel + pixel) % t.block.columns
     cdef Panel panel
-    panel.vectors = 1 if pixels - pixel <= c.kernels.lanes else 2
+    panel.vectors = 1 if t.pixels - pixel <= c.kernels.lanes else 2
     panel.width = panel.vectors * c.kernels.lanes
     panel.in_place = (
-        pixel + panel.width <= pixels and y.stride[4] == 1
-        and (column + panel.width <= block.columns or y.stride[3] == block.columns)
+        pixel + panel.width <= t.pixels and y.stride[4] == 1
+        and (column + panel.width <= t.block.columns or y.stride[3] == t.block.columns)
+        and not (c.kernels.pieces and t.filters % (c.kernels.tile_rows // 2))  # whose tile stores more rows than are wanted
     )
     if panel.in_place:
         panel.step = y.stride[1]
         panel.sums = y.data + (
-            block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2] + row * y.stride[3] + column
+            t.block.image * y.stride[0] + t.first * y.stride[1] + t.block.depth * y.stride[2] + row * y.stride[3] + column
         ) * c.item
     else:
         panel.step = panel.width
-        panel.sums = sums + pixel * filters * c.item
+        panel.sums = t.sums + pixel * round_up(t.filters, c.kernels.tile_rows) * c.item
     return panel
 
 
-cdef void _multiply(const Plan *plan, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t first_pixel,
-                    Py_ssize_t pixels, Py_ssize_t pitch, const Py_ssize_t *rows, Py_ssize_t first, Py_ssize_t filters,
-                    const Py_ssize_t *channel_offsets, const char *patches, char *sums, bint accumulate) noexcept nogil:
+cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels,
+                    bint accumulate) noexcept nogil:
     """Add weights x patches of some channels to the sums of all panels."""
     cdef const Conv *c = &plan.c
-    cdef const char *weights = plan.weights + channel * plan.channel_step * c.item
-    cdef Py_ssize_t chunk, pixel
+    cdef Py_ssize_t chunk, count, pixel, i, depth = round_up(channels * c.taps, c.kernels.depth_step)
+    cdef const char *weights
     cdef Panel panel
     cdef fc_reduction reduction
     reduction.apart = 0
-    reduction.taps = channel_offsets
+    reduction.taps = t.channel_offsets
     reduction.b_taps = NULL
     reduction.n_taps = channels
     reduction.depth = c.taps
     reduction.a_step = plan.tap_step
-    reduction.b_tap = c.taps * pitch
-    reduction.b_step = pitch
-    if c.taps == 1 or plan.channel_step == c.taps * plan.tap_step:  # channels continue one another: one run
+    if c.kernels.pieces or c.taps == 1 or plan.channel_step == c.taps * plan.tap_step:  # one run of all channels' taps
         reduction.n_taps = 1
-        reduction.depth = channels * c.taps
-        reduction.a_step = plan.channel_step if c.taps == 1 else plan.tap_step
-    for chunk from 0 <= chunk < filters by CHUNK:
-        for pixel from 0 <= pixel < pixels by c.panel:
-            panel = _place(plan, block, first, filters, first_pixel, pixels, pixel, sums)
+        reduction.depth = depth
+        reduction.a_step = 1 if c.kernels.pieces else plan.channel_step if c.taps == 1 else plan.tap_step
+    for i in range(channels):
+        t.channel_offsets[i] = i * plan.channel_step
+    for i in range(CHUNK):
+        t.rows[i] = i * (depth if c.kernels.pieces else plan.filter_step)
+    for chunk from 0 <= chunk < t.filters by CHUNK:
+        count = min(<Py_ssize_t>CHUNK, t.filters - chunk)
+        if c.kernels.pieces:
+            weights = _pieces(plan, t, channel, channels, t.first + chunk, count)
+        else:
+            weights = plan.weights + ((t.first + chunk) * plan.filter_step + channel * plan.channel_step) * c.item
+        for pixel from 0 <= pixel < t.pixels by c.panel:
+            panel = _place(plan, t, pixel)
+            reduction.b_step = panel.width if c.kernels.pieces else t.pitch
+            reduction.b_tap = c.taps * reduction.b_step
             reduction.c_step = panel.step
             c.kernels.brgemm(
-                &reduction, weights, rows + chunk, min(<Py_ssize_t>CHUNK, filters - chunk), patches + pixel * c.item,
-                panel.vectors, panel.sums + chunk * panel.step * c.item, accumulate,
+                &reduction, weights, t.rows, count,
+                t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item), panel.vectors,
+                panel.sums + chunk * panel.step * c.item, accumulate,
             )
 
 
-cdef void _store(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t first_pixel,
-                 Py_ssize_t pixels, char *sums) noexcept nogil:
+cdef void _store(const Plan *plan, const Task *t) noexcept nogil:
     """Store a box's sums through the activation, panel by panel and row by row of the image."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
     cdef fc_epilogue epilogue
     cdef Py_ssize_t pixel, end, row, column, run, done
     cdef Panel panel
-    cdef bint one_run = y.stride[3] == block.columns * y.stride[4]
-    cdef char *base = y.data + (block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]) * c.item
+    cdef bint one_run = y.stride[3] == t.block.columns * y.stride[4]
+    cdef char *base = y.data + (
+        t.block.image * y.stride[0] + t.first * y.stride[1] + t.block.depth * y.stride[2]
+    ) * c.item
     epilogue.bias = NULL
     epilogue.relu = plan.relu
     epilogue.pixel_stride = y.stride[1]  # the roles are exchanged: rows of the tile are filters
     epilogue.channel_stride = y.stride[4]
-    for pixel from 0 <= pixel < pixels by c.panel:
-        panel = _place(plan, block, first, filters, first_pixel, pixels, pixel, sums)
+    for pixel from 0 <= pixel < t.pixels by c.panel:
+        panel = _place(plan, t, pixel)
         if panel.in_place and not plan.relu:
             continue
-        end = min(pixel + c.panel, pixels)
+        end = min(pixel + c.panel, t.pixels)
         done = pixel
         while done < end:
-            row = (first_pixel + done) // block.columns
-            column = (first_pixel + done) % block.columns
-            run = end - done if one_run else min(end - done, block.columns - column)
+            row = (t.first_pixel + done) // t.block.columns
+            column = (t.first_pixel + done) % t.block.columns
+            run = end - done if one_run else min(end - done, t.block.columns - column)
             c.kernels.epilogue(
-                &epilogue, panel.sums + (done - pixel) * c.item, panel.step, filters, run,
+                &epilogue, panel.sums + (done - pixel) * c.item, panel.step, t.filters, run,
                 base + (row * y.stride[3] + column * y.stride[4]) * c.item,
             )
             done += run
 
+
+# ---------------------------------------------------------------------------------------------------------- pieces
+
+cdef bint _split_numbers(Plan *plan, str precision):
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+    cdef Conv *c = &plan.c
+    cdef const fc_ukernels *numbers = c.kernels
+    cdef const fc_ukernels *pieces = piece_tile(c, precision)
+    cdef Py_ssize_t half, pixels = c.out[1] * c.out[2], together
+    cdef double padded
+    if pieces == NULL or min(pixels, c.filters) < USES:
+        return False
+    use_tile(c, pieces)
+    together = _channels_together(c)
+    half = pieces.tile_rows // 2
+    padded = (c.channels // together) * round_up(together * c.taps, pieces.depth_step)
+    padded += round_up(c.channels % together * c.taps, pieces.depth_step)
+    padded *= round_up(c.filters, half) * <double>round_up(pixels, pieces.lanes)
+    if split_pays(pieces, padded / (<double>c.channels * c.taps * c.filters * pixels)):
+        return True
+    use_tile(c, numbers)
+    return False
+
+
+cdef void _prepare_weights(Plan *plan, bias, kept) except *:
+    """Pack the bias, and split the weights, unless they are used once only; what is ``kept`` is split once for all calls."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t filters = c.groups * c.filters, blocks = ceil_div(c.channels, plan.together)
+    cdef Py_ssize_t piece_bytes = blocks * filters * round_up(plan.together * c.taps, c.kernels.depth_step) * c.packed
+    cdef bint once = kept is None and c.batch * c.out[0] * plan.boxes == 1
+    cdef Memory mine
+    cdef tuple form
+    if c.kernels.pieces == 0 or once or kept is not None:
+        plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, filters * c.item))
+        plan.pieces = NULL
+    else:
+        plan.pieces = arena(FC_ARENA_WEIGHTS, piece_bytes + filters * c.item)
+        if plan.pieces == NULL:
+            raise MemoryError("no memory for packed weights")
+        plan.bias = pack_bias(c, bias, plan.pieces + piece_bytes)
+        run_tasks(_split_task, plan, blocks * ceil_div(filters, CHUNK), c.threads)
+    if c.kernels.pieces and kept is not None:
+        form = ("im2col", c.item, c.kernels.pieces)
+        mine = kept.get(form)
+        if mine is None:
+            mine = Memory(piece_bytes)
+            plan.pieces = mine.data
+            run_tasks(_split_task, plan, blocks * ceil_div(filters, CHUNK), c.threads)
+            mine.refused = plan.refused[c.batch]
+            kept[form] = mine
+        plan.pieces = mine.data
+        plan.refused[c.batch] = mine.refused
+
+
+cdef int _split_task(const void *shared, Py_ssize_t number) noexcept nogil:
+    """Split the weights of some filters and one block of channels."""
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t chunks = ceil_div(c.groups * c.filters, CHUNK), channel = number // chunks * plan.together
+    cdef Py_ssize_t first = number % chunks * CHUNK, channels = min(plan.together, c.channels - channel)
+    _split_filters(
+        plan, channel, channels, first, min(<Py_ssize_t>CHUNK, c.groups * c.filters - first),
+        _piece_at(plan, channel, channels, first),
+    )
+    return 0
+
+
+cdef char *_piece_at(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter) noexcept nogil:
+    """Where the pieces of a filter's block of channels are."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t block = round_up(plan.together * c.taps, c.kernels.depth_step)
+    return plan.pieces + (
+        channel // plan.together * c.groups * c.filters * block + filter * round_up(channels * c.taps, c.kernels.depth_step)
+    ) * c.packed
+
+
+cdef const char *_pieces(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter,
+                         Py_ssize_t count) noexcept nogil:
+    """Return the pieces of some filters' weights, which the task splits if no one has."""
+    if plan.pieces != NULL:
+        return _piece_at(plan, channel, channels, filter)
+    _split_filters(plan, channel, channels, filter, count, t.weights)
+    return t.weights
+
+
+cdef void _split_filters(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter, Py_ssize_t count,
+                         char *out) noexcept nogil:
+    """Split the weights of some filters and channels, [filter][cell]."""
+    cdef const Conv *c = &plan.c
+    cdef int sizes = c.kernels.split_image(
+        plan.weights + (filter * plan.filter_step + channel * c.taps) * c.item, count, plan.filter_step, channels * c.taps,
+        c.kernels.depth_step, c.kernels.pieces, out,
+    )
+    if sizes & FC_HUGE:
+        plan.refused[c.batch] = 1
+
+
+cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels) noexcept nogil:
+    """Split what some channels' taps show to a box's pixels, panel by panel; return the numbers' sizes."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t cells = channels * c.taps, depth = round_up(cells, c.kernels.depth_step), pixel, width, count, step
+    cdef Py_ssize_t first = t.group * c.channels + channel
+    cdef Block block = t.block
+    cdef const char *source
+    cdef char *out = t.patches
+    cdef int sizes = 0, vectors
+    for pixel from 0 <= pixel < t.pixels by c.panel:
+        count = min(c.panel, t.pixels - pixel)
+        vectors = 1 if count <= c.kernels.lanes else 2
+        width = vectors * c.kernels.lanes
+        block.top = (t.first_pixel + pixel) // block.columns
+        block.left = (t.first_pixel + pixel) % block.columns
+        if plan.in_place and count == width and block.left + width <= block.columns:
+            source, step = _first_cell(c, &block, first), c.x.stride[1]
+        else:
+            if count < width:
+                memset(t.floats, 0, <size_t>(cells * width * c.item))
+            gather(c, &t.block, first, channels, t.first_pixel + pixel, count, width, t.floats)
+            source, step = t.floats, width
+        sizes |= c.kernels.split_weights(source, step, cells, 1, vectors, c.kernels.pieces, out)
+        out += depth * width * c.packed
+    return sizes
+
+
+# --------------------------------------------------------------------------------------------------------- patches
 
 cdef void gather(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t first_pixel,
                  Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:

@@ -282,7 +282,9 @@ cdef void _transform_slice(const Plan *plan, Py_ssize_t panel, Py_ssize_t channe
         return
     c.kernels.winograd_transform(FC_TAPS, &tiles, part, width, floats, float_bytes // c.item)
     for point in range(plan.g.tap_points):
-        c.kernels.split_weights(floats + point * float_bytes, channels, 1, vectors, pieces, out + point * point_bytes)
+        c.kernels.split_weights(
+            floats + point * float_bytes, width, channels, 1, vectors, pieces, out + point * point_bytes
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -396,7 +398,7 @@ cdef int _transform_inputs(const Plan *plan, const Task *t, const char *cells, c
     c.kernels.winograd_transform(FC_INPUTS, &tiles, cells, plan.width, t.floats, float_bytes // c.item)
     for point in range(plan.g.points):
         sizes |= c.kernels.split_image(
-            t.floats + point * float_bytes, t.tiles * plan.width, c.kernels.depth_step, pieces,
+            t.floats + point * float_bytes, 1, 0, t.tiles * plan.width, c.kernels.depth_step, pieces,
             out + point * t.point_bytes,
         )
     return sizes

@@ -63,8 +63,9 @@ cdef extern from "ukernels.h" nogil:
         void (*add)(void *, const void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
-        int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
-        int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
+        int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, int,
+                           void *) noexcept nogil
+        int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
         void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *,
                            Py_ssize_t) noexcept nogil
         void (*lay_patches)(const fc_patches *, const void *, const Py_ssize_t *, Py_ssize_t, int, void *) noexcept nogil
@@ -72,7 +73,7 @@ cdef extern from "ukernels.h" nogil:
         void (*leave)() noexcept nogil
 
     const double FC_SUM_LIMIT
-    enum: FC_TINY, FC_HUGE
+    enum: FC_TINY, FC_ORDINARY, FC_HUGE
     enum: FC_INPUTS, FC_TAPS, FC_OUTPUTS
 
     ctypedef struct fc_isa:

@@ -254,7 +254,7 @@ cdef int _split_row(const Plan *plan, const Block *block, Py_ssize_t first, Py_s
             ) * c.item,
             x.stride[4], x.stride[1], stop - start, count, floats + start * c.item, run,
         )
-    return c.kernels.split_image(floats, channels * run, run, c.kernels.pieces, pieces)
+    return c.kernels.split_image(floats, 1, 0, channels * run, run, c.kernels.pieces, pieces)
 
 
 cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, char *floats,
@@ -276,7 +276,7 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
             pixel += block.columns
             memset(floats + pixel * width * c.item, 0, <size_t>((next_pixel - pixel) * width * c.item))
         add_bias(&plan.base, t, panel, floats, pitch)
-        sizes |= c.kernels.split_weights(floats, pitch, 1, vectors, c.kernels.pieces, out)
+        sizes |= c.kernels.split_weights(floats, width, pitch, 1, vectors, c.kernels.pieces, out)
         out += pitch * width * c.packed
     return sizes
 

@@ -67,6 +67,15 @@ def _fills_pieces(dims: ConvDims) -> bool:
     return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 40 and pixels >= 196
 
 
+def _weights_weigh(dims: ConvDims) -> bool:
+    """Whether AMX had better split the weights where they are, for im2col, than turn and split them: few pixels use them.
+
+    Counted, not timed, as above. A stride leaves cells of the image apart, which direct gathers for each tap.
+    """
+    pixels, plain = math.prod(dims.output_size), set(dims.stride) == {1}
+    return isa() == "amx" and 32 <= pixels <= dims.group_out_channels // (4 if plain else 1) and dims.group_in_channels >= 16
+
+
 def _few_columns(op: str, dims: ConvDims) -> bool:
     """Whether the native im2col, which reads weights once and skips padding, beats direct: few pixels see many."""
     pixels, cells = math.prod(dims.output_size), math.prod(dims.input_size)
@@ -81,11 +90,11 @@ def _direct(op: str, dims: ConvDims) -> str:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     few = op != "conv_input_grad" or (set(dims.stride) == {1} and weights <= 2**16)  # whose channels im2col must turn
-    if dims.taps == 1 and few and not _fills_pieces(dims):
+    if dims.taps == 1 and few and (op == "conv_forward" or not _fills_pieces(dims)):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""
-    if pixels <= 16 and dims.taps > 1 and weights > 2**18:
+    if (pixels <= 16 or _weights_weigh(dims)) and dims.taps > 1 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     little = dims.reduction <= 9 or (dims.reduction <= 32 and dims.group_out_channels >= 1.75 * dims.reduction)
     if little and pixels >= 4096:

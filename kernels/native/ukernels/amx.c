@@ -227,6 +227,11 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
                        0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d};
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)x, (__m512i)odd, (__m512i)y));
 }
+
+INLINE floats load(const float *in, ptrdiff_t n)
+{
+    return (floats)_mm512_maskz_loadu_ps(n < LANES ? (1u << (n < 0 ? 0 : n)) - 1 : 0xffff, in);
+}
 #else
 INLINE void keep_larger(words *x, words y)
 {
@@ -240,6 +245,14 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
 {
     *(halves *)out = upper_halves(x);
     *(halves *)(out + LANES) = upper_halves(y);
+}
+
+INLINE floats load(const float *in, ptrdiff_t n) /* of n numbers, zeros for lanes beyond */
+{
+    floats x = {0};
+    if (n > 0)
+        memcpy(&x, in, (size_t)(n < LANES ? n : LANES) * sizeof(float));
+    return x;
 }
 #endif
 
@@ -271,26 +284,36 @@ INLINE int size(words largest)
     return most >= LIMIT ? FC_HUGE : most >= FLOOR ? FC_ORDINARY : most > 0 ? FC_TINY : 0;
 }
 
-INLINE int split_image(const float *in, ptrdiff_t n, ptrdiff_t run, const int pieces, uint16_t *out)
+/* Two vectors, neighbours in the line of each piece. */
+INLINE void split_two(floats low, floats high, const int pieces, uint16_t *out, ptrdiff_t line, words *largest)
+{
+    words parts[2][MAX_PIECES];
+    split(low, pieces, parts[0], largest);
+    split(high, pieces, parts[1], largest);
+    UNROLL for (int p = 0; p < pieces; p++)
+        store_upper_halves(parts[0][p], parts[1][p], out + p * line);
+}
+
+INLINE int split_image(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, const int pieces,
+                       uint16_t *out)
 {
     words largest = {0};
-    for (const float *end = in + n; in < end; out += (pieces - 1) * run) {
-        const float *const row = in + run;
-        for (; row - in >= 2 * LANES; in += 2 * LANES, out += 2 * LANES) {
-            words parts[2][MAX_PIECES];
-            split(*(const floats *)in, pieces, parts[0], &largest);
-            split(*(const floats *)(in + LANES), pieces, parts[1], &largest);
-            UNROLL for (int p = 0; p < pieces; p++)
-                store_upper_halves(parts[0][p], parts[1][p], out + p * run);
+    for (; rows > 0; rows--, in += step)
+        for (const float *at = in, *const end = in + n; at < end; out += (pieces - 1) * run) {
+            const float *const last = at + run;
+            for (; last - at >= 2 * LANES && end - at >= 2 * LANES; at += 2 * LANES, out += 2 * LANES)
+                split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, run, &largest);
+            if (run == CHANNELS && at < end && at < last) { /* the row's last numbers */
+                split_two(load(at, end - at), load(at + LANES, end - at - LANES), pieces, out, run, &largest);
+                at += CHANNELS, out += CHANNELS;
+            } else if (at < last) { /* half of it: a run may be an odd number of vectors */
+                words parts[MAX_PIECES];
+                split(*(const floats *)at, pieces, parts, &largest);
+                UNROLL for (int p = 0; p < pieces; p++)
+                    *(halves *)(out + p * run) = upper_halves(parts[p]);
+                at += LANES, out += LANES;
+            }
         }
-        if (in < row) {
-            words parts[MAX_PIECES];
-            split(*(const floats *)in, pieces, parts, &largest);
-            UNROLL for (int p = 0; p < pieces; p++)
-                *(halves *)(out + p * run) = upper_halves(parts[p]);
-            in += LANES, out += LANES;
-        }
-    }
     return size(largest);
 }
 
@@ -304,10 +327,10 @@ INLINE void split_pair(floats even, floats odd, const int pieces, char *row, wor
         *(words *)(row + p * TILE_BYTES) = low[p] >> 16 | (high[p] & 0xffff0000);
 }
 
-INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, const int pieces,
-                         void *out)
+INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
+                         const int pieces, void *out)
 {
-    const ptrdiff_t width = vectors * LANES, step = taps * width; /* [channel][tap][filter] */
+    const ptrdiff_t width = vectors * LANES;
     char *panel = out;
     words largest = {0};
     for (ptrdiff_t t = 0; t < taps; t++)
@@ -326,23 +349,24 @@ INLINE int split_weights(const float *weights, ptrdiff_t channels, ptrdiff_t tap
     return size(largest);
 }
 
-static int fc_f32_split_image__amx(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out)
+static int fc_f32_split_image__amx(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, int pieces,
+                                   void *out)
 {
     if (run == CHANNELS) /* a constant: for short runs, the ends of loops are much of the work */
-        return pieces == 3   ? split_image(image, n, CHANNELS, 3, out)
-               : pieces == 2 ? split_image(image, n, CHANNELS, 2, out)
-                             : split_image(image, n, CHANNELS, 1, out);
-    return pieces == 3   ? split_image(image, n, run, 3, out)
-           : pieces == 2 ? split_image(image, n, run, 2, out)
-                         : split_image(image, n, run, 1, out);
+        return pieces == 3   ? split_image(image, rows, step, n, CHANNELS, 3, out)
+               : pieces == 2 ? split_image(image, rows, step, n, CHANNELS, 2, out)
+                             : split_image(image, rows, step, n, CHANNELS, 1, out);
+    return pieces == 3   ? split_image(image, rows, step, n, run, 3, out)
+           : pieces == 2 ? split_image(image, rows, step, n, run, 2, out)
+                         : split_image(image, rows, step, n, run, 1, out);
 }
 
-static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
-                                     void *out)
+static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
+                                     int pieces, void *out)
 {
-    return pieces == 3   ? split_weights(weights, channels, taps, vectors, 3, out)
-           : pieces == 2 ? split_weights(weights, channels, taps, vectors, 2, out)
-                         : split_weights(weights, channels, taps, vectors, 1, out);
+    return pieces == 3   ? split_weights(weights, step, channels, taps, vectors, 3, out)
+           : pieces == 2 ? split_weights(weights, step, channels, taps, vectors, 2, out)
+                         : split_weights(weights, step, channels, taps, vectors, 1, out);
 }
 
 /* -------------------------------------------------------------------------------------------------- lines of pixels */
@@ -508,8 +532,8 @@ static int works(const fc_ukernels *kernels)
             weights[k][m] = (float)((293 * m + 5 * k) % 1019 - 509);
         }
     }
-    kernels->split_image(image, M * CHANNELS, CHANNELS, kernels->pieces, a);
-    kernels->split_weights(weights, CHANNELS, 1, 2, kernels->pieces, b);
+    kernels->split_image(image, 1, 0, M * CHANNELS, CHANNELS, kernels->pieces, a);
+    kernels->split_weights(weights, N, CHANNELS, 1, 2, kernels->pieces, b);
     kernels->enter();
     kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
     kernels->leave();

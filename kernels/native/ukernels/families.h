@@ -45,6 +45,21 @@
 #define MASKED_STORE(to, mask, from) PASTE(_mm512_mask_storeu_, SUFFIX)(to, mask, from)
 #endif
 
+/* A vector of parts of 16 bytes, so many elements apart. */
+#ifdef __AVX__
+#include <immintrin.h>
+#define PART_AT(from, n) _mm_loadu_si128((const __m128i *)((from) + (n)))
+#define TWO_PARTS(from, step) \
+    _mm256_inserti128_si256(_mm256_castsi128_si256(PART_AT(from, 0)), PART_AT(from, step), 1)
+#endif
+#ifdef __AVX512F__
+#define READ_PARTS(from, step)                                                                                            \
+    _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi256_si512(TWO_PARTS(from, step)), PART_AT(from, 2 * (step)), 2), \
+                       PART_AT(from, 3 * (step)), 3)
+#elif defined(__AVX__)
+#define READ_PARTS(from, step) TWO_PARTS(from, step)
+#endif
+
 /* A store of 16 bytes, to an address that is a multiple of them, for which no cache line is read. */
 #ifdef __SSE2__
 #include <emmintrin.h>

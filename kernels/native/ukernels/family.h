@@ -189,6 +189,12 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         SQUARES(transpose, 4)(in, i_stride, ni, nj, out, out_stride);
         return;
     }
+#if defined(WIDE) && defined(MASKED_LOAD)
+    if (i_stride == 2) {
+        SQUARES(copy_second, WIDE)(in, j_stride, ni, nj, out, out_stride);
+        return;
+    }
+#endif
     if (i_stride == 2)
         FC(copy_every)(in, 2, j_stride, ni, nj, out, out_stride);
     else if (i_stride == 4)

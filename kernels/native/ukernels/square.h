@@ -41,6 +41,29 @@ static inline __attribute__((always_inline)) void SQ(turn)(ROW x[SIDE])
 #endif
 }
 
+/* x = rows of the input, turned. The steps that exchange parts of 16 bytes or more are done by loading such parts where they belong:
+ * a load takes no turn of the unit that shuffles. */
+#if defined(__AVX__) && SIDE > 4
+static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
+{
+    enum { PART = 16 / sizeof(T) };
+    UNROLL for (int n = 0; n < SIDE; n++) {
+        const T *part = in + n % PART * i_stride + n / PART * PART;
+        x[n] = (ROW)READ_PARTS(part, PART * i_stride);
+    }
+    STEP(1)
+    if (PART == 4)
+        STEP(2)
+}
+#else
+static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
+{
+    UNROLL for (int n = 0; n < SIDE; n++)
+        x[n] = *(const ROW *)(in + n * i_stride);
+    SQ(turn)(x);
+}
+#endif
+
 /* out[j * out_stride + i] = in[i * i_stride + j]; ni, nj >= SIDE. A few cache lines of a row at a time: enough to be fetched ahead,
  * and few enough for L1, where rows that are a power of two apart share a set. The last squares overlap those before them. */
 static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
@@ -51,9 +74,7 @@ static void SQ(transpose)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff
             for (ptrdiff_t j = first; j < nj && j < first + run; j += SIDE) {
                 const ptrdiff_t i0 = i + SIDE <= ni ? i : ni - SIDE, j0 = j + SIDE <= nj ? j : nj - SIDE;
                 ROW x[SIDE];
-                UNROLL for (int n = 0; n < SIDE; n++)
-                    x[n] = *(const ROW *)(in + (i0 + n) * i_stride + j0);
-                SQ(turn)(x);
+                SQ(read_turned)(in + i0 * i_stride + j0, i_stride, x);
                 UNROLL for (int n = 0; n < SIDE; n++)
                     *(ROW *)(out + (j0 + n) * out_stride + i0) = x[n];
             }
@@ -86,6 +107,23 @@ static void SQ(transpose_short)(const T *in, ptrdiff_t i_stride, ptrdiff_t j_str
         }
     }
 }
+#endif
+
+#if defined(MASKED_LOAD) && SIDE > 4
+/* out[j * out_stride + i] = in[2 * i + j * j_stride]. */
+#define SECOND(unused, j) 2 * (j)
+static void SQ(copy_second)(const T *in, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
+{
+    for (ptrdiff_t i = 0; i < ni; i += SIDE, in += 2 * SIDE, out += SIDE) {
+        const int n = ni - i < SIDE ? (int)(ni - i) : SIDE;
+        const unsigned read = (unsigned)((1ull << (2 * n - 1)) - 1), low = read & ((1u << SIDE) - 1), high = read >> SIDE;
+        for (ptrdiff_t j = 0; j < nj; j++) {
+            const ROW x = (ROW)MASKED_LOAD(low, in + j * j_stride), y = (ROW)MASKED_LOAD(high, in + j * j_stride + SIDE);
+            MASKED_STORE(out + j * out_stride, (1u << n) - 1, SHUFFLE(x, y, ALL_LANES(SECOND, 0)));
+        }
+    }
+}
+#undef SECOND
 #endif
 
 /* Three rows, of at least SIDE elements, side by side: out[3 j + i] = in[i * i_stride + j], the channels of an RGB image. */
@@ -150,16 +188,13 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
         }
     for (ptrdiff_t channel = 0; channel < channels && cs != 1; channel += SIDE) {
         const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
-        const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
         for (ptrdiff_t pixel = 0; pixel < pixels; pixel += SIDE) {
             const ptrdiff_t p = pixel + SIDE <= pixels ? pixel : pixels - SIDE;
             ROW x[SIDE];
+            SQ(read_turned)(c + p * c_stride + i, c_stride, x);
             UNROLL for (int n = 0; n < SIDE; n++) {
-                x[n] = *(const ROW *)(c + (p + n) * c_stride + i);
+                const ROW shift = (bias ? bias[i + n] : 0) - (ROW){0};
                 SQ(finish)(&x[n], &shift, e->relu);
-            }
-            SQ(turn)(x);
-            UNROLL for (int n = 0; n < SIDE; n++)
                 if (ps == 1)
                     *(ROW *)(out + (i + n) * cs + p) = x[n];
                 else if (ps == 2 && SQ(store_apart)(x[n], out + (i + n) * cs + p * ps))
@@ -167,6 +202,7 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
                 else
                     UNROLL for (int k = 0; k < SIDE; k++)
                         out[(i + n) * cs + (p + k) * ps] = x[n][k];
+            }
         }
     }
 }

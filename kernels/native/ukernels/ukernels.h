@@ -91,8 +91,8 @@ typedef struct {
     int depth_step; /* the depth of a reduction is a multiple of it */
     int fused;      /* whether a product is not rounded before it is added */
 
-    /* Tiles of all rows; the sums are added to c if `accumulate`. The rows of c beyond n_rows may be overwritten, up to whole
-     * tiles. */
+    /* Tiles of all rows; the sums are added to c if `accumulate`. A tile of pieces may overwrite rows of c beyond n_rows, up to
+     * a multiple of half its rows. */
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
@@ -146,14 +146,17 @@ typedef struct {
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
      * which are for one thread. Both that split return the size of the largest number, 0 if all are zero.
-     * image:   n numbers to [n / run][piece][run], run a multiple of lanes; brgemm reads those with run = depth_step
-     * weights: [channel][tap][vectors] to [tap][channel][vectors], channels padded with zeros to a multiple of depth_step
+     * image:   rows of n numbers, `step` apart, each to [n / run][piece][run], n a multiple of run, which is one of lanes; brgemm
+     *          reads those with run = depth_step, which may have any n: they are filled up with zeros
+     * weights: [channel][tap][vectors], channels `step` apart, to [tap][channel][vectors], channels padded with zeros to a
+     * multiple of depth_step
      * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
      * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read.
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to depth_step - 1 cells more are read. */
     int pieces;
-    int (*split_image)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
-    int (*split_weights)(const void *weights, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces, void *out);
+    int (*split_image)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
+    int (*split_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
+                         void *out);
     void (*lay_pixels)(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces, void *out,
                        ptrdiff_t at);
     void (*lay_patches)(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels, int pieces,
