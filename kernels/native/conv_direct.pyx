@@ -229,7 +229,7 @@ cdef int _pack_channels(const Plan *plan, const Block *block, Py_ssize_t group, 
             c, block, group * c.channels + b * plan.width, channels, plan.width, floats if c.kernels.pieces else part
         )
         if c.kernels.pieces:
-            sizes |= c.kernels.split_image(floats, 1, 0, n, c.kernels.depth_step, c.kernels.pieces, part)
+            sizes |= c.kernels.split_rows(floats, 1, 0, n, c.kernels.pieces, part)
         part += n * c.packed
     return sizes
 
@@ -256,7 +256,7 @@ cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, P
     seen.high, seen.wide = extent(of, 1, block.rows), extent(of, 2, block.columns)
     memset(split - of.kernels.lanes * of.item, 0, <size_t>(of.kernels.lanes * of.item))  # cells that fill up the last vector
     pack_image(of, &seen, group * of.channels, of.channels, of.channels, floats)
-    cdef int sizes = of.kernels.split_image(floats, 1, 0, n, n, of.kernels.pieces, split)
+    cdef int sizes = of.kernels.split_runs(floats, n, n, of.kernels.pieces, split)
     memset(split + n * of.packed, 0, <size_t>(2 * (plan.c.depth + plan.c.kernels.depth_step)))
     pixel_offsets(of, &seen, of.channels, offsets)
     tap_offsets(of, &seen, of.channels, taps)

@@ -33,7 +33,7 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, piece_tile,
+    Block, Blocks, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, piece_tile,
     round_up, run_tasks, share_out, split_pays, start_sums, use_tile,
 )
 from fastconv.kernels.native.input_columns cimport input_by_columns
@@ -68,7 +68,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    if math.prod(dims.output_size) <= COLUMN_PIXELS:
+    if math.prod(dims.output_size) <= COLUMN_PIXELS and (dims.taps > 1 or max(dims.stride) > 1):
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)
     else:
         interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
@@ -76,7 +76,8 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     """See ``fastconv.kernels``."""
-    _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
+    if not _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, True):
+        _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, False)
 
 
 cdef cnp.ndarray _turned(cnp.ndarray weight):
@@ -449,9 +450,9 @@ cdef void _split_filters(const Plan *plan, Py_ssize_t channel, Py_ssize_t channe
                          char *out) noexcept nogil:
     """Split the weights of some filters and channels, [filter][cell]."""
     cdef const Conv *c = &plan.c
-    cdef int sizes = c.kernels.split_image(
+    cdef int sizes = c.kernels.split_rows(
         plan.weights + (filter * plan.filter_step + channel * c.taps) * c.item, count, plan.filter_step, channels * c.taps,
-        c.kernels.depth_step, c.kernels.pieces, out,
+        c.kernels.pieces, out,
     )
     if sizes & FC_HUGE:
         plan.refused[c.batch] = 1
@@ -529,19 +530,71 @@ cdef void _gather_run(const Conv *c, const Block *block, Py_ssize_t channel, Py_
 
 # -------------------------------------------------------------------------------------------- gradient of the weights
 
-cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options):
-    cdef WeightPlan plan
-    cdef Conv *c = &plan.c
+# What all tasks of one call share.
+ctypedef struct GradPlan:
+    WeightPlan base
+    unsigned char *refused      # whether there are numbers that can't be split
+
+
+# A task's workspace.
+ctypedef struct Workspace:
+    Py_ssize_t *offsets         # where the patches of each row of the sums are
+    Py_ssize_t *lines
+    char *patches
+    char *grads
+    char *pieces                # of patches, then of a panel's gradients
+
+
+cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options,
+                       bint split) except *:
+    """Compute the gradients, unless there are numbers that can't be split; return whether it did."""
+    cdef GradPlan plan
+    cdef WeightPlan *base = &plan.base
+    cdef Conv *c = &base.c
+    cdef unsigned char refused = 0
     make_conv(c, input, grad_weight, grad_output, dims, options)
     join_rows(c)
-    if _in_place(c):
-        c.chunk = PIXELS
-    plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
-    plan.channel_blocks = 1
-    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
-    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
-    run_tasks(_weight_task, &plan, plan.chunks * plan.tasks, c.threads)
-    sum_chunks(&plan)
+    base.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
+    base.channel_blocks = 1
+    if not split or not _split_pixels(base, options.precision):
+        if _in_place(c):
+            c.chunk = PIXELS
+        divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &base.blocks)
+    plan.refused = &refused
+    plan_chunks(base, c.batch * base.blocks.count, grad_bias)
+    run_tasks(_weight_task, &plan, base.chunks * base.tasks, c.threads)
+    if not refused:
+        sum_chunks(base)
+    return not refused
+
+
+cdef bint _split_pixels(WeightPlan *plan, str precision):
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+    cdef Conv *c = &plan.c
+    cdef Blocks *blocks = &plan.blocks
+    cdef const fc_ukernels *numbers = c.kernels
+    cdef const fc_ukernels *pieces = piece_tile(c, precision)
+    cdef Py_ssize_t half, last, width = plan.width
+    cdef double padded
+    if pieces == NULL or min(c.channels, c.filters) < USES:
+        return False
+    use_tile(c, pieces)
+    half = pieces.tile_rows // 2
+    plan.width = max(half, min(round_up(c.channels, half), WEIGHT_ROWS // c.taps // half * half))  # rows that the tile stores
+    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), blocks)
+    if blocks.down == c.out[1]:  # parts of rows: only the last is filled up
+        blocks.columns = min(round_up(blocks.columns, pieces.depth_step), c.out[2])
+        blocks.across = ceil_div(c.out[2], blocks.columns)
+        blocks.count = c.out[0] * blocks.down * blocks.across
+    last = c.out[2] - (blocks.across - 1) * blocks.columns
+    padded = (blocks.across - 1) * round_up(blocks.rows * blocks.columns, pieces.depth_step)
+    padded = blocks.down * (padded + round_up(blocks.rows * last, pieces.depth_step)) / (c.out[1] * c.out[2])
+    padded *= round_up(c.channels, half) * round_up(c.filters, pieces.lanes) / (<double>c.channels * c.filters)
+    if split_pays(pieces, padded):
+        return True
+    use_tile(c, numbers)
+    plan.width = width
+    return False
 
 
 cdef bint _in_place(const Conv *c) noexcept nogil:
@@ -555,51 +608,108 @@ cdef bint _in_place(const Conv *c) noexcept nogil:
 
 cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     """Reduce one chunk of the units, which are blocks of output pixels, for one task's channels and filters."""
-    cdef const WeightPlan *plan = <const WeightPlan *>shared
-    cdef const Conv *c = &plan.c
+    cdef const GradPlan *plan = <const GradPlan *>shared
+    cdef const WeightPlan *base = &plan.base
+    cdef const Conv *c = &base.c
     cdef WeightTask t
-    if start_task(plan, task, &t):
+    if plan.refused[0]:
+        return 0
+    if start_task(base, task, &t):
         return 1
     cdef bint in_place = _in_place(c)
-    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel)
-    cdef Py_ssize_t rows = c.taps * plan.width
-    cdef Py_ssize_t offset_bytes = (rows + plan.blocks.rows + 8) // 8 * 64
-    cdef Py_ssize_t patch_bytes = 0 if in_place else rows * c.chunk * c.item
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + c.panel * c.chunk * c.item)
+    cdef Py_ssize_t rows = c.taps * base.width, pixels = base.blocks.rows * base.blocks.columns, unit
+    cdef Py_ssize_t offset_bytes = (rows + base.blocks.rows + 8) // 8 * 64
+    cdef Py_ssize_t patch_bytes = 0 if in_place and c.kernels.pieces == 0 else round_up(rows * pixels * c.item, 64)
+    cdef Py_ssize_t grad_bytes = c.panel * pixels * c.item
+    cdef Py_ssize_t piece_bytes = (rows + c.panel) * round_up(pixels, c.kernels.depth_step) * c.packed if c.kernels.pieces else 0
+    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + grad_bytes + piece_bytes)
+    cdef Workspace space
     cdef Block block
-    cdef Py_ssize_t unit, panel, m
     if memory == NULL:
         return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *lines = offsets + rows
-    cdef const char *patches = memory + offset_bytes
-    cdef char *grads = memory + offset_bytes + patch_bytes
+    space.offsets = <Py_ssize_t *>memory
+    space.lines = space.offsets + rows
+    space.patches = memory + offset_bytes
+    space.grads = space.patches + patch_bytes
+    space.pieces = space.grads + grad_bytes
+    for unit in range(t.first_unit, t.end_unit):
+        locate(c, &base.blocks, unit, &block)
+        if c.kernels.pieces == 0:
+            _weight_unit(base, &t, &block, in_place, &space)
+        elif not _split_unit(base, &t, &block, in_place, &space):
+            plan.refused[0] = 1
+            return 0
+    end_task(base, &t)
+    return 0
+
+
+cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block *block, bint in_place,
+                       const Workspace *space) noexcept nogil:
+    """Add a block's products to a task's sums."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel, m
+    cdef Py_ssize_t first = t.group * c.channels + t.channel
+    cdef const char *patches = space.patches
     cdef fc_reduction reduction
     reduction.apart = 0
-    reduction.taps = lines
+    reduction.taps = space.lines
     reduction.b_taps = NULL
-    for m in range(rows):  # accumulators are [tap][channel], patches [channel][tap]; missing channels repeat the last
-        offsets[m] = (min(m % plan.width, channels - 1) * c.taps + m // plan.width) * (c.x.stride[1] if in_place else c.chunk)
-    for m in range(plan.blocks.rows):
-        lines[m] = m * c.stride[1] * c.x.stride[3] if in_place else 0
-    for unit in range(t.first_unit, t.end_unit):
-        locate(c, &plan.blocks, unit, &block)
-        if in_place:
-            reduction.n_taps, reduction.depth, reduction.a_step = block.rows, block.columns, c.stride[2] * c.x.stride[4]
-            patches = _first_cell(c, &block, t.group * c.channels + t.channel)
-        else:
-            reduction.n_taps, reduction.depth, reduction.a_step = 1, block.rows * block.columns, 1
-            gather(
-                c, &block, t.group * c.channels + t.channel, channels, block.top * c.out[2] + block.left,
-                block.rows * block.columns, c.chunk, memory + offset_bytes,
-            )
-        for panel in range(t.panels):
-            _weight_panel(
-                plan, &block, &t, panel, &reduction, offsets, patches, grads,
-                t.accumulators + panel * c.panel * rows * c.item,
-            )
-    end_task(plan, &t)
-    return 0
+    _row_offsets(plan, channels, c.x.stride[1] if in_place else pixels, space.offsets)
+    for m in range(block.rows):
+        space.lines[m] = m * c.stride[1] * c.x.stride[3] if in_place else 0
+    if in_place:
+        reduction.n_taps, reduction.depth, reduction.a_step = block.rows, block.columns, c.stride[2] * c.x.stride[4]
+        patches = _first_cell(c, block, first)
+    else:
+        reduction.n_taps, reduction.depth, reduction.a_step = 1, pixels, 1
+        gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
+    for panel in range(t.panels):
+        _pack_panel(plan, t, block, panel, space.grads)
+        _weight_panel(plan, t, panel, &reduction, space.offsets, patches, space.grads)
+
+
+cdef bint _split_unit(const WeightPlan *plan, const WeightTask *t, const Block *block, bint in_place,
+                      const Workspace *space) noexcept nogil:
+    """The same with pieces of numbers; return whether they can be split."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel
+    cdef Py_ssize_t first = t.group * c.channels + t.channel, step = pixels, width
+    cdef Py_ssize_t depth = round_up(pixels, c.kernels.depth_step)
+    cdef const char *patches = space.patches
+    cdef char *grads = space.pieces + c.taps * plan.width * depth * c.packed
+    cdef int sizes, vectors, patch_sizes
+    cdef fc_reduction reduction
+    reduction.apart = 0
+    reduction.taps = space.lines
+    reduction.b_taps = NULL
+    reduction.n_taps, reduction.depth, reduction.a_step = 1, depth, 1
+    space.lines[0] = 0
+    _row_offsets(plan, channels, depth, space.offsets)
+    if in_place and block.rows == 1 and c.stride[2] * c.x.stride[4] == 1:
+        patches, step = _first_cell(c, block, first), c.x.stride[1]
+    else:
+        gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
+    patch_sizes = c.kernels.split_rows(patches, channels * c.taps, step, pixels, c.kernels.pieces, space.pieces)
+    if patch_sizes & FC_HUGE or patch_sizes == FC_TINY:
+        return False
+    c.kernels.enter()
+    for panel in range(t.panels):
+        _pack_panel(plan, t, block, panel, space.grads)
+        vectors = panel_vectors(c, t.panel + panel)
+        width = vectors * c.kernels.lanes
+        sizes = c.kernels.split_weights(space.grads, width, pixels, 1, vectors, c.kernels.pieces, grads)
+        if sizes & FC_HUGE or sizes == FC_TINY:
+            break
+        _weight_panel(plan, t, panel, &reduction, space.offsets, space.pieces, grads)
+    c.kernels.leave()
+    return not sizes & FC_HUGE and sizes != FC_TINY
+
+
+cdef void _row_offsets(const WeightPlan *plan, Py_ssize_t channels, Py_ssize_t pitch, Py_ssize_t *offsets) noexcept nogil:
+    """Sums are [tap][channel], patches [channel][tap]; missing channels repeat the last."""
+    cdef Py_ssize_t m
+    for m in range(plan.c.taps * plan.width):
+        offsets[m] = (min(m % plan.width, channels - 1) * plan.c.taps + m // plan.width) * pitch
 
 
 cdef const char *_first_cell(const Conv *c, const Block *block, Py_ssize_t channel) noexcept nogil:
@@ -611,17 +721,25 @@ cdef const char *_first_cell(const Conv *c, const Block *block, Py_ssize_t chann
     ) * c.item
 
 
-cdef void _weight_panel(const WeightPlan *plan, const Block *block, const WeightTask *t, Py_ssize_t panel,
-                        fc_reduction *reduction, const Py_ssize_t *offsets, const char *patches, char *grads,
-                        char *accumulators) noexcept nogil:
+cdef void _pack_panel(const WeightPlan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel,
+                      char *grads) noexcept nogil:
+    """Pack a panel's gradients of a block, and add them to that of the bias."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t width = panel_vectors(c, t.panel + panel) * c.kernels.lanes, first = (t.panel + panel) * c.panel
+    cdef Py_ssize_t pixels = block.rows * block.columns
+    pack_pixels(c, block, t.group * c.filters + first, min(width, c.filters - first), width, 0, pixels, grads)
+    add_bias(plan, t, panel, grads, pixels)
+
+
+cdef void _weight_panel(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, fc_reduction *reduction,
+                        const Py_ssize_t *offsets, const char *patches, const char *grads) noexcept nogil:
     """Add patches x gradients of the output for one panel and one block of pixels."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, t.panel + panel)
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, first = (t.panel + panel) * c.panel
-    cdef Py_ssize_t rows = c.taps * plan.width, pixels = block.rows * block.columns
-    pack_pixels(c, block, t.group * c.filters + first, min(width, c.filters - first), width, 0, pixels, grads)
-    add_bias(plan, t, panel, grads, pixels)
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, rows = c.taps * plan.width
     reduction.b_tap = reduction.depth * width
     reduction.b_step = width
     reduction.c_step = width
-    c.kernels.brgemm(reduction, patches, offsets, rows, grads, vectors, accumulators, 1)
+    c.kernels.brgemm(
+        reduction, patches, offsets, rows, grads, vectors, t.accumulators + panel * c.panel * rows * c.item, 1
+    )

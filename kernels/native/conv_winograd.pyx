@@ -397,9 +397,8 @@ cdef int _transform_inputs(const Plan *plan, const Task *t, const char *cells, c
         return 0
     c.kernels.winograd_transform(FC_INPUTS, &tiles, cells, plan.width, t.floats, float_bytes // c.item)
     for point in range(plan.g.points):
-        sizes |= c.kernels.split_image(
-            t.floats + point * float_bytes, 1, 0, t.tiles * plan.width, c.kernels.depth_step, pieces,
-            out + point * t.point_bytes,
+        sizes |= c.kernels.split_rows(
+            t.floats + point * float_bytes, 1, 0, t.tiles * plan.width, pieces, out + point * t.point_bytes
         )
     return sizes
 

@@ -18,17 +18,28 @@
 
 The weights, most of the memory there is to move, are read once and in the caller's order, whatever the stride: the phases of
 a stride are not convolutions of their own, with a part of each filter. The columns of a few channels are all that ever exists.
+
+Where the machine has a tile that multiplies pieces of numbers, (channel, tap) are its lanes: then weights are split where they
+are, and only the gradients and the columns, fewer, are turned.
 """
 
 cimport numpy as cnp
 from libc.string cimport memset
 
-from fastconv.kernels.native.blocking cimport Conv, View, make_conv, pack_bias, round_up, run_tasks
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction
+from fastconv.kernels.native.blocking cimport (
+    Conv, View, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, split_pays, use_tile,
+)
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels,
+)
 
 cdef enum:
     ROWS = 96                   # (channel, tap) of a task, about: with 512 filters their weights take 192 KB
     PIXELS = 512                # of images that are done together, unless one has more: columns take 192 KB
+    SPLIT_ROWS = 288            # and ...
+    SPLIT_PIXELS = 128          # ... the same where numbers are split: whole panels of 32 rows for 1, 4, and 9 taps
+    SPLIT_DEPTH = 128           # filters whose weights are split at a time: 24 KB of pieces, of 48 KB that L1 has there
+    USES = 32                   # of a number in products that make up for splitting it, about
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -40,9 +51,11 @@ ctypedef struct Plan:
     Py_ssize_t pixels           # of one image's output
     Py_ssize_t first, images    # that are done together
     Py_ssize_t pitch            # from filter to filter, and from column to column
+    Py_ssize_t depth            # from pixel to pixel of split gradients
     char *grads
     const char *bias
     bint relu
+    unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
 
 ctypedef fused real:
     float
@@ -51,67 +64,152 @@ ctypedef fused real:
 
 cdef void input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options):
     """See ``conv_input_grad`` in ``fastconv.kernels``."""
+    for image in _input_by_columns(grad_output, weight, bias, grad_input, dims, options, True):
+        one = slice(image, image + 1)
+        _input_by_columns(grad_output[one], weight, bias, grad_input[one], dims, options, False)
+
+
+cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options,
+                            bint split):
+    """Compute the gradients; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t most, bias_bytes
+    cdef Py_ssize_t most, bias_bytes, grad_bytes
+    cdef unsigned char[::1] refused
     filters, channels = dims.out_channels, dims.group_in_channels
     cdef cnp.ndarray rows = weight.reshape(filters, channels, dims.taps)  # a copy, if taps are not evenly spaced
     make_conv(c, grad_input, weight, grad_output, dims, options)
+    plan.pixels = c.out[0] * c.out[1] * c.out[2]
+    if split and rows[0].flags.c_contiguous:
+        _split_numbers(&plan, options.precision)
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
-    plan.together = min(c.channels, max(1, ROWS // c.taps))
+    plan.together = min(c.channels, max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps))
     plan.parts = (c.channels + plan.together - 1) // plan.together
-    plan.pixels = c.out[0] * c.out[1] * c.out[2]
-    most = max(1, min(c.batch, PIXELS // plan.pixels))
+    most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
     plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
+    plan.depth = round_up(c.filters, c.kernels.depth_step)
     bias_bytes = round_up(c.groups * c.channels * c.item, 64)
-    plan.grads = arena(FC_ARENA_WEIGHTS, bias_bytes + c.groups * c.filters * plan.pitch * c.item)
+    grad_bytes = c.groups * (most * plan.pixels * plan.depth * c.packed if c.kernels.pieces else c.filters * plan.pitch * c.item)
+    plan.grads = arena(FC_ARENA_WEIGHTS, bias_bytes + grad_bytes)
     if plan.grads == NULL:
         raise MemoryError("no memory for copied gradients")
     plan.bias = pack_bias(c, bias, plan.grads)
     plan.grads += bias_bytes
     plan.relu = options.activation == "relu"
+    refused = bytearray(c.batch + 1)
+    plan.refused = &refused[0]
     for plan.first in range(0, c.batch, most):
         plan.images = min(most, c.batch - plan.first)
-        _copy_grads(&plan)
+        if c.kernels.pieces:
+            run_tasks(_split_grads_task, &plan, plan.images, c.threads)
+        else:
+            _copy_grads(&plan)
         run_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
+    return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _split_numbers(Plan *plan, str precision):
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+    cdef Conv *c = &plan.c
+    cdef const fc_ukernels *pieces = piece_tile(c, precision)
+    cdef Py_ssize_t rows = c.channels * c.taps
+    cdef double padded
+    if pieces == NULL or min(plan.pixels, c.filters, rows) < USES:
+        return
+    padded = round_up(c.filters, pieces.depth_step) * <double>round_up(plan.pixels, pieces.tile_rows // 2)
+    padded *= round_up(rows, pieces.lanes) / (<double>c.filters * plan.pixels * rows)
+    if split_pays(pieces, padded):
+        use_tile(c, pieces)
 
 
 cdef void _copy_grads(const Plan *plan) noexcept nogil:
     """Copy some images' gradients, row by row, and zeros to fill the last panel."""
     cdef const Conv *c = &plan.c
-    cdef const View *y = &c.y
-    cdef Py_ssize_t filters = c.groups * c.filters, pixels = plan.images * plan.pixels, image, depth, row, k
+    cdef Py_ssize_t filters = c.groups * c.filters, pixels = plan.images * plan.pixels, row, k
     cdef char *out = plan.grads
-    for image in range(plan.first, plan.first + plan.images):
-        for depth in range(c.out[0]):
-            for row in range(c.out[1]):
-                c.kernels.transpose(
-                    y.data + (image * y.stride[0] + depth * y.stride[2] + row * y.stride[3]) * c.item,
-                    y.stride[4], y.stride[1], c.out[2], filters, out, plan.pitch,
-                )
-                out += c.out[2] * c.item
+    for row in range(plan.images * c.out[0] * c.out[1]):
+        c.kernels.transpose(
+            _grad_row(plan, plan.first * c.out[0] * c.out[1] + row), c.y.stride[4], c.y.stride[1], c.out[2], filters, out,
+            plan.pitch,
+        )
+        out += c.out[2] * c.item
     for k in range(filters):
         memset(plan.grads + (k * plan.pitch + pixels) * c.item, 0, <size_t>((plan.pitch - pixels) * c.item))
+
+
+cdef const char *_grad_row(const Plan *plan, Py_ssize_t number) noexcept nogil:
+    """Return where a row of output pixels, counted over all images, starts."""
+    cdef const Conv *c = &plan.c
+    cdef const View *y = &c.y
+    cdef Py_ssize_t plane = number // c.out[1]
+    return y.data + (
+        plane // c.out[0] * y.stride[0] + plane % c.out[0] * y.stride[2] + number % c.out[1] * y.stride[3]
+    ) * c.item
+
+
+cdef int _split_grads_task(const void *shared, Py_ssize_t image) noexcept nogil:
+    """Turn an image's gradients and split them, [group][image][pixel][filter]."""
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t rows = c.out[0] * c.out[1], group, row, pixel_bytes = plan.depth * c.packed
+    cdef int sizes = 0
+    cdef char *out
+    cdef char *floats = arena(FC_ARENA_BLOCK, c.out[2] * c.filters * c.item)
+    if floats == NULL:
+        return 1
+    for group in range(c.groups):
+        out = plan.grads + (group * plan.images + image) * plan.pixels * pixel_bytes
+        for row in range(rows):
+            c.kernels.transpose(
+                _grad_row(plan, (plan.first + image) * rows + row) + group * c.filters * c.y.stride[1] * c.item,
+                c.y.stride[1], c.y.stride[4], c.filters, c.out[2], floats, c.filters,
+            )
+            sizes |= c.kernels.split_rows(floats, c.out[2], c.filters, c.filters, c.kernels.pieces, out)
+            out += c.out[2] * pixel_bytes
+    if sizes & FC_HUGE or sizes == FC_TINY:
+        plan.refused[plan.first + image] = 1
+    return 0
 
 
 cdef int _channels_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t group = task // plan.parts, channel = task % plan.parts * plan.together, image, m, pixel
-    cdef Py_ssize_t channels = min(plan.together, c.channels - channel), rows = channels * c.taps, zero = 0
-    cdef Py_ssize_t pixels = plan.images * plan.pixels
-    cdef Py_ssize_t whole_rows = round_up(rows, c.kernels.tile_rows), depth = c.filters | 16
-    cdef Py_ssize_t offset_bytes = round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64)
-    cdef Py_ssize_t weight_bytes = round_up(rows * depth * c.item, 64)
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + weight_bytes + whole_rows * plan.pitch * c.item)
-    if memory == NULL:
+    cdef Py_ssize_t group = task // plan.parts, channel = task % plan.parts * plan.together, image, m
+    cdef Py_ssize_t channels = min(plan.together, c.channels - channel)
+    cdef Py_ssize_t rows = round_up(channels * c.taps, max(<Py_ssize_t>c.kernels.tile_rows, c.panel))
+    cdef char *columns = arena(FC_ARENA_BLOCK, rows * plan.pitch * c.item + _workspace(plan, channels * c.taps))
+    if columns == NULL:
         return 1
+    if c.kernels.pieces:
+        _multiply_pieces(plan, group, channel, channels, columns + rows * plan.pitch * c.item, columns)
+    else:
+        _multiply(plan, group, channel, channels, columns + rows * plan.pitch * c.item, columns)
+    for m in range(channels):
+        for image in range(plan.images):
+            _add_channel(plan, plan.first + image, group * c.channels + channel + m,
+                         columns + (m * c.taps * plan.pitch + image * plan.pixels) * c.item)
+    return 0
+
+
+cdef Py_ssize_t _workspace(const Plan *plan, Py_ssize_t rows) noexcept nogil:
+    """Bytes of what a task needs beside the columns."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t pixels = round_up(plan.images * plan.pixels, c.kernels.tile_rows)
+    if c.kernels.pieces == 0:
+        return round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64) + rows * (c.filters | 16) * c.item
+    return SPLIT_DEPTH * c.panel * (c.packed + c.item) + pixels * (c.panel * c.item + <Py_ssize_t>sizeof(Py_ssize_t))
+
+
+cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, char *memory,
+                    char *columns) noexcept nogil:
+    """Compute the columns of some channels: weights x gradients."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t rows = channels * c.taps, pixels = plan.images * plan.pixels, depth = c.filters | 16, zero = 0, m, pixel
     cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef char *weights = memory + offset_bytes
-    cdef char *columns = weights + weight_bytes
+    cdef char *weights = memory + round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef const char *grads = plan.grads + group * c.filters * plan.pitch * c.item
     cdef fc_reduction reduction
     reduction.apart = 0
@@ -130,11 +228,48 @@ cdef int _channels_task(const void *shared, Py_ssize_t task) noexcept nogil:
             &reduction, weights, offsets, rows, grads + pixel * c.item, 1 if pixels - pixel <= c.kernels.lanes else 2,
             columns + pixel * c.item, 0,
         )
-    for m in range(channels):
-        for image in range(plan.images):
-            _add_channel(plan, plan.first + image, group * c.channels + channel + m,
-                         columns + (m * c.taps * plan.pitch + image * plan.pixels) * c.item)
-    return 0
+
+
+cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, char *memory,
+                           char *columns) noexcept nogil:
+    """Compute the columns of some channels, turned: gradients x weights, by panels of (channel, tap)."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = channel * c.taps, end = (channel + channels) * c.taps, width = c.panel, zero = 0, r, k, count, step, p
+    cdef Py_ssize_t pixels = plan.images * plan.pixels
+    cdef char *pieces = memory
+    cdef char *floats = pieces + SPLIT_DEPTH * width * c.packed
+    cdef char *sums = floats + SPLIT_DEPTH * width * c.item
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>(sums + round_up(pixels, c.kernels.tile_rows) * width * c.item)
+    cdef const char *grads = plan.grads + group * pixels * plan.depth * c.packed
+    cdef const char *weights
+    cdef int sizes = 0
+    cdef fc_reduction reduction
+    reduction.apart = 0
+    reduction.taps = &zero
+    reduction.b_taps = NULL
+    reduction.n_taps = 1
+    reduction.a_step = 1
+    reduction.b_tap = 0
+    reduction.b_step = reduction.c_step = width
+    for p in range(pixels):
+        offsets[p] = p * plan.depth
+    c.kernels.enter()
+    for r from first <= r < end by width:
+        for k from 0 <= k < c.filters by SPLIT_DEPTH:
+            count = min(<Py_ssize_t>SPLIT_DEPTH, c.filters - k)
+            reduction.depth = round_up(count, c.kernels.depth_step)
+            weights = plan.weights + ((group * c.filters + k) * plan.filter_step + r) * c.item
+            step = plan.filter_step
+            if r + width > c.channels * c.taps:  # the last panel: beyond it there may be nothing
+                memset(floats, 0, <size_t>(count * width * c.item))
+                c.kernels.transpose(weights, 1, step, c.channels * c.taps - r, count, floats, width)
+                weights, step = floats, width
+            sizes |= c.kernels.split_weights(weights, step, count, 1, 2, c.kernels.pieces, pieces)
+            c.kernels.brgemm(&reduction, grads + k * c.packed, offsets, pixels, pieces, 2, sums, k > 0)
+        c.kernels.transpose(sums, width, 1, pixels, width, columns + (r - first) * plan.pitch * c.item, plan.pitch)
+    c.kernels.leave()
+    if sizes & FC_HUGE:
+        plan.refused[c.batch] = 1
 
 
 cdef void _turn_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t depth,
@@ -168,7 +303,7 @@ cdef void _add_channel(const Plan *plan, Py_ssize_t image, Py_ssize_t channel, c
 cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef const View *v = &c.x
-    cdef Py_ssize_t d, h, w, depth, row, z, y, i
+    cdef Py_ssize_t d, h, w, depth, top, left, z, y, i, step = c.stride[2] * v.stride[4]
     cdef real *cells
     for z in range(v.size[2]):
         for y in range(v.size[3]):
@@ -177,14 +312,16 @@ cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias
                 cells[i * v.stride[4]] = bias
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
+            top = first_pixel(c, 1, h)
             for w in range(c.kernel[2]):
-                for depth in range(c.out[0]):
-                    z = depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-                    for row in range(c.out[1]):
-                        y = row * c.stride[1] - c.pad[1] + h * c.dilation[1]
-                        if 0 <= z < v.size[2] and 0 <= y < v.size[3]:
-                            _add_row(c, x + z * v.stride[2] + y * v.stride[3], w * c.dilation[2] - c.pad[2],
-                                     columns + (depth * c.out[1] + row) * c.out[2])
+                left = first_pixel(c, 2, w)
+                for depth in range(first_pixel(c, 0, d), end_pixel(c, 0, d)):
+                    cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
+                    cells += cell(c, 2, w, left) * v.stride[4]
+                    _add_plane(
+                        cells, c.stride[1] * v.stride[3], step, columns + (depth * c.out[1] + top) * c.out[2] + left, c.out[2],
+                        end_pixel(c, 1, h) - top, end_pixel(c, 2, w) - left,
+                    )
                 columns += plan.pitch
     if not plan.relu:
         return
@@ -196,17 +333,31 @@ cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias
                     cells[i * v.stride[4]] = 0
 
 
-cdef inline void _add_row(const Conv *c, real *x, Py_ssize_t left, const real *columns) noexcept nogil:
-    """Add a row of pixels' columns to the cells that they see: pixel 0 sees cell ``left`` of the image's row ``x``."""
-    cdef Py_ssize_t step = c.stride[2], width = c.x.size[4], stride = c.x.stride[4], start = 0, stop = c.out[2], i
-    if left < 0:
-        start = (step - 1 - left) // step
-    if left + (stop - 1) * step >= width:
-        stop = (width - 1 - left) // step + 1 if left < width else 0
-    x += left * stride
-    if stride == 1 and step == 1:
-        for i in range(start, stop):
-            x[i] += columns[i]
-    else:
-        for i in range(start, stop):
-            x[i * step * stride] += columns[i]
+cdef inline Py_ssize_t cell(const Conv *c, int axis, Py_ssize_t tap, Py_ssize_t pixel) noexcept nogil:
+    """The cell that a pixel sees by a tap."""
+    return pixel * c.stride[axis] - c.pad[axis] + tap * c.dilation[axis]
+
+
+cdef inline Py_ssize_t first_pixel(const Conv *c, int axis, Py_ssize_t tap) noexcept nogil:
+    """The first pixel that sees a cell of the image, not of the padding, by a tap."""
+    return ceil_div(max(0, -cell(c, axis, tap, 0)), c.stride[axis])
+
+
+cdef inline Py_ssize_t end_pixel(const Conv *c, int axis, Py_ssize_t tap) noexcept nogil:
+    """The first pixel thereafter that sees none."""
+    return min(c.out[axis], ceil_div(max(0, c.x.size[2 + axis] - cell(c, axis, tap, 0)), c.stride[axis]))
+
+
+cdef inline void _add_plane(real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns, Py_ssize_t pitch,
+                            Py_ssize_t rows, Py_ssize_t n) noexcept nogil:
+    """Add rows of n columns, ``pitch`` apart, to the cells that their pixels see."""
+    cdef Py_ssize_t row, i
+    for row in range(rows):
+        if cell_step == 1:
+            for i in range(n):
+                cells[i] += columns[i]
+        else:
+            for i in range(n):
+                cells[i * cell_step] += columns[i]
+        cells += row_step
+        columns += pitch

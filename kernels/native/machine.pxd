@@ -63,8 +63,8 @@ cdef extern from "ukernels.h" nogil:
         void (*add)(void *, const void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
-        int (*split_image)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, int,
-                           void *) noexcept nogil
+        int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
+        int (*split_runs)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
         void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *,
                            Py_ssize_t) noexcept nogil

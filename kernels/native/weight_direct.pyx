@@ -254,7 +254,7 @@ cdef int _split_row(const Plan *plan, const Block *block, Py_ssize_t first, Py_s
             ) * c.item,
             x.stride[4], x.stride[1], stop - start, count, floats + start * c.item, run,
         )
-    return c.kernels.split_image(floats, 1, 0, channels * run, run, c.kernels.pieces, pieces)
+    return c.kernels.split_runs(floats, channels * run, run, c.kernels.pieces, pieces)
 
 
 cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, char *floats,

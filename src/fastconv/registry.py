@@ -57,14 +57,14 @@ def _always(op: str, dims: Dims) -> str:
 
 
 def _fills_pieces(dims: ConvDims) -> bool:
-    """Whether AMX, whose tile for pieces of numbers ``direct`` has, gains more than splitting the numbers takes.
+    """Whether AMX, whose tile multiplies pieces of numbers, does the gradient of the weights faster than Winograd's tiles.
 
     An estimate from counted instructions, never timed: splitting and packing a number takes as long as is gained on
     some 40 of its products, for AMX multiplies a good two times as fast as AVX-512.
     """
     channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
     uses = dims.taps * min(channels, filters // 2)
-    return isa() == "amx" and set(dims.stride) == {1} and min(channels, filters) >= 32 and uses >= 40 and pixels >= 196
+    return isa() == "amx" and min(channels, filters) >= 32 and uses >= 40 and pixels >= 128
 
 
 def _weights_weigh(dims: ConvDims) -> bool:
@@ -80,6 +80,7 @@ def _few_columns(op: str, dims: ConvDims) -> bool:
     """Whether the native im2col, which reads weights once and skips padding, beats direct: few pixels see many."""
     pixels, cells = math.prod(dims.output_size), math.prod(dims.input_size)
     few = pixels <= 100 and 2 * cells >= 3 * pixels and dims.group_out_channels >= 64
+    few |= isa() == "amx" and 32 <= pixels <= min(256, dims.group_out_channels // 2)  # whose weights stay where they are
     return op == "conv_input_grad" and few and dims.taps > 1 and not dims.depthwise
 
 
@@ -89,8 +90,8 @@ def _direct(op: str, dims: ConvDims) -> str:
     if dims.depthwise:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    few = op != "conv_input_grad" or (set(dims.stride) == {1} and weights <= 2**16)  # whose channels im2col must turn
-    if dims.taps == 1 and few and (op == "conv_forward" or not _fills_pieces(dims)):
+    few = weights <= 2**16 or isa() == "amx"  # whose channels im2col must turn
+    if dims.taps == 1 and (op != "conv_input_grad" or (set(dims.stride) == {1} and few)):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""

@@ -228,9 +228,9 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)x, (__m512i)odd, (__m512i)y));
 }
 
-INLINE floats load(const float *in, ptrdiff_t n)
+INLINE void load(const float *in, ptrdiff_t n, floats *x)
 {
-    return (floats)_mm512_maskz_loadu_ps(n < LANES ? (1u << (n < 0 ? 0 : n)) - 1 : 0xffff, in);
+    *x = (floats)_mm512_maskz_loadu_ps(n < LANES ? (1u << (n < 0 ? 0 : n)) - 1 : 0xffff, in);
 }
 #else
 INLINE void keep_larger(words *x, words y)
@@ -247,12 +247,11 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
     *(halves *)(out + LANES) = upper_halves(y);
 }
 
-INLINE floats load(const float *in, ptrdiff_t n) /* of n numbers, zeros for lanes beyond */
+INLINE void load(const float *in, ptrdiff_t n, floats *x) /* n numbers, zeros for lanes beyond */
 {
-    floats x = {0};
+    *x = (floats){0};
     if (n > 0)
-        memcpy(&x, in, (size_t)(n < LANES ? n : LANES) * sizeof(float));
-    return x;
+        memcpy(x, in, (size_t)(n < LANES ? n : LANES) * sizeof(float));
 }
 #endif
 
@@ -294,26 +293,41 @@ INLINE void split_two(floats low, floats high, const int pieces, uint16_t *out, 
         store_upper_halves(parts[0][p], parts[1][p], out + p * line);
 }
 
-INLINE int split_image(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, const int pieces,
-                       uint16_t *out)
+/* Rows of n numbers, filled up with zeros, to [n / 32][piece][32]. */
+INLINE int split_rows(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, const int pieces, uint16_t *out)
+{
+    const ptrdiff_t whole = n / CHANNELS * CHANNELS;
+    words largest = {0};
+    for (; rows > 0; rows--, in += step) {
+        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS)
+            split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, CHANNELS, &largest);
+        if (whole < n) {
+            floats low, high;
+            load(in + whole, n - whole, &low);
+            load(in + whole + LANES, n - whole - LANES, &high);
+            split_two(low, high, pieces, out, CHANNELS, &largest);
+            out += pieces * CHANNELS;
+        }
+    }
+    return size(largest);
+}
+
+/* A row of n numbers to [n / run][piece][run]; a run may be an odd number of vectors. */
+INLINE int split_runs(const float *in, ptrdiff_t n, ptrdiff_t run, const int pieces, uint16_t *out)
 {
     words largest = {0};
-    for (; rows > 0; rows--, in += step)
-        for (const float *at = in, *const end = in + n; at < end; out += (pieces - 1) * run) {
-            const float *const last = at + run;
-            for (; last - at >= 2 * LANES && end - at >= 2 * LANES; at += 2 * LANES, out += 2 * LANES)
-                split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, run, &largest);
-            if (run == CHANNELS && at < end && at < last) { /* the row's last numbers */
-                split_two(load(at, end - at), load(at + LANES, end - at - LANES), pieces, out, run, &largest);
-                at += CHANNELS, out += CHANNELS;
-            } else if (at < last) { /* half of it: a run may be an odd number of vectors */
-                words parts[MAX_PIECES];
-                split(*(const floats *)at, pieces, parts, &largest);
-                UNROLL for (int p = 0; p < pieces; p++)
-                    *(halves *)(out + p * run) = upper_halves(parts[p]);
-                at += LANES, out += LANES;
-            }
+    for (const float *end = in + n; in < end; out += (pieces - 1) * run) {
+        const float *const last = in + run;
+        for (; last - in >= 2 * LANES; in += 2 * LANES, out += 2 * LANES)
+            split_two(*(const floats *)in, *(const floats *)(in + LANES), pieces, out, run, &largest);
+        if (in < last) {
+            words parts[MAX_PIECES];
+            split(*(const floats *)in, pieces, parts, &largest);
+            UNROLL for (int p = 0; p < pieces; p++)
+                *(halves *)(out + p * run) = upper_halves(parts[p]);
+            in += LANES, out += LANES;
         }
+    }
     return size(largest);
 }
 
@@ -349,16 +363,18 @@ INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channel
     return size(largest);
 }
 
-static int fc_f32_split_image__amx(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, int pieces,
-                                   void *out)
+static int fc_f32_split_rows__amx(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, int pieces, void *out)
 {
-    if (run == CHANNELS) /* a constant: for short runs, the ends of loops are much of the work */
-        return pieces == 3   ? split_image(image, rows, step, n, CHANNELS, 3, out)
-               : pieces == 2 ? split_image(image, rows, step, n, CHANNELS, 2, out)
-                             : split_image(image, rows, step, n, CHANNELS, 1, out);
-    return pieces == 3   ? split_image(image, rows, step, n, run, 3, out)
-           : pieces == 2 ? split_image(image, rows, step, n, run, 2, out)
-                         : split_image(image, rows, step, n, run, 1, out);
+    return pieces == 3   ? split_rows(image, rows, step, n, 3, out)
+           : pieces == 2 ? split_rows(image, rows, step, n, 2, out)
+                         : split_rows(image, rows, step, n, 1, out);
+}
+
+static int fc_f32_split_runs__amx(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out)
+{
+    return pieces == 3   ? split_runs(image, n, run, 3, out)
+           : pieces == 2 ? split_runs(image, n, run, 2, out)
+                         : split_runs(image, n, run, 1, out);
 }
 
 static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
@@ -532,7 +548,7 @@ static int works(const fc_ukernels *kernels)
             weights[k][m] = (float)((293 * m + 5 * k) % 1019 - 509);
         }
     }
-    kernels->split_image(image, 1, 0, M * CHANNELS, CHANNELS, kernels->pieces, a);
+    kernels->split_rows(image, 1, 0, M * CHANNELS, kernels->pieces, a);
     kernels->split_weights(weights, N, CHANNELS, 1, 2, kernels->pieces, b);
     kernels->enter();
     kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
@@ -562,7 +578,8 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].fused = 0; /* pieces are rounded, each on its own */
             tables[p].pieces = p + 1;
             tables[p].saturate = fc_f32_saturate__amx;
-            tables[p].split_image = fc_f32_split_image__amx;
+            tables[p].split_rows = fc_f32_split_rows__amx;
+            tables[p].split_runs = fc_f32_split_runs__amx;
             tables[p].split_weights = fc_f32_split_weights__amx;
             tables[p].lay_pixels = fc_f32_lay_pixels__amx;
             tables[p].lay_patches = fc_f32_lay_patches__amx;

@@ -150,27 +150,34 @@ static void SQ(interleave_3)(const T *in, ptrdiff_t i_stride, ptrdiff_t nj, T *o
 #undef AND_THIRD
 #undef THIRD
 
-static inline void SQ(finish)(ROW *value, const ROW *bias, int relu)
+static inline void SQ(rectify)(ROW *value)
 {
-    *value += *bias;
-    if (relu)
-        *value = (ROW)((SQ(mask))*value & ~(*value < 0)); /* a NaN stays one */
+    *value = (ROW)((SQ(mask))*value & ~(*value < 0)); /* a NaN stays one */
 }
 
-/* Store a row as every second element, where lanes can be masked; return whether they can. */
+/* Store a row for each channel, of pixels that are `ps` apart: every second one under a mask, where lanes can be masked. */
 #define TWICE(part, j) ((part) * SIDE / 2 + (j) / 2)
-static inline __attribute__((always_inline)) int SQ(store_apart)(ROW value, T *out)
+#define EVEN_LANES (0x5555 & ((1 << SIDE) - 1))
+static inline __attribute__((always_inline)) void SQ(store)(const ROW x[SIDE], T *out, ptrdiff_t cs, ptrdiff_t ps)
 {
+    if (ps == 1) {
+        UNROLL for (int n = 0; n < SIDE; n++, out += cs)
+            *(ROW *)out = x[n];
 #if defined(MASKED_STORE) && SIDE > 4
-    MASKED_STORE(out, 0x5555 & ((1 << SIDE) - 1), SHUFFLE(value, value, ALL_LANES(TWICE, 0)));
-    MASKED_STORE(out + SIDE, 0x5555 & ((1 << SIDE) - 1), SHUFFLE(value, value, ALL_LANES(TWICE, 1)));
-    return 1;
-#else
-    (void)value, (void)out;
-    return 0;
+    } else if (ps == 2) {
+        UNROLL for (int n = 0; n < SIDE; n++, out += cs) {
+            MASKED_STORE(out, EVEN_LANES, SHUFFLE(x[n], x[n], ALL_LANES(TWICE, 0)));
+            MASKED_STORE(out + SIDE, EVEN_LANES, SHUFFLE(x[n], x[n], ALL_LANES(TWICE, 1)));
+        }
 #endif
+    } else {
+        UNROLL for (int n = 0; n < SIDE; n++, out += cs)
+            UNROLL for (int k = 0; k < SIDE; k++)
+                out[k * ps] = x[n][k];
+    }
 }
 #undef TWICE
+#undef EVEN_LANES
 
 /* The epilogue for at least SIDE channels whose elements are neighbours in the output, or SIDE of them and as many pixels. Pixels
  * that are no neighbours are stored one by one, a channel's after another: channels may be a power of two apart. */
@@ -181,9 +188,11 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
     for (ptrdiff_t pixel = 0; pixel < pixels && cs == 1; pixel++)
         for (ptrdiff_t channel = 0; channel < channels; channel += SIDE) {
             const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
-            const ROW shift = bias ? *(const ROW *)(bias + i) : (ROW){0};
             ROW x = *(const ROW *)(c + pixel * c_stride + i);
-            SQ(finish)(&x, &shift, e->relu);
+            if (bias)
+                x += *(const ROW *)(bias + i);
+            if (e->relu)
+                SQ(rectify)(&x);
             *(ROW *)(out + pixel * ps + i) = x;
         }
     for (ptrdiff_t channel = 0; channel < channels && cs != 1; channel += SIDE) {
@@ -192,17 +201,13 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
             const ptrdiff_t p = pixel + SIDE <= pixels ? pixel : pixels - SIDE;
             ROW x[SIDE];
             SQ(read_turned)(c + p * c_stride + i, c_stride, x);
-            UNROLL for (int n = 0; n < SIDE; n++) {
-                const ROW shift = (bias ? bias[i + n] : 0) - (ROW){0};
-                SQ(finish)(&x[n], &shift, e->relu);
-                if (ps == 1)
-                    *(ROW *)(out + (i + n) * cs + p) = x[n];
-                else if (ps == 2 && SQ(store_apart)(x[n], out + (i + n) * cs + p * ps))
-                    continue;
-                else
-                    UNROLL for (int k = 0; k < SIDE; k++)
-                        out[(i + n) * cs + (p + k) * ps] = x[n][k];
-            }
+            if (bias)
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    x[n] += bias[i + n];
+            if (e->relu)
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    SQ(rectify)(&x[n]);
+            SQ(store)(x, out + i * cs + p * ps, cs, ps);
         }
     }
 }

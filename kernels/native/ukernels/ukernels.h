@@ -145,16 +145,18 @@ typedef struct {
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
-     * which are for one thread. Both that split return the size of the largest number, 0 if all are zero.
-     * image:   rows of n numbers, `step` apart, each to [n / run][piece][run], n a multiple of run, which is one of lanes; brgemm
-     *          reads those with run = depth_step, which may have any n: they are filled up with zeros
+     * which are for one thread. Those that split return the size of the largest number, 0 if all are zero.
+     * rows:    rows of n numbers, `step` apart, each filled up with zeros, to [n / depth_step][piece][depth_step], as brgemm reads
+     *          them
+     * runs:    n numbers to [n / run][piece][run], run a multiple of lanes
      * weights: [channel][tap][vectors], channels `step` apart, to [tap][channel][vectors], channels padded with zeros to a
      * multiple of depth_step
      * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
      * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read.
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to depth_step - 1 cells more are read. */
     int pieces;
-    int (*split_image)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
+    int (*split_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, int pieces, void *out);
+    int (*split_runs)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
                          void *out);
     void (*lay_pixels)(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces, void *out,
