@@ -57,10 +57,10 @@ def _always(op: str, dims: Dims) -> str:
 
 
 def _fills_pieces(dims: ConvDims) -> bool:
-    """Whether AMX, whose tile multiplies pieces of numbers, does the gradient of the weights faster than Winograd's tiles.
+    """Whether the gradient of the weights gains by AMX, whose tile multiplies pieces of numbers.
 
     An estimate from counted instructions, never timed: splitting and packing a number takes as long as is gained on
-    some 40 of its products, for AMX multiplies a good two times as fast as AVX-512.
+    some 40 of its products.
     """
     channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
     uses = dims.taps * min(channels, filters // 2)
@@ -159,13 +159,13 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, produc
 
 
 def _winograd_cython(op: str, dims: ConvDims) -> str:
-    if op == "conv_weight_grad" and _fills_pieces(dims):
-        return "slower than direct, whose tile multiplies pieces of numbers"
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
-    gain = 1.15 if op == "conv_input_grad" else 1  # its weights are packed in shorter runs
+    gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
+    if op == "conv_weight_grad" and _fills_pieces(dims):
+        gain = 2.5  # direct has the tile that multiplies pieces of numbers: counted, not timed
     return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
 
 

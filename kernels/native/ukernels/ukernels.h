@@ -66,7 +66,7 @@ typedef struct {
 } fc_lines;
 
 /* What pixels see: rows of `run` neighbouring cells, so far from a pixel's first cell. The pieces of a cell are `plane` apart. A
- * patch, all rows one after another, is filled up to `depth` cells, FC_PATCH at most, with whatever follows its last row. */
+ * patch, all rows one after another, is filled up to `depth` cells, FC_PATCH at most, with whatever is finite. */
 enum { FC_PATCH = 1024 };
 typedef struct {
     const ptrdiff_t *rows;
@@ -153,7 +153,8 @@ typedef struct {
      * multiple of depth_step
      * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
      * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read.
-     * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to depth_step - 1 cells more are read. */
+     * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to 2 * depth_step - 1 cells beyond
+     * a row are read. */
     int pieces;
     int (*split_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, int pieces, void *out);
     int (*split_runs)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
