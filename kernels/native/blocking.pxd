@@ -77,6 +77,7 @@ cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int t
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
 cdef bint taps_continue(const Conv *c) noexcept nogil
+cdef cnp.ndarray turn_weights(cnp.ndarray weight, dims)
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil
 cdef char *pack_bias(const Conv *c, bias, char *out)

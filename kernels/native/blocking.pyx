@@ -13,6 +13,8 @@ transposition of the K x (C * taps) matrix. (With few channels conv_direct folds
 reduction; then it is [panel][tap][channel].) Every copy is one call of the microkernel ``transpose``.
 """
 
+import numpy as np
+
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.string cimport memset
@@ -143,6 +145,25 @@ cdef bint taps_continue(const Conv *c) noexcept nogil:
     return rows and (c.kernel[0] == 1 or w.stride[2] == c.kernel[1] * c.kernel[2] * w.stride[4])
 
 
+cdef cnp.ndarray turn_weights(cnp.ndarray weight, dims):
+    """Return weights with the channels as neighbours, if a gradient of the input needs some taps for each phase."""
+    cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(weight), k
+    cdef Py_ssize_t filters = cnp.PyArray_DIM(weight, 0), channels = cnp.PyArray_DIM(weight, 1)
+    cdef Py_ssize_t taps = cnp.PyArray_SIZE(weight) // (filters * channels)
+    cdef const fc_ukernels *kernels = ukernels(item)
+    cdef cnp.ndarray turned
+    if max(dims.stride) == 1 or taps == 1 or dims.groups > 1 or not cnp.PyArray_IS_C_CONTIGUOUS(weight):
+        return weight
+    shape = (<object>weight).shape
+    turned = np.empty((shape[0], *shape[2:], shape[1]), weight.dtype)
+    for k in range(filters):
+        kernels.transpose(
+            cnp.PyArray_BYTES(weight) + k * channels * taps * item, taps, 1, channels, taps,
+            cnp.PyArray_BYTES(turned) + k * channels * taps * item, channels,
+        )
+    return np.moveaxis(turned, -1, 1)
+
+
 cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t channel, Py_ssize_t channels,
                      char *out) noexcept nogil:
     """Pack (filters of the panel, some channels, taps) to [channel][tap][filter], missing filters as zeros.
@@ -156,9 +177,19 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
     cdef const char *base = w.data + ((group * c.filters + first) * w.stride[0] + channel * w.stride[1]) * c.item
     cdef Py_ssize_t step = w.stride[4]  # from tap to tap
     cdef bint planes = taps_continue(c)  # dimensions that continue one another are one
-    cdef Py_ssize_t i, d, h, run
+    cdef Py_ssize_t i, d, h, t, run
     if filters < width:
         memset(out, 0, <size_t>(width * channels * c.taps * c.item))
+    if w.stride[0] == 1 and not c.folded:  # filters are neighbours: a copy for each tap
+        for d in range(c.kernel[0]):
+            for h in range(c.kernel[1]):
+                for t in range(c.kernel[2]):
+                    c.kernels.transpose(
+                        base + (d * w.stride[2] + h * w.stride[3] + t * w.stride[4]) * c.item,
+                        1, w.stride[1], filters, channels, out, c.taps * width,
+                    )
+                    out += width * c.item
+        return
     if c.folded:
         for d in range(c.kernel[0]):
             for h in range(c.kernel[1]):

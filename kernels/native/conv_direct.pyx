@@ -33,7 +33,8 @@ from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, piece_tile,
-    pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets, use_tile,
+    pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
+    turn_weights, use_tile,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_patches, fc_reduction, fc_ukernels,
@@ -64,7 +65,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+    interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
 
 
 # --------------------------------------------------------------------------------------------------------- forward

@@ -621,8 +621,8 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t offset_bytes = (rows + base.blocks.rows + 8) // 8 * 64
     cdef Py_ssize_t patch_bytes = 0 if in_place and c.kernels.pieces == 0 else round_up(rows * pixels * c.item, 64)
     cdef Py_ssize_t grad_bytes = c.panel * pixels * c.item
-    cdef Py_ssize_t piece_bytes = (rows + c.panel) * round_up(pixels, c.kernels.depth_step) * c.packed if c.kernels.pieces else 0
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + grad_bytes + piece_bytes)
+    cdef Py_ssize_t piece_bytes = (rows + c.panel) * round_up(pixels, c.kernels.depth_step) * c.packed
+    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + grad_bytes + (piece_bytes if c.kernels.pieces else 0))
     cdef Workspace space
     cdef Block block
     if memory == NULL:

@@ -34,7 +34,7 @@ cimport numpy as cnp
 from fastconv.kernels import interleave, winograd
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, bias_at, ceil_div, locate, make_conv, pack_bias, pack_image, pack_panel, panel_vectors, round_up,
-    run_tasks, share_out, split_numbers, store,
+    run_tasks, share_out, split_numbers, store, turn_weights,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, FC_TINY, Memory, arena, fc_reduction,
@@ -74,7 +74,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
+    interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
 
 
 # What all tasks of one call share.

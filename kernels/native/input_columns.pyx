@@ -92,7 +92,9 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
     plan.depth = round_up(c.filters, c.kernels.depth_step)
     bias_bytes = round_up(c.groups * c.channels * c.item, 64)
-    grad_bytes = c.groups * (most * plan.pixels * plan.depth * c.packed if c.kernels.pieces else c.filters * plan.pitch * c.item)
+    grad_bytes = c.groups * c.filters * plan.pitch * c.item
+    if c.kernels.pieces:
+        grad_bytes = c.groups * plan.depth * most * plan.pixels * c.packed
     plan.grads = arena(FC_ARENA_WEIGHTS, bias_bytes + grad_bytes)
     if plan.grads == NULL:
         raise MemoryError("no memory for copied gradients")
@@ -234,8 +236,8 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
                            char *columns) noexcept nogil:
     """Compute the columns of some channels, turned: gradients x weights, by panels of (channel, tap)."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = channel * c.taps, end = (channel + channels) * c.taps, width = c.panel, zero = 0, r, k, count, step, p
-    cdef Py_ssize_t pixels = plan.images * plan.pixels
+    cdef Py_ssize_t first = channel * c.taps, end = (channel + channels) * c.taps, width = c.panel, zero = 0
+    cdef Py_ssize_t pixels = plan.images * plan.pixels, r, k, count, step, p
     cdef char *pieces = memory
     cdef char *floats = pieces + SPLIT_DEPTH * width * c.packed
     cdef char *sums = floats + SPLIT_DEPTH * width * c.item

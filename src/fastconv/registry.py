@@ -68,20 +68,20 @@ def _fills_pieces(dims: ConvDims) -> bool:
 
 
 def _weights_weigh(dims: ConvDims) -> bool:
-    """Whether AMX had better split the weights where they are, for im2col, than turn and split them: few pixels use them.
+    """Whether few pixels use the weights: on AMX im2col, which splits them where they are, then beats direct.
 
     Counted, not timed, as above. A stride leaves cells of the image apart, which direct gathers for each tap.
     """
-    pixels, plain = math.prod(dims.output_size), set(dims.stride) == {1}
-    return isa() == "amx" and 32 <= pixels <= dims.group_out_channels // (4 if plain else 1) and dims.group_in_channels >= 16
+    pixels, most = math.prod(dims.output_size), dims.group_out_channels // (4 if set(dims.stride) == {1} else 1)
+    return isa() == "amx" and dims.group_in_channels >= 16 and 32 <= pixels <= most
 
 
 def _few_columns(op: str, dims: ConvDims) -> bool:
     """Whether the native im2col, which reads weights once and skips padding, beats direct: few pixels see many."""
     pixels, cells = math.prod(dims.output_size), math.prod(dims.input_size)
     few = pixels <= 100 and 2 * cells >= 3 * pixels and dims.group_out_channels >= 64
-    few |= isa() == "amx" and 32 <= pixels <= min(256, dims.group_out_channels // 2)  # whose weights stay where they are
-    return op == "conv_input_grad" and few and dims.taps > 1 and not dims.depthwise
+    split_in_place = isa() == "amx" and 32 <= pixels <= min(256, dims.group_out_channels // 2)
+    return op == "conv_input_grad" and (few or split_in_place) and dims.taps > 1 and not dims.depthwise
 
 
 def _direct(op: str, dims: ConvDims) -> str:

@@ -468,7 +468,8 @@ static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrd
 /* --------------------------------------------------------------------------------------------------------- patches */
 
 /* A row of all pieces, 32 cells at a time; what is too much is overwritten by the next row. */
-INLINE void lay_row(const uint16_t *cells, ptrdiff_t plane, const ptrdiff_t run, const int pieces, uint16_t *line, ptrdiff_t pitch)
+INLINE void lay_row(const uint16_t *cells, ptrdiff_t plane, const ptrdiff_t run, const int pieces, uint16_t *line,
+                    ptrdiff_t pitch)
 {
     UNROLL for (int p = 0; p < pieces; p++, cells += plane, line += pitch) {
         memcpy(line, cells, ROW_BYTES);
