@@ -45,19 +45,17 @@
 #define MASKED_STORE(to, mask, from) PASTE(_mm512_mask_storeu_, SUFFIX)(to, mask, from)
 #endif
 
-/* A vector of parts of 16 bytes, so many elements apart. */
+/* Vectors of several parts of 16 bytes: the first from memory, and one with part number n from memory. */
 #ifdef __AVX__
 #include <immintrin.h>
-#define PART_AT(from, n) _mm_loadu_si128((const __m128i *)((from) + (n)))
-#define TWO_PARTS(from, step) \
-    _mm256_inserti128_si256(_mm256_castsi128_si256(PART_AT(from, 0)), PART_AT(from, step), 1)
+#define PART_AT(from) _mm_loadu_si128((const __m128i *)(from))
 #endif
 #ifdef __AVX512F__
-#define READ_PARTS(from, step)                                                                                            \
-    _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi256_si512(TWO_PARTS(from, step)), PART_AT(from, 2 * (step)), 2), \
-                       PART_AT(from, 3 * (step)), 3)
+#define FIRST_PART(from) _mm512_castsi128_si512(PART_AT(from))
+#define PUT_PART(x, from, n) _mm512_inserti32x4((__m512i)(x), PART_AT(from), n)
 #elif defined(__AVX__)
-#define READ_PARTS(from, step) TWO_PARTS(from, step)
+#define FIRST_PART(from) _mm256_castsi128_si256(PART_AT(from))
+#define PUT_PART(x, from, n) _mm256_inserti128_si256((__m256i)(x), PART_AT(from), n)
 #endif
 
 /* A store of 16 bytes, to an address that is a multiple of them, for which no cache line is read. */

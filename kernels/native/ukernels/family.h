@@ -134,6 +134,30 @@ static inline __attribute__((always_inline)) void FC(copy_every)(const T *in, co
             out[j * out_stride + i] = in[i * step + j * j_stride];
 }
 
+/* A short row, vector by vector; the last ones overlap. */
+static inline __attribute__((always_inline)) void FC(copy_row)(const T *in, ptrdiff_t n, T *out)
+{
+    if (n >= LANES) {
+        for (ptrdiff_t i = 0; i < n; i += LANES) {
+            const ptrdiff_t at = i + LANES <= n ? i : n - LANES;
+            *(V *)(out + at) = *(const V *)(in + at);
+        }
+        return;
+    }
+#ifdef MASKED_LOAD
+    MASKED_STORE(out, (1u << n) - 1, MASKED_LOAD((1u << n) - 1, in));
+#else
+    const size_t bytes = (size_t)n * sizeof(T);
+    if (bytes >= 16) {
+        memcpy(out, in, 16);
+        memcpy((char *)out + bytes - 16, (const char *)in + bytes - 16, 16);
+    } else {
+        for (ptrdiff_t i = 0; i < n; i++)
+            out[i] = in[i];
+    }
+#endif
+}
+
 static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj,
                           void *output, ptrdiff_t out_stride)
 {
@@ -149,10 +173,9 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
             ni *= nj;
             nj = 1;
         }
-        if (ni % LANES == 0 && ni <= 16 * LANES) /* a call of memcpy takes as long as so short a row */
+        if (ni <= 16 * LANES) /* a call of memcpy takes as long as so short a row */
             for (ptrdiff_t j = 0; j < nj; j++)
-                for (ptrdiff_t i = 0; i < ni; i += LANES)
-                    *(V *)(out + j * out_stride + i) = *(const V *)(in + j * j_stride + i);
+                FC(copy_row)(in + j * j_stride, ni, out + j * out_stride);
         else
             for (ptrdiff_t j = 0; j < nj; j++)
                 memcpy(out + j * out_stride, in + j * j_stride, (size_t)ni * sizeof(T));

@@ -42,19 +42,31 @@ static inline __attribute__((always_inline)) void SQ(turn)(ROW x[SIDE])
 }
 
 /* x = rows of the input, turned. The steps that exchange parts of 16 bytes or more are done by loading such parts where they belong:
- * a load takes no turn of the unit that shuffles. */
+ * a load takes no turn of the unit that shuffles. The parts of a line are loaded one after another, while L1 has it. */
 #if defined(__AVX__) && SIDE > 4
+#define EACH_PART(j, READ)                                                  \
+    UNROLL for (int r = 0; r < PART; r++) UNROLL for (int n = r; n < SIDE; n += PART) \
+        x[n] = (ROW)READ(in + (PART * (j) + r) * i_stride + n - r);
 static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
 {
     enum { PART = 16 / sizeof(T) };
-    UNROLL for (int n = 0; n < SIDE; n++) {
-        const T *part = in + n % PART * i_stride + n / PART * PART;
-        x[n] = (ROW)READ_PARTS(part, PART * i_stride);
-    }
+#define NEXT(from) PUT_PART(x[n], from, 1)
+    EACH_PART(0, FIRST_PART)
+    EACH_PART(1, NEXT)
+#undef NEXT
+#ifdef __AVX512F__
+#define NEXT(from) PUT_PART(x[n], from, 2)
+    EACH_PART(2, NEXT)
+#undef NEXT
+#define NEXT(from) PUT_PART(x[n], from, 3)
+    EACH_PART(3, NEXT)
+#undef NEXT
+#endif
     STEP(1)
     if (PART == 4)
         STEP(2)
 }
+#undef EACH_PART
 #else
 static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
 {
