@@ -35,6 +35,8 @@ NAMES = (
     "3x3 of whole channel blocks",
     "3x3 of whole channel blocks, rows of 30, valid",
     "1x1 of whole channel blocks",
+    "1x1 of many filters",
+    "3x3 of many filters, stride 2",
 )
 CASES = [case for case in CONV_CASES if case.name in NAMES]
 

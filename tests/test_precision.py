@@ -195,6 +195,8 @@ def test_the_promises_of_the_weight_gradient_hold_for_small_and_large_numbers(
         ("direct", ConvCase("1x1", (1, 40, 12, 11), (20, 40, 1, 1))),
         ("direct", ConvCase("3x3", (1, 40, 12, 11), (20, 40, 3, 3), 1, 1)),
         ("direct", ConvCase("patches", (1, 3, 21, 20), (50, 3, 7, 7), 2, 3)),
+        ("im2col", ConvCase("1x1", (1, 40, 12, 11), (40, 40, 1, 1))),
+        ("im2col", ConvCase("3x3", (1, 40, 12, 11), (40, 40, 3, 3), 2, 1)),
         ("winograd", ConvCase("3x3", (1, 40, 12, 11), (20, 40, 3, 3), 1, 1)),
     ],
 )
@@ -209,12 +211,30 @@ def test_amx_takes_the_precision_at_its_word(algorithm: str, case: ConvCase) -> 
 
 
 @pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
-@pytest.mark.parametrize("case", WHOLE_BLOCKS, ids=lambda case: case.name)
-def test_amx_takes_the_precision_of_the_weight_gradient_at_its_word(case: ConvCase) -> None:
+@pytest.mark.parametrize("case", [case for case in CONV_CASES if case.name == "3x3 of many filters, stride 2"])
+def test_amx_takes_the_precision_of_columns_at_its_word(case: ConvCase) -> None:
+    _, w, _, dy = case.arrays(np.float32)
+    exact = fc.grad.conv2d_input(case.input, w.astype(np.float64), dy.astype(np.float64), **case.geometry, **how(EXACT))
+    asked = {"engine": "cython", "algorithm": "im2col", **case.geometry}
+    errors = [relative_error(fc.grad.conv2d_input(case.input, w, dy, precision=p, **asked), exact) for p in PROMISES]
+    assert errors[0] < 3e-7
+    assert errors[2] > 1e-3
+
+
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies pieces of numbers")
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        *(("direct", case) for case in WHOLE_BLOCKS),
+        *(("im2col", case) for case in CONV_CASES if case.name.startswith("1x1 of many filters")),
+    ],
+    ids=str,
+)
+def test_amx_takes_the_precision_of_the_weight_gradient_at_its_word(algorithm: str, case: ConvCase) -> None:
     x, _, _, dy = case.arrays(np.float32)
     gradient = conv_function(case.spatial, "weight")
     exact = gradient(x.astype(np.float64), case.weight, dy.astype(np.float64), **case.geometry, **how(EXACT))
-    asked = {"engine": "cython", "algorithm": "direct", **case.geometry}
+    asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
     errors = [relative_error(gradient(x, case.weight, dy, precision=word, **asked), exact) for word in PROMISES]
     assert errors[0] < 3e-7
     assert errors[1] > 1e-6

@@ -145,8 +145,8 @@ def test_the_instruction_set_can_be_capped() -> None:
 @pytest.mark.parametrize(
     ("op", "case", "without", "with_amx"),
     [
-        ("conv_forward", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
-        ("conv_forward", ConvCase("1x1 of few filters", (1, 64, 14, 14), (64, 64, 1, 1)), "im2col", "im2col"),
+        ("conv_forward", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "im2col"),
+        ("conv_forward", ConvCase("few pixels", (1, 256, 14, 14), (512, 256, 3, 3), 2, 1), "direct", "im2col"),
         ("conv_forward", ConvCase("3x3", (1, 32, 28, 28), (32, 32, 3, 3), 1, 1), "winograd", "direct"),
         (
             "conv_forward",
@@ -154,12 +154,13 @@ def test_the_instruction_set_can_be_capped() -> None:
             "winograd",
             "winograd",
         ),
-        ("conv_weight_grad", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "direct"),
+        ("conv_input_grad", ConvCase("1x1", (1, 256, 14, 14), (512, 256, 1, 1)), "direct", "im2col"),
+        ("conv_input_grad", ConvCase("few pixels", (1, 64, 13, 13), (384, 64, 3, 3), 1, 1), "winograd", "im2col"),
         ("conv_weight_grad", ConvCase("3x3", (1, 64, 14, 14), (64, 64, 3, 3), 1, 1), "winograd", "direct"),
-        ("conv_weight_grad", ConvCase("3x3, small", (1, 64, 12, 12), (64, 64, 3, 3), 1, 1), "winograd", "winograd"),
+        ("conv_weight_grad", ConvCase("3x3, large", (1, 64, 56, 56), (64, 64, 3, 3), 1, 1), "winograd", "winograd"),
     ],
 )
-def test_the_choice_knows_of_the_tile_that_only_direct_has(
+def test_the_choice_knows_of_the_tile_that_splits_numbers(
     op: str, case: ConvCase, without: str, with_amx: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, algorithm in (("avx512", without), ("amx", with_amx)):
