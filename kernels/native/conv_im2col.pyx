@@ -21,7 +21,11 @@ would cost as much as the products, with few channels (a network's first layer) 
 and one block exist at a time; the full column matrix never does.
 
 The gradient of the input goes by way of columns where pixels are few (``input_columns``), elsewhere it is a convolution forward.
-The gradient of the weights gathers the same patches: grad_weight[r][k] = sum over p of patches[r][p] * grad_output[p][k].
+That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
+
+Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
+1x1 filters where they are. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
+without splitting.
 """
 
 import math
@@ -33,17 +37,17 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, divide, locate, make_conv, pack_bias, pack_pixels, panel_vectors, piece_tile,
-    round_up, run_tasks, share_out, split_pays, start_sums, use_tile,
+    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, share_out, split_pays,
+    start_sums, use_tile,
 )
 from fastconv.kernels.native.input_columns cimport input_by_columns
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction,
     fc_ukernels, ukernels,
 )
-from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
-)
+from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
+
+from fastconv.kernels.native.weight_im2col import conv_weight_grad
 
 cdef enum:
     REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
@@ -51,7 +55,6 @@ cdef enum:
     USES = 32           # of a number in products that make up for splitting it, about
     CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
     BOX_PANELS = 8      # panels of pixels in a box
-    PIXELS = 256        # that the gradient of 1x1 weights reduces over at a time: a panel's gradients are 16 KB, half of L1
     COLUMN_PIXELS = 256 # with no more, the gradient of the input goes by way of columns
     SHARE = 512         # filters whose sums a task keeps: 256 KB in float32
 
@@ -72,12 +75,6 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)
     else:
         interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
-
-
-def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
-    """See ``fastconv.kernels``."""
-    if not _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, True):
-        _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, False)
 
 
 cdef cnp.ndarray _turned(cnp.ndarray weight):
@@ -131,26 +128,6 @@ ctypedef struct Panel:
     bint in_place               # in the output
 
 
-cdef void plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
-    """Make a block of a whole output plane, number ``index`` of the batch."""
-    block.image = index // c.out[0]
-    block.depth = index % c.out[0]
-    block.top = block.left = 0
-    block.rows = c.out[1]
-    block.columns = c.out[2]
-
-
-cdef void join_rows(Conv *c) noexcept nogil:
-    """Make one row of all rows where a pixel sees just the cell that has its place, and rows continue one another."""
-    cdef int axis
-    for axis in range(1, 3):
-        if c.kernel[axis] != 1 or c.stride[axis] != 1 or c.x.size[2 + axis] != c.out[axis]:
-            return
-    if c.x.stride[3] == c.out[2] * c.x.stride[4] and c.y.stride[3] == c.out[2] * c.y.stride[4]:
-        c.x.size[4] = c.y.size[4] = c.out[2] = c.out[1] * c.out[2]
-        c.x.size[3] = c.y.size[3] = c.out[1] = 1
-
-
 # --------------------------------------------------------------------------------------------------------- forward
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options,
@@ -161,7 +138,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     cdef Py_ssize_t tasks, pixels
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
-    plan.in_place = _in_place(c) and c.stride[2] * c.x.stride[4] == 1
+    plan.in_place = sees_one_cell(c) and c.stride[2] * c.x.stride[4] == 1
     join_rows(c)
     if split and _split_numbers(&plan, options.precision):
         if not rows[0].flags.c_contiguous:
@@ -226,13 +203,22 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     return 0
 
 
+cdef void _plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
+    """Make a block of a whole output plane, number ``index`` of the batch."""
+    block.image = index // c.out[0]
+    block.depth = index % c.out[0]
+    block.top = block.left = 0
+    block.rows = c.out[1]
+    block.columns = c.out[2]
+
+
 cdef void _locate_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogil:
     """Find task number ``number``."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t share = number % plan.shares, unit = c.kernels.tile_rows, units = ceil_div(c.filters, unit), first, box
     t.group = number // plan.shares % c.groups
     box = number // (plan.shares * c.groups)
-    plane(c, box // plan.boxes, &t.block)
+    _plane(c, box // plan.boxes, &t.block)
     t.first_pixel = box % plan.boxes * plan.pixels
     t.pixels = min(plan.pixels, c.out[1] * c.out[2] - t.first_pixel)
     first = units * share // plan.shares * unit  # whole tiles
@@ -474,7 +460,7 @@ cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_
         block.top = (t.first_pixel + pixel) // block.columns
         block.left = (t.first_pixel + pixel) % block.columns
         if plan.in_place and count == width and block.left + width <= block.columns:
-            source, step = _first_cell(c, &block, first), c.x.stride[1]
+            source, step = first_cell(c, &block, first), c.x.stride[1]
         else:
             if count < width:
                 memset(t.floats, 0, <size_t>(cells * width * c.item))
@@ -483,263 +469,3 @@ cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_
         sizes |= c.kernels.split_weights(source, step, cells, 1, vectors, c.kernels.pieces, out)
         out += depth * width * c.packed
     return sizes
-
-
-# --------------------------------------------------------------------------------------------------------- patches
-
-cdef void gather(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t first_pixel,
-                 Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:
-    """Gather what some channels' taps show to some pixels of a plane, [channel][tap][pixel], run by run along image rows."""
-    cdef Py_ssize_t run, row, column, d, h, w, done = 0
-    cdef char *target
-    while done < pixels:
-        row = (first_pixel + done) // c.out[2]
-        column = (first_pixel + done) % c.out[2]
-        run = min(pixels - done, c.out[2] - column)
-        target = out + done * c.item
-        for d in range(c.kernel[0]):
-            for h in range(c.kernel[1]):
-                for w in range(c.kernel[2]):
-                    _gather_run(c, block, channel, channels, d, row * c.stride[1] - c.pad[1] + h * c.dilation[1],
-                                column * c.stride[2] - c.pad[2] + w * c.dilation[2], run, c.taps * pitch, target)
-                    target += pitch * c.item
-        done += run
-
-
-cdef void _gather_run(const Conv *c, const Block *block, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t d, Py_ssize_t y,
-                      Py_ssize_t left, Py_ssize_t run, Py_ssize_t pitch, char *out) noexcept nogil:
-    """Gather one tap's cells for a run of pixels, zeros in the padding, to rows that are ``pitch`` apart."""
-    cdef const View *x = &c.x
-    cdef Py_ssize_t step = c.stride[2], z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0], i
-    cdef Py_ssize_t start = 0, stop = 0  # the pixels of the run that see a cell inside the image
-    if 0 <= z < x.size[2] and 0 <= y < x.size[3] and left < x.size[4]:
-        start = 0 if left >= 0 else min((step - 1 - left) // step, run)
-        stop = max(start, run if left + (run - 1) * step < x.size[4] else (x.size[4] - 1 - left) // step + 1)
-    if stop - start < run:
-        for i in range(channels):
-            memset(out + i * pitch * c.item, 0, <size_t>(run * c.item))
-    if stop > start:
-        c.kernels.transpose(
-            x.data + (
-                block.image * x.stride[0] + channel * x.stride[1] + z * x.stride[2] + y * x.stride[3]
-                + (left + start * step) * x.stride[4]
-            ) * c.item,
-            step * x.stride[4], x.stride[1], stop - start, channels, out + start * c.item, pitch,
-        )
-
-
-# -------------------------------------------------------------------------------------------- gradient of the weights
-
-# What all tasks of one call share.
-ctypedef struct GradPlan:
-    WeightPlan base
-    unsigned char *refused      # whether there are numbers that can't be split
-
-
-# A task's workspace.
-ctypedef struct Workspace:
-    Py_ssize_t *offsets         # where the patches of each row of the sums are
-    Py_ssize_t *lines
-    char *patches
-    char *grads
-    char *pieces                # of patches, then of a panel's gradients
-
-
-cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options,
-                       bint split) except *:
-    """Compute the gradients, unless there are numbers that can't be split; return whether it did."""
-    cdef GradPlan plan
-    cdef WeightPlan *base = &plan.base
-    cdef Conv *c = &base.c
-    cdef unsigned char refused = 0
-    make_conv(c, input, grad_weight, grad_output, dims, options)
-    join_rows(c)
-    base.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
-    base.channel_blocks = 1
-    if not split or not _split_pixels(base, options.precision):
-        if _in_place(c):
-            c.chunk = PIXELS
-        divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &base.blocks)
-    plan.refused = &refused
-    plan_chunks(base, c.batch * base.blocks.count, grad_bias)
-    run_tasks(_weight_task, &plan, base.chunks * base.tasks, c.threads)
-    if not refused:
-        sum_chunks(base)
-    return not refused
-
-
-cdef bint _split_pixels(WeightPlan *plan, str precision):
-    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
-    cdef Conv *c = &plan.c
-    cdef Blocks *blocks = &plan.blocks
-    cdef const fc_ukernels *numbers = c.kernels
-    cdef const fc_ukernels *pieces = piece_tile(c, precision)
-    cdef Py_ssize_t half, last, width = plan.width
-    cdef double padded
-    if pieces == NULL or min(c.channels, c.filters) < USES:
-        return False
-    use_tile(c, pieces)
-    half = pieces.tile_rows // 2
-    plan.width = max(half, min(round_up(c.channels, half), WEIGHT_ROWS // c.taps // half * half))  # rows that the tile stores
-    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), blocks)
-    if blocks.down == c.out[1]:  # parts of rows: only the last is filled up
-        blocks.columns = min(round_up(blocks.columns, pieces.depth_step), c.out[2])
-        blocks.across = ceil_div(c.out[2], blocks.columns)
-        blocks.count = c.out[0] * blocks.down * blocks.across
-    last = c.out[2] - (blocks.across - 1) * blocks.columns
-    padded = (blocks.across - 1) * round_up(blocks.rows * blocks.columns, pieces.depth_step)
-    padded = blocks.down * (padded + round_up(blocks.rows * last, pieces.depth_step)) / (c.out[1] * c.out[2])
-    padded *= round_up(c.channels, half) * round_up(c.filters, pieces.lanes) / (<double>c.channels * c.filters)
-    if split_pays(pieces, padded):
-        return True
-    use_tile(c, numbers)
-    plan.width = width
-    return False
-
-
-cdef bint _in_place(const Conv *c) noexcept nogil:
-    """Whether a pixel sees one cell, never in the padding: then the patches are the image as the caller has it."""
-    cdef int axis
-    for axis in range(3):
-        if c.kernel[axis] != 1 or c.pad[axis] != 0 or (c.out[axis] - 1) * c.stride[axis] >= c.x.size[2 + axis]:
-            return False
-    return True
-
-
-cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    """Reduce one chunk of the units, which are blocks of output pixels, for one task's channels and filters."""
-    cdef const GradPlan *plan = <const GradPlan *>shared
-    cdef const WeightPlan *base = &plan.base
-    cdef const Conv *c = &base.c
-    cdef WeightTask t
-    if plan.refused[0]:
-        return 0
-    if start_task(base, task, &t):
-        return 1
-    cdef bint in_place = _in_place(c)
-    cdef Py_ssize_t rows = c.taps * base.width, pixels = base.blocks.rows * base.blocks.columns, unit
-    cdef Py_ssize_t offset_bytes = (rows + base.blocks.rows + 8) // 8 * 64
-    cdef Py_ssize_t patch_bytes = 0 if in_place and c.kernels.pieces == 0 else round_up(rows * pixels * c.item, 64)
-    cdef Py_ssize_t grad_bytes = c.panel * pixels * c.item
-    cdef Py_ssize_t piece_bytes = (rows + c.panel) * round_up(pixels, c.kernels.depth_step) * c.packed
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + grad_bytes + (piece_bytes if c.kernels.pieces else 0))
-    cdef Workspace space
-    cdef Block block
-    if memory == NULL:
-        return 1
-    space.offsets = <Py_ssize_t *>memory
-    space.lines = space.offsets + rows
-    space.patches = memory + offset_bytes
-    space.grads = space.patches + patch_bytes
-    space.pieces = space.grads + grad_bytes
-    for unit in range(t.first_unit, t.end_unit):
-        locate(c, &base.blocks, unit, &block)
-        if c.kernels.pieces == 0:
-            _weight_unit(base, &t, &block, in_place, &space)
-        elif not _split_unit(base, &t, &block, in_place, &space):
-            plan.refused[0] = 1
-            return 0
-    end_task(base, &t)
-    return 0
-
-
-cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block *block, bint in_place,
-                       const Workspace *space) noexcept nogil:
-    """Add a block's products to a task's sums."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel, m
-    cdef Py_ssize_t first = t.group * c.channels + t.channel
-    cdef const char *patches = space.patches
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.taps = space.lines
-    reduction.b_taps = NULL
-    _row_offsets(plan, channels, c.x.stride[1] if in_place else pixels, space.offsets)
-    for m in range(block.rows):
-        space.lines[m] = m * c.stride[1] * c.x.stride[3] if in_place else 0
-    if in_place:
-        reduction.n_taps, reduction.depth, reduction.a_step = block.rows, block.columns, c.stride[2] * c.x.stride[4]
-        patches = _first_cell(c, block, first)
-    else:
-        reduction.n_taps, reduction.depth, reduction.a_step = 1, pixels, 1
-        gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
-    for panel in range(t.panels):
-        _pack_panel(plan, t, block, panel, space.grads)
-        _weight_panel(plan, t, panel, &reduction, space.offsets, patches, space.grads)
-
-
-cdef bint _split_unit(const WeightPlan *plan, const WeightTask *t, const Block *block, bint in_place,
-                      const Workspace *space) noexcept nogil:
-    """The same with pieces of numbers; return whether they can be split."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel
-    cdef Py_ssize_t first = t.group * c.channels + t.channel, step = pixels, width
-    cdef Py_ssize_t depth = round_up(pixels, c.kernels.depth_step)
-    cdef const char *patches = space.patches
-    cdef char *grads = space.pieces + c.taps * plan.width * depth * c.packed
-    cdef int sizes, vectors, patch_sizes
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.taps = space.lines
-    reduction.b_taps = NULL
-    reduction.n_taps, reduction.depth, reduction.a_step = 1, depth, 1
-    space.lines[0] = 0
-    _row_offsets(plan, channels, depth, space.offsets)
-    if in_place and block.rows == 1 and c.stride[2] * c.x.stride[4] == 1:
-        patches, step = _first_cell(c, block, first), c.x.stride[1]
-    else:
-        gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
-    patch_sizes = c.kernels.split_rows(patches, channels * c.taps, step, pixels, c.kernels.pieces, space.pieces)
-    if patch_sizes & FC_HUGE or patch_sizes == FC_TINY:
-        return False
-    c.kernels.enter()
-    for panel in range(t.panels):
-        _pack_panel(plan, t, block, panel, space.grads)
-        vectors = panel_vectors(c, t.panel + panel)
-        width = vectors * c.kernels.lanes
-        sizes = c.kernels.split_weights(space.grads, width, pixels, 1, vectors, c.kernels.pieces, grads)
-        if sizes & FC_HUGE or sizes == FC_TINY:
-            break
-        _weight_panel(plan, t, panel, &reduction, space.offsets, space.pieces, grads)
-    c.kernels.leave()
-    return not sizes & FC_HUGE and sizes != FC_TINY
-
-
-cdef void _row_offsets(const WeightPlan *plan, Py_ssize_t channels, Py_ssize_t pitch, Py_ssize_t *offsets) noexcept nogil:
-    """Sums are [tap][channel], patches [channel][tap]; missing channels repeat the last."""
-    cdef Py_ssize_t m
-    for m in range(plan.c.taps * plan.width):
-        offsets[m] = (min(m % plan.width, channels - 1) * plan.c.taps + m // plan.width) * pitch
-
-
-cdef const char *_first_cell(const Conv *c, const Block *block, Py_ssize_t channel) noexcept nogil:
-    """Return where the first pixel of a block looks, without padding."""
-    cdef const View *x = &c.x
-    return x.data + (
-        block.image * x.stride[0] + channel * x.stride[1] + block.depth * c.stride[0] * x.stride[2]
-        + block.top * c.stride[1] * x.stride[3] + block.left * c.stride[2] * x.stride[4]
-    ) * c.item
-
-
-cdef void _pack_panel(const WeightPlan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel,
-                      char *grads) noexcept nogil:
-    """Pack a panel's gradients of a block, and add them to that of the bias."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t width = panel_vectors(c, t.panel + panel) * c.kernels.lanes, first = (t.panel + panel) * c.panel
-    cdef Py_ssize_t pixels = block.rows * block.columns
-    pack_pixels(c, block, t.group * c.filters + first, min(width, c.filters - first), width, 0, pixels, grads)
-    add_bias(plan, t, panel, grads, pixels)
-
-
-cdef void _weight_panel(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, fc_reduction *reduction,
-                        const Py_ssize_t *offsets, const char *patches, const char *grads) noexcept nogil:
-    """Add patches x gradients of the output for one panel and one block of pixels."""
-    cdef const Conv *c = &plan.c
-    cdef int vectors = panel_vectors(c, t.panel + panel)
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, rows = c.taps * plan.width
-    reduction.b_tap = reduction.depth * width
-    reduction.b_step = width
-    reduction.c_step = width
-    c.kernels.brgemm(
-        reduction, patches, offsets, rows, grads, vectors, t.accumulators + panel * c.panel * rows * c.item, 1
-    )

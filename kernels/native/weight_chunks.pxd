@@ -1,6 +1,6 @@
 cimport numpy as cnp
 
-from fastconv.kernels.native.blocking cimport Blocks, Conv
+from fastconv.kernels.native.blocking cimport Blocks, Conv, TaskFunction
 
 cdef enum:
     WEIGHT_ROWS = 576     # channels times taps that one task computes, ...
@@ -20,6 +20,7 @@ ctypedef struct WeightPlan:
     char *accumulators                  # [chunk][task]; NULL where one chunk is all, and each task stores its own
     char *bias                          # gradient of the bias; NULL: not wanted
     Py_ssize_t bias_stride
+    unsigned char *refused              # whether a task found numbers that it can't use
 
 # One task: where its channels, filters and units are.
 ctypedef struct WeightTask:
@@ -33,7 +34,7 @@ cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel
                    Py_ssize_t pixels) noexcept nogil
 cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil
 cdef void store_bias(const WeightPlan *plan, Py_ssize_t first, Py_ssize_t filters, const char *sums) noexcept nogil
-cdef void sum_chunks(const WeightPlan *plan) except *
+cdef bint reduce_chunks(WeightPlan *plan, TaskFunction task, const void *whole) except *
 cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil
 cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
                        Py_ssize_t block_channels, Py_ssize_t width, const char *accumulators) noexcept nogil

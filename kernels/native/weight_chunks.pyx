@@ -106,10 +106,17 @@ cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
         _store_task(plan, t)
 
 
-cdef void sum_chunks(const WeightPlan *plan) except *:
-    """Add up the chunks in their order and store the sums, if no task has stored its own."""
-    if plan.accumulators != NULL:
+cdef bint reduce_chunks(WeightPlan *plan, TaskFunction task, const void *whole) except *:
+    """Run the tasks of a ``whole`` plan and store their sums, unless one refuses; return whether none does.
+
+    Chunks are added up in their order, if no task has stored its own.
+    """
+    cdef unsigned char refused = 0
+    plan.refused = &refused
+    run_tasks(task, whole, plan.chunks * plan.tasks, plan.c.threads)
+    if plan.accumulators != NULL and not refused:
         run_tasks(_sum_task, plan, plan.tasks, plan.c.threads)
+    return not refused
 
 
 cdef int _sum_task(const void *shared, Py_ssize_t task) noexcept nogil:

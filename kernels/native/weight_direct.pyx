@@ -43,8 +43,8 @@ from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_lines, fc_reduction, fc_ukernels,
 )
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_PANELS, WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, store_bias,
-    store_weight, sum_chunks, sum_pixels, want_bias,
+    WEIGHT_PANELS, WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    store_bias, store_weight, sum_pixels, want_bias,
 )
 
 cdef enum:
@@ -74,7 +74,6 @@ ctypedef struct Plan:
     Py_ssize_t part_bytes       # a channel block of the packed part of the image
     Py_ssize_t grad_bytes       # the packed gradients of a panel
     Py_ssize_t float_bytes      # of numbers to be split, and of the pieces of an image row
-    unsigned char *refused      # whether there are numbers that can't be split
     fc_lines lines              # of a channel block; this and the rest is for a tile of pieces only
     Py_ssize_t line_rows        # output rows in a line: one, or all of a block
     Py_ssize_t row_pitch        # pixels of a line from one row to the next
@@ -83,20 +82,15 @@ ctypedef struct Plan:
 
 cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options,
                        bint split) except *:
-    """Compute the gradients, unless there are numbers that can't be split; return whether it did."""
+    """Compute the gradients; return whether there were only numbers that can be split, if they were to be."""
     cdef Plan plan
     cdef WeightPlan *base = &plan.base
     cdef Conv *c = &base.c
-    cdef unsigned char refused = 0
     make_conv(c, input, grad_weight, grad_output, dims, options)
     if not split or not _plan_lines(&plan, options.precision):
         _plan_cells(&plan)
-    plan.refused = &refused
     plan_chunks(base, c.batch * base.blocks.count, grad_bias)
-    run_tasks(_weight_task, &plan, base.chunks * base.tasks, c.threads)
-    if not refused:
-        sum_chunks(base)
-    return not refused
+    return reduce_chunks(base, _weight_task, &plan)
 
 
 cdef void _plan_cells(Plan *plan) noexcept nogil:
@@ -321,12 +315,12 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     if plan.line_rows > 1:  # nothing ever fills the gaps between rows
         memset(part, 0, <size_t>(t.channel_blocks * plan.part_bytes))
     for unit in range(t.first_unit, t.end_unit):
-        if plan.refused[0]:
+        if base.refused[0]:
             return 0
         locate(c, &base.blocks, unit, &block)
         _offsets(plan, &block, row_offsets, line_offsets, taps)
         if not _pack_unit(plan, &t, &block, part, grads, floats):
-            plan.refused[0] = 1
+            base.refused[0] = 1
             return 0
         _multiply_unit(plan, &t, &block, row_offsets, line_offsets, part, grads)
     end_task(base, &t)

@@ -21,13 +21,13 @@ from libc.string cimport memset
 
 from fastconv.kernels import winograd
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, ceil_div, locate, make_conv, pack_image, pack_pixels, panel_vectors, round_up, run_tasks,
+    Block, Conv, ceil_div, locate, make_conv, pack_image, pack_pixels, panel_vectors, round_up,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, arena, fc_reduction, fc_tiles,
 )
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, start_task, sum_chunks,
+    WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
 )
 from fastconv.kernels.native.winograd_tiles cimport (
     LINE_BYTES, Geometry, cut_taps, cut_tiles, place_tiles, tiles_at, whole_periods,
@@ -55,7 +55,6 @@ ctypedef struct GradPlan:
     Py_ssize_t grad_bytes       # of a point of transformed gradients
     Py_ssize_t panel_sums       # sums of a point and a panel, and ...
     Py_ssize_t sum_bytes        # ... what those of all its panels take
-    unsigned char *refused      # whether there are numbers that are not below FC_SUM_LIMIT
 
 # One task: where its arrays are in the workspace.
 ctypedef struct GradTask:
@@ -75,7 +74,6 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cdef GradPlan plan
     cdef WeightPlan *w = &plan.w
     cdef Conv *c = &w.c
-    cdef unsigned char refused = 0
     make_conv(c, input, grad_weight, grad_output, dims, options)
     w.width = round_up(ceil_div(c.channels, ceil_div(c.channels, CHANNELS)), c.kernels.lanes)  # even parts
     w.channel_blocks = 1
@@ -89,10 +87,7 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     plan.grad_bytes = WEIGHT_PANELS * TILES * c.panel * c.item + LINE_BYTES
     plan.panel_sums = ceil_div(w.width, c.kernels.tile_rows) * c.kernels.tile_rows * c.panel
     plan.sum_bytes = WEIGHT_PANELS * plan.panel_sums * c.item + LINE_BYTES
-    plan.refused = &refused
-    run_tasks(_weight_task, &plan, w.chunks * w.tasks, c.threads)
-    sum_chunks(w)
-    return not refused
+    return reduce_chunks(w, _weight_task, &plan)
 
 
 cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
@@ -111,7 +106,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
         if t.tiles + tiles > TILES:
             _sum_tiles(plan, &t)
         if not (_add_inputs(plan, &t, &whole, tiles) and _add_grads(plan, &t, &block, &whole, tiles)):
-            plan.refused[0] = 1
+            w.refused[0] = 1
             break
         t.tiles += tiles
     _sum_tiles(plan, &t)
