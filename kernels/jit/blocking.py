@@ -262,8 +262,9 @@ def _cut(dims: Any, itemsize: int, block: int, box: tuple[int, int, int, int], d
     reduction = taps if panel.elementwise else taps * channels
     box_count = math.prod(-(-n // b) for n, b in zip((dims.batch, *dims.output_size), box, strict=True))
     plane = math.prod(packed) * block
-    line = 64 // itemsize
-    pitch = (-(-math.prod(box) // line) | 1) * line  # an odd number of cache lines, or few cache sets hold all rows
+    line, lanes = 64 // itemsize, panel_for(math.prod(box), False, itemsize).lanes
+    columns = -(-math.prod(box) // lanes) * lanes  # whole panels, whatever a line holds of one
+    pitch = (-(-columns // line) | 1) * line  # an odd number of cache lines, or few cache sets hold all rows
     return Plan(
         itemsize, dims.batch, groups, dims.in_channels, channels, filters,
         dims.input_size, dims.kernel_size, dims.stride, dims.pad_before, dims.dilation, dims.output_size,
