@@ -101,15 +101,28 @@ static __attribute__((noinline)) void gather(const char *first, const ptrdiff_t 
     } while (0)
 #define ZERO(reg, at, stride) _tile_zero(reg)
 
+/* A tile store that comes some 600 ns or more after the last one takes 250 ns longer (docs/performance.md). What it stores in
+ * between is nobody's. */
+enum { PRODUCTS_BETWEEN_STORES = 96 };
+#define KEEP_STORING(reg, scratch)                                                           \
+    do {                                                                                     \
+        if ((unstored += 4 * PRODUCTS[pieces].n) >= PRODUCTS_BETWEEN_STORES) {               \
+            _tile_stored(reg, scratch, ROW_BYTES);                                           \
+            unstored = 0;                                                                    \
+        }                                                                                    \
+    } while (0)
+
 /* 16 or (high) 32 rows by 16 or (wide) 32 filters; high, wide and pieces are constants where this is inlined. */
 INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], const int high, const char *b,
                  const int wide, const int pieces, float *c, int accumulate)
 {
     char copies[2][MAX_PIECES][TILE_BYTES] __attribute__((aligned(64)));
+    char scratch[TILE_BYTES] __attribute__((aligned(64)));
     const int evenly[2] = {rows[0].evenly, high && rows[1].evenly};
     const ptrdiff_t spacing[2] = {rows[0].offset[1], high ? rows[1].offset[1] : 0};
     const ptrdiff_t scale = 2 * pieces, blocks = r->depth / CHANNELS, c_bytes = r->c_step * (ptrdiff_t)sizeof(float);
     float *const lower = c + ROWS * r->c_step;
+    int unstored = 0;
     if (accumulate)
         FOR_SUMS(_tile_loadd);
     else
@@ -141,6 +154,7 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
                 if (high && wide)
                     _tile_dpbf16ps(3, 5, 7);
             }
+            KEEP_STORING(4, scratch);
             image[0] += pieces * ROW_BYTES;
             image[1] += pieces * ROW_BYTES;
             weights += (wide + 1) * pieces * TILE_BYTES;
