@@ -23,7 +23,7 @@ from fastconv.kernels.native.machine cimport fc_epilogue, fc_ukernels, split_uke
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
-    CHUNK_PIXELS = 128          # at most: the same for tiles of many rows
+    CHUNK_PIXELS = 1024         # the same for tiles that read a panel from L2 as fast as from L1: accumulators in L2
     SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it is padding
     SPLIT_RATE = 10             # products of pieces that it makes in the time of one product of numbers, about
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
@@ -70,7 +70,7 @@ cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
     c.reduction = c.depth * c.taps
     c.panel = 2 * kernels.lanes
     c.panels = (c.filters + c.panel - 1) // c.panel
-    c.chunk = min(TILES_PER_CHUNK * kernels.tile_rows, <Py_ssize_t>CHUNK_PIXELS)
+    c.chunk = CHUNK_PIXELS if kernels.pieces else TILES_PER_CHUNK * kernels.tile_rows
 
 
 cdef void split_numbers(Conv *c, str precision):
@@ -259,7 +259,7 @@ cdef void cut(const Conv *c, Py_ssize_t cell_bytes, Py_ssize_t block_bytes, Py_s
     """Choose blocks whose part of the image, ``cell_bytes`` a cell, fits ``block_bytes``: whole rows, or parts of one."""
     cdef Py_ssize_t rows = c.out[1], columns = min(c.out[2], column_limit)
     while rows > 1 and part_cells(c, rows, columns) * cell_bytes > block_bytes:
-        rows = (rows + 1) // 2
+        rows -= max(1, rows // 4)
     if rows == 1:
         while columns > c.chunk and part_cells(c, 1, columns) * cell_bytes > block_bytes:
             columns = (columns + 1) // 2
@@ -294,37 +294,43 @@ cdef void locate(const Conv *c, const Blocks *blocks, Py_ssize_t index, Block *b
 cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
                      char *out) noexcept nogil:
     """Pack channels ``first`` to ``first + count`` of the block's part of the image to [kernel depth][high][wide][width]."""
+    cdef Py_ssize_t d
+    for d in range(c.kernel[0]):
+        pack_rows(c, block, d, 0, block.high, first, count, width, out)
+        out += block.high * block.wide * width * c.item
+
+
+cdef void pack_rows(const Conv *c, const Block *block, Py_ssize_t d, Py_ssize_t first_row, Py_ssize_t high, Py_ssize_t first,
+                    Py_ssize_t count, Py_ssize_t width, char *out) noexcept nogil:
+    """Pack some rows, of kernel depth ``d``, of the block's part of the image to [row][wide][width]."""
     cdef const View *x = &c.x
     cdef const char *base = x.data + (block.image * x.stride[0] + first * x.stride[1]) * c.item
     cdef Py_ssize_t left = block.left * c.stride[2] - c.pad[2]
     cdef Py_ssize_t start = min(max(0, -left), block.wide)
     cdef Py_ssize_t stop = max(start, min(block.wide, x.size[4] - left))
     cdef Py_ssize_t row_bytes = block.wide * width * c.item
-    cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1]
+    cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1] + first_row
+    cdef Py_ssize_t z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
     # Rows that continue one another, without padding between them, are one.
     cdef bint one_row = (
-        stop - start == block.wide and x.stride[3] == block.wide * x.stride[4] and top >= 0 and top + block.high <= x.size[3]
+        stop - start == block.wide and x.stride[3] == block.wide * x.stride[4] and top >= 0 and top + high <= x.size[3]
     )
-    cdef Py_ssize_t rows = 1 if one_row else block.high, run = (stop - start) * (block.high // rows)
-    cdef Py_ssize_t d, h, z, y
-    row_bytes *= block.high // rows
-    for d in range(c.kernel[0]):
-        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-        for h in range(rows):
-            y = top + h
-            if run == 0 or z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
+    cdef Py_ssize_t rows = 1 if one_row else high, run = (stop - start) * (high // rows), y
+    row_bytes *= high // rows
+    for y in range(top, top + rows):
+        if run == 0 or z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
+            memset(out, 0, <size_t>row_bytes)
+        else:
+            if count < width:
                 memset(out, 0, <size_t>row_bytes)
-            else:
-                if count < width:
-                    memset(out, 0, <size_t>row_bytes)
-                elif run < block.wide:
-                    memset(out, 0, <size_t>(start * width * c.item))
-                    memset(out + stop * width * c.item, 0, <size_t>((block.wide - stop) * width * c.item))
-                c.kernels.transpose(
-                    base + (z * x.stride[2] + y * x.stride[3] + (left + start) * x.stride[4]) * c.item,
-                    x.stride[1], x.stride[4], count, run, out + start * width * c.item, width,
-                )
-            out += row_bytes
+            elif run < block.wide:
+                memset(out, 0, <size_t>(start * width * c.item))
+                memset(out + stop * width * c.item, 0, <size_t>((block.wide - stop) * width * c.item))
+            c.kernels.transpose(
+                base + (z * x.stride[2] + y * x.stride[3] + (left + start) * x.stride[4]) * c.item,
+                x.stride[1], x.stride[4], count, run, out + start * width * c.item, width,
+            )
+        out += row_bytes
 
 
 cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,

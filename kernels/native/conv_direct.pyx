@@ -21,18 +21,27 @@ their channels are one contiguous run of the part, and are reduced as one. The g
 loop on other views (``interleave``), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
 microkernel multiplies channel by channel.
 
-Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
+Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing. It
+reads rows that are evenly spaced faster than others, and so a block's pixels are computed as one long row: what they see is
+taken apart by the phases of the stride, in each of which neighbouring pixels see neighbouring cells, and so does the first
+pixel of a row after some that only the halo's width comes to, which are computed and dropped.
+
+       a b a b a b        a a a b b b        pixels p, q of an output row, and what follows them in memory
+       c d c d c d        a a a b b b
+       a b a b a b   ->   c c c d d d             p p p p . q q q q . p p p p         . is dropped
+       c d c d c d        c c c d d d
+
 Few channels would not fill its reduction: the patch of each pixel, all taps and channels, is laid out, and convolved with 1x1
 filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 """
 
 cimport numpy as cnp
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate,
-    make_conv, pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, piece_tile,
+    make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
@@ -44,6 +53,9 @@ from fastconv.kernels.native.weight_direct import conv_weight_grad
 
 cdef enum:
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
+    SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
+    SPLIT_BYTES = 3 << 17       # of weights, and of sums, that share L2 with the part then
+    BAND_BYTES = 3 << 13        # numbers that are packed, and split while they are in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
     PATCH_FILTERS = 48          # ... that make up for laying it out, about
@@ -78,11 +90,31 @@ ctypedef struct Plan:
     Blocks blocks
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
+    Py_ssize_t phases[2]        # of rows and columns, that a part is taken apart by; 0: its pixels are no long row
     Py_ssize_t shares           # tasks that share the panels of one block
     char *weights               # packed; NULL: each task packs what it uses
     const char *bias
     int relu
     unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
+
+# What the tile sees of one block.
+ctypedef struct Grid:
+    Py_ssize_t high, wide       # rows and columns of each phase of its part of the image
+    Py_ssize_t cells            # of all phases, for one channel block
+    Py_ssize_t pitch            # pixels from one row to the next ...
+    Py_ssize_t pixels           # ... and in all
+    Py_ssize_t chunk            # of them, whose sums for ...
+    Py_ssize_t panels           # ... so many panels share L2 with the rest
+    Py_ssize_t sum_bytes        # of one panel
+
+# The memory of one task.
+ctypedef struct Workspace:
+    Py_ssize_t *offsets         # of each pixel's first tap in the part
+    Py_ssize_t *taps
+    char *weights               # of a panel and a channel block, where they are used once
+    char *sums
+    char *part
+    char *floats                # numbers that are yet to be split
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, bint split):
@@ -99,9 +131,15 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
             split_numbers(&plan.of, options.precision)
         c[0] = plan.of
     step = max(<Py_ssize_t>CHANNELS, c.kernels.depth_step)
-    plan.width = c.depth if plan.patches else min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
+    if plan.patches:
+        plan.width = c.depth
+    elif c.kernels.pieces:
+        plan.width = round_up(ceil_div(c.depth, max(1, c.reduction // SPLIT_REDUCTION)), step)
+    else:
+        plan.width = min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
     cut(c, plan.channel_blocks * plan.width * c.packed, DIRECT_BYTES, c.out[2], &plan.blocks)
+    _choose_phases(&plan)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
@@ -111,6 +149,19 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _choose_phases(Plan *plan) noexcept nogil:
+    """Let pixels be one long row, unless there is a single row, or most of it would be dropped."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t rows = plan.blocks.rows, columns = plan.blocks.columns, unit = c.kernels.tile_rows
+    cdef Py_ssize_t pitch = ceil_div(extent(c, 2, columns), c.stride[2])
+    plan.phases[0] = plan.phases[1] = 0
+    if not c.kernels.pieces or plan.patches or rows == 1:
+        return
+    if 2 * ceil_div(rows * pitch, unit) > 3 * ceil_div(rows * columns, unit):
+        return
+    plan.phases[0], plan.phases[1] = c.stride[1], c.stride[2]
 
 
 cdef bint _multiply_patches(Plan *plan, str precision):
@@ -138,7 +189,7 @@ cdef void _pack_weights(Plan *plan, bias, kept) except *:
     """Pack bias and weights; what is ``kept`` from call to call is packed once, what is used once only where it is used."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t weight_bytes = c.groups * packed_weight_size(c) * c.packed
-    cdef bint once = kept is None and c.batch * c.out[0] * c.out[1] * c.out[2] <= c.chunk
+    cdef bint once = kept is None and c.batch * plan.blocks.count == 1 and c.out[1] * c.out[2] <= c.chunk
     cdef bint here = kept is None and not once
     cdef char *memory = arena(FC_ARENA_WEIGHTS, (weight_bytes if here else 0) + c.groups * c.filters * c.item + 64)
     cdef Memory mine
@@ -200,8 +251,8 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     ) != FC_HUGE
 
 
-cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t *offsets, Py_ssize_t *taps,
-                     char *floats, char *part) noexcept nogil:
+cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, Py_ssize_t *offsets,
+                     Py_ssize_t *taps, char *floats, char *part) noexcept nogil:
     """Pack a part of the image, by way of ``floats`` where it is to be split; return whether it can be.
 
     Write where each pixel's first tap and each tap, or row of taps, are in it, too.
@@ -211,28 +262,79 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, Py_
     if plan.patches:
         sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
     else:
-        sizes = _pack_channels(plan, block, group, floats, part)
-    pixel_offsets(c, block, plan.width, offsets)
-    tap_offsets(c, block, plan.width, taps)
+        sizes = _pack_channels(plan, block, group, grid, floats, part)
+    if plan.phases[0]:
+        _grid_offsets(plan, grid, offsets, taps)
+    else:
+        pixel_offsets(c, block, plan.width, offsets)
+        tap_offsets(c, block, plan.width, taps)
     if c.folded:
         first_of_rows(c, taps)
     return not sizes & FC_HUGE and sizes != FC_TINY
 
 
-cdef int _pack_channels(const Plan *plan, const Block *block, Py_ssize_t group, char *floats, char *part) noexcept nogil:
+cdef int _pack_channels(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, char *floats,
+                        char *part) noexcept nogil:
     """Pack what a block sees, channel block by channel block; return the sizes of its numbers, if they are split."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t b, channels, n = plan.width * part_cells(c, block.rows, block.columns)
+    cdef Py_ssize_t b, channels, first
     cdef int sizes = 0
     for b in range(plan.channel_blocks):
         channels = min(plan.width, c.channels - b * plan.width)
-        pack_image(
-            c, block, group * c.channels + b * plan.width, channels, plan.width, floats if c.kernels.pieces else part
-        )
+        first = group * c.channels + b * plan.width
         if c.kernels.pieces:
-            sizes |= c.kernels.split_rows(floats, 1, 0, n, c.kernels.pieces, part)
-        part += n * c.packed
+            sizes |= _split_part(plan, block, grid, first, channels, floats, part)
+        else:
+            pack_image(c, block, first, channels, plan.width, part)
+        part += grid.cells * plan.width * c.packed
     return sizes
+
+
+cdef int _split_part(const Plan *plan, const Block *block, const Grid *grid, Py_ssize_t first, Py_ssize_t channels,
+                     char *floats, char *part) noexcept nogil:
+    """Pack a few rows of one channel block at a time, and split them; return the sizes of the numbers."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1])
+    cdef Py_ssize_t row_bytes = block.wide * plan.width * c.item, cell_bytes = plan.width * c.packed
+    cdef Py_ssize_t band = band_rows(plan, block), d, h, y, x, rows, cell
+    cdef int sizes = 0, pieces = c.kernels.pieces
+    for d in range(c.kernel[0]):
+        for h from 0 <= h < block.high by band:
+            rows = min(band, block.high - h)
+            pack_rows(c, block, d, h, rows, first, channels, plan.width, floats)
+            if down == 1 and across == 1:
+                cell = (d * grid.high + h) * grid.wide
+                sizes |= c.kernels.split_rows(floats, 1, 0, rows * block.wide * plan.width, pieces, part + cell * cell_bytes)
+                continue
+            for y in range(h, h + rows):
+                for x in range(across):
+                    cell = (((d * down + y % down) * across + x) * grid.high + y // down) * grid.wide
+                    sizes |= c.kernels.split_rows(
+                        floats + (y - h) * row_bytes + x * plan.width * c.item, (block.wide - x + across - 1) // across,
+                        across * plan.width, plan.width, pieces, part + cell * cell_bytes,
+                    )
+    return sizes
+
+
+cdef Py_ssize_t band_rows(const Plan *plan, const Block *block) noexcept nogil:
+    """Rows of a part that are packed, and then split, together."""
+    return max(<Py_ssize_t>1, min(block.high, BAND_BYTES // (block.wide * plan.width * plan.c.item)))
+
+
+cdef void _grid_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *offsets, Py_ssize_t *taps) noexcept nogil:
+    """Write where the pixels of a long row and the taps are in a part that is taken apart."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t d, h, w, y, x, plane, t = 0
+    for t in range(grid.pixels):
+        offsets[t] = t * plan.width
+    t = 0
+    for d in range(c.kernel[0]):
+        for h in range(c.kernel[1]):
+            for w in range(c.kernel[2]):
+                y, x = h * c.dilation[1], w * c.dilation[2]
+                plane = (d * plan.phases[0] + y % plan.phases[0]) * plan.phases[1] + x % plan.phases[1]
+                taps[t] = ((plane * grid.high + y // plan.phases[0]) * grid.wide + x // plan.phases[1]) * plan.width
+                t += 1
 
 
 cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
@@ -276,86 +378,122 @@ cdef void first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
         taps[row] = taps[row * c.kernel[2]]
 
 
+cdef void _lay_grid(const Plan *plan, const Block *block, Grid *grid) noexcept nogil:
+    """Size the phases of what a block sees, its long row of pixels, and the chunks of it."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1]), rows
+    grid.high, grid.wide = ceil_div(block.high, down), ceil_div(block.wide, across)
+    grid.cells = c.kernel[0] * down * across * grid.high * grid.wide
+    grid.pitch = block.columns
+    grid.pixels = block.rows * block.columns
+    if plan.phases[0]:
+        grid.pitch = grid.wide
+        grid.pixels = (block.rows - 1) * grid.wide + block.columns
+        rows = max(<Py_ssize_t>1, c.chunk // block.columns)
+        grid.chunk = ceil_div(block.rows, ceil_div(block.rows, rows)) * grid.pitch
+    else:
+        grid.chunk = round_up(ceil_div(grid.pixels, ceil_div(grid.pixels, c.chunk)), c.kernels.tile_rows)
+    grid.sum_bytes = round_up(grid.chunk, c.kernels.tile_rows) * c.panel * c.item
+    grid.panels = min(c.panels, <Py_ssize_t>PANELS)
+    if c.kernels.pieces:
+        grid.panels = min(
+            grid.panels, max(<Py_ssize_t>1, SPLIT_BYTES // max(grid.sum_bytes, plan.width * c.taps * c.panel * c.packed))
+        )
+
+
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t share = task % plan.shares
     cdef Py_ssize_t group = task // plan.shares % c.groups
     cdef Block block
+    cdef Grid grid
     locate(c, &plan.blocks, task // (plan.shares * c.groups), &block)
+    _lay_grid(plan, &block, &grid)
 
-    cdef Py_ssize_t pixels = block.rows * block.columns
-    cdef Py_ssize_t cells = part_cells(c, block.rows, block.columns)
-    cdef Py_ssize_t offset_bytes = (pixels + plan.of.taps + 8) // 8 * 64
-    cdef Py_ssize_t panels = min(c.panels, <Py_ssize_t>PANELS)
-    cdef Py_ssize_t sum_bytes = panels * c.chunk * c.panel * c.item
+    cdef Py_ssize_t offset_bytes = (grid.pixels + plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
-    cdef Py_ssize_t part_bytes = plan.width * cells * c.packed
-    cdef Py_ssize_t float_bytes = plan.width * max(cells, c.taps * c.panel) * c.item if c.kernels.pieces else 0
+    cdef Py_ssize_t part_bytes = plan.channel_blocks * plan.width * grid.cells * c.packed
+    cdef Py_ssize_t float_bytes = 0
     if plan.patches:
         float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
+    elif c.kernels.pieces:
+        float_bytes = plan.width * max(c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + weight_bytes + sum_bytes + plan.channel_blocks * part_bytes + float_bytes
+        FC_ARENA_BLOCK, offset_bytes + weight_bytes + grid.panels * grid.sum_bytes + part_bytes + float_bytes
     )
     if memory == NULL:
         return 1
     if plan.refused[block.image] or plan.refused[c.batch]:
         return 0
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *taps = offsets + pixels
-    cdef char *weights = memory + offset_bytes
-    cdef char *accumulators = weights + weight_bytes
-    cdef char *part = accumulators + sum_bytes
-    cdef char *floats = part + plan.channel_blocks * part_bytes
-    cdef Py_ssize_t p, panel, chunk, end = c.panels * (share + 1) // plan.shares
-    if not _pack_part(plan, &block, group, offsets, taps, floats, part):
+    cdef Workspace space
+    space.offsets = <Py_ssize_t *>memory
+    space.taps = space.offsets + grid.pixels
+    space.weights = memory + offset_bytes
+    space.sums = space.weights + weight_bytes
+    space.part = space.sums + grid.panels * grid.sum_bytes
+    space.floats = space.part + part_bytes
+    cdef Py_ssize_t p, panel, end = c.panels * (share + 1) // plan.shares
+    if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, space.part):
         plan.refused[block.image] = 1
         return 0
     if c.kernels.pieces:
         c.kernels.enter()
-    chunk = ceil_div(ceil_div(pixels, ceil_div(pixels, c.chunk)), c.kernels.tile_rows) * c.kernels.tile_rows  # even parts
-    for p from 0 <= p < pixels by chunk:
+    for p from 0 <= p < grid.pixels by grid.chunk:
         panel = c.panels * share // plan.shares
         while panel < end:
             _chunk(
-                plan, &block, group, panel, min(panel + panels, end), p, min(p + chunk, pixels), offsets, taps, part,
-                part_bytes, floats, weights, accumulators,
+                plan, &block, group, &grid, &space, panel, min(panel + grid.panels, end), p,
+                min(p + grid.chunk, grid.pixels),
             )
-            panel += panels
+            panel += grid.panels
     if c.kernels.pieces:
         c.kernels.leave()
     return 0
 
 
-cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t first, Py_ssize_t end,
-                 Py_ssize_t first_pixel, Py_ssize_t end_pixel, const Py_ssize_t *offsets, const Py_ssize_t *taps,
-                 const char *part, Py_ssize_t part_bytes, char *floats, char *own_weights,
-                 char *accumulators) noexcept nogil:
+cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, const Workspace *space,
+                 Py_ssize_t first, Py_ssize_t end, Py_ssize_t first_pixel, Py_ssize_t end_pixel) noexcept nogil:
     """Compute and store the filters of some panels for a chunk of pixels."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t panel_bytes = c.chunk * c.panel * c.item, b, panel, filter, width
-    cdef const char *weights = own_weights
+    cdef Py_ssize_t b, panel, filter, width
+    cdef const char *weights = space.weights
+    cdef char *sums
     for b in range(plan.channel_blocks):
         for panel in range(first, end):
+            sums = space.sums + (panel - first) * grid.sum_bytes
             if plan.weights != NULL:
                 weights = _packed_block(plan, group, panel, b)
-            elif not _pack_block(plan, group, panel, b, floats, own_weights):
+            elif not _pack_block(plan, group, panel, b, space.floats, space.weights):
                 plan.refused[c.batch] = 1
-            _multiply(plan, panel, b, first_pixel, end_pixel, offsets, taps, part + b * part_bytes, weights,
-                      accumulators + (panel - first) * panel_bytes)
+            _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
             if b < plan.channel_blocks - 1:
                 continue
             filter = group * c.filters + panel * c.panel
             width = panel_vectors(c, panel) * c.kernels.lanes
             store(
-                c, block, first_pixel, end_pixel - first_pixel, accumulators + (panel - first) * panel_bytes, width,
-                filter, min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+                c, block, first_pixel // grid.pitch * block.columns + first_pixel % grid.pitch,
+                _drop_halo(block, grid, end_pixel - first_pixel, width * c.item, sums), sums, width, filter,
+                min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
             )
 
 
-cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t first_pixel, Py_ssize_t end_pixel,
-                    const Py_ssize_t *offsets, const Py_ssize_t *taps, const char *part, const char *weights,
-                    char *accumulators) noexcept nogil:
+cdef Py_ssize_t _drop_halo(const Block *block, const Grid *grid, Py_ssize_t pixels, Py_ssize_t pixel_bytes,
+                           char *sums) noexcept nogil:
+    """Move the rows of a long row's pixels together; return how many are left."""
+    cdef Py_ssize_t rows = ceil_div(pixels, grid.pitch), row
+    if grid.pitch == block.columns:
+        return pixels
+    for row in range(1, rows):
+        memmove(
+            sums + row * block.columns * pixel_bytes, sums + row * grid.pitch * pixel_bytes,
+            <size_t>(block.columns * pixel_bytes),
+        )
+    return rows * block.columns
+
+
+cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid *grid, const Workspace *space,
+                    Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, char *sums) noexcept nogil:
     """Add one channel block's products with one panel for a chunk of pixels, tile by tile."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel)
@@ -363,7 +501,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
     reduction.apart = 0
-    reduction.taps = taps
+    reduction.taps = space.taps
     reduction.b_taps = NULL
     reduction.a_step = 1
     reduction.c_step = width
@@ -378,7 +516,8 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t
         reduction.b_tap = channels * width if c.kernels.pieces else width
         reduction.b_step = width if c.kernels.pieces else c.taps * width
     c.kernels.brgemm(
-        &reduction, part, offsets + first_pixel, end_pixel - first_pixel, weights, vectors, accumulators, b > 0
+        &reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+        end_pixel - first_pixel, weights, vectors, sums, b > 0,
     )
 
 
