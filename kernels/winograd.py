@@ -77,20 +77,36 @@ TERMS = {  #: that a sum must have for each of the runs; the axes of a tile may 
     (Side(3, 3, 2), Side(3, 3, 2)): (120, 120, 180),
     (Side(3, 4, 2), Side(3, 4, 2)): (180, 180, 400),
 }
-ROUNDED = 1.6  #: times as many terms for coarse tiles, where products are not fused
+ROUNDED = 1.6  #: times as many terms for coarse tiles, where products are rounded before they are added
 PRODUCT = {16: 1.25, 32: 1.12, 64: 1.06}  #: time of a product of runs in those of other algorithms
 TRANSFORM = {  #: products that fit into the time of packing and transforming one number, or of transforming it back
     "fused": 7,
     "rounded": 7,
-    "split": 20,  #: counted, never timed: products of pieces are as much faster
 }
-SPLIT = 32  #: the same for splitting one number; counted, too
+
+
+class Split(NamedTuple):
+    """The same where pieces of numbers are multiplied: products of ``direct`` that fit into the time of something else.
+
+    Fitted to 20 shapes of 32 to 512 channels (docs/performance.md).
+    """
+
+    product: float = 1.8  #: one of a tile: they are many small matrices
+    transform: int = 60  #: of a number of the image
+    back: int = 12  #: of an output
+    tap: int = 110  #: of a transformed weight
+    number: int = 54  #: in ``direct``, one of the image or of the output
+    weight: int = 80
+
+
+SPLIT = Split()
 START = 85_000  #: products in the time that starting takes longer than elsewhere: 1.7 us
 SUM_TRANSFORM = 12  #: the same for a number of the gradient of the weights, which is stored in the caller's layout, too
 LEAST_TILES = 8  #: of a block
 PERIOD = 64  #: tiles that dilation may interleave: a block has whole periods
 ROOM = 2**19  #: transformed numbers of the smallest block, at most
 VECTOR = 8  #: channels that the gradient of the weights fills up to, where there are fewer; of AVX2
+LANES = 16  #: channels that inputs are filled up to; of AVX-512
 SHARED = 64  #: channels, and filters, for which the gradient of the weights transforms a number once
 
 
@@ -178,8 +194,9 @@ def _exact_enough(dims: Any, terms: float, products: str) -> list[tuple[Side, Si
 
     found = []
     for pair, needed in TERMS.items():
-        there = terms / ROUNDED if products != "fused" and any(side.coarse for side in pair) else terms
-        runs = [run for run, least in zip(RUNS, needed, strict=True) if there >= least]
+        there = terms / ROUNDED if products == "rounded" and any(side.coarse for side in pair) else terms
+        least = (needed[0],) * len(RUNS) if products == "split" else needed  # AMX sums 16 in a row by itself
+        runs = [run for run, enough in zip(RUNS, least, strict=True) if there >= enough]
         sides = dict.fromkeys((pair, pair[::-1])) if runs else ()
         found += [(rows, columns, runs[-1]) for rows, columns in sides if fits(rows, 1) and fits(columns, 2)]
     return found
@@ -196,20 +213,26 @@ def _tiles(dims: Any, rows: Side, columns: Side) -> int:
 
 def plain_cost(dims: Any, products: str = "fused") -> float:
     """Products of an image and a group without Winograd; if numbers are split, what that takes is among them."""
-    channels, filters = dims.group_in_channels, dims.group_out_channels
-    numbers = channels * (math.prod(dims.input_size) + filters * dims.taps) if products == "split" else 0
-    return float(math.prod(dims.output_size) * filters * dims.reduction + SPLIT * numbers)
+    channels, filters, outputs = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
+    cost = float(outputs * filters * dims.reduction)
+    if products == "split":
+        cost += SPLIT.number * (channels * math.prod(dims.input_size) + filters * outputs)
+        cost += SPLIT.weight * filters * dims.reduction
+    return cost
 
 
 def _cost(dims: Any, products: str, rows: Side, columns: Side, run: int) -> float:
     """Products of an image and a group, transforms included."""
     filters, tiles = dims.group_out_channels, _tiles(dims, rows, columns)
-    channels = dims.group_in_channels * math.prod(slices(dims, rows, columns))
+    count = math.prod(slices(dims, rows, columns))
+    channels, lanes = dims.group_in_channels * count, math.ceil(dims.group_in_channels / LANES) * LANES * count
     taps = (max(rows.tap_points) + 1) * (max(columns.tap_points) + 1) * filters * channels
     points = rows.points * columns.points * tiles
-    transformed = SPLIT * (points * channels + taps) if products == "split" else 0
-    transformed += TRANSFORM[products] * (points * (channels + filters) + taps)
-    return float(PRODUCT[run] * points * filters * channels + transformed + START)
+    if products == "split":
+        transforms = points * (SPLIT.transform * lanes + SPLIT.back * filters) + SPLIT.tap * taps
+        return float(SPLIT.product * points * filters * channels + transforms + START)
+    transforms = TRANSFORM[products] * (points * (lanes + filters) + taps)
+    return float(PRODUCT[run] * points * filters * channels + transforms + START)
 
 
 def _weight_cost(dims: Any, rows: Side, columns: Side, run: int) -> float:

@@ -37,7 +37,7 @@ from fastconv.kernels.native.blocking cimport (
     run_tasks, share_out, split_numbers, store, turn_weights,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, FC_TINY, Memory, arena, fc_reduction,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, FC_TINY, Memory, arena, fc_reduction,
     fc_tiles,
 )
 from fastconv.kernels.native.winograd_tiles cimport (
@@ -51,9 +51,13 @@ cdef enum:
     CHANNELS = 32               # channel block, at most
     REDUCTION = 256             # channels that one brgemm reduces over: a panel's share is 16 KB of L1 in float32
     TILES = 64                  # of a block, about; fewer where there are many channels
+    SPLIT_TILES = 256           # the same where weights are split, and together more than ...
+    SPLIT_BYTES = 1 << 20       # ... what L2 holds of them beside inputs and sums: who reads them anew should use them often
     INPUT_BYTES = 4 << 20       # transformed inputs of a block, at most
+    SPACE_BYTES = 6 << 20       # the same of split inputs, and their sums
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
     WEIGHT_BYTES = 5 << 17      # transformed weights of those panels, where they are used once: mostly in L2
+    FEW_TILES = 6               # that are transformed, and split while they are in L1
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
 
 # The transforms double the error of fewer pieces, which leaves "high" no room.
@@ -186,15 +190,22 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
-    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, tile_bytes, weight_bytes, sum_bytes
     cdef Py_ssize_t most = min(g.run, <int>CHANNELS)
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
     plan.whole = c.depth // plan.width
     plan.run = max(1, g.run // plan.width)
     plan.most_taps = REDUCTION // plan.width // plan.run * plan.run
-    tiles = INPUT_BYTES // (g.points * g.count * plan.channel_blocks * plan.width * c.packed)
-    cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), min(<Py_ssize_t>TILES, tiles)), &plan.blocks)
+    tile_bytes = g.points * g.count * plan.channel_blocks * plan.width * c.packed
+    if c.kernels.pieces == 0:
+        tiles = min(<Py_ssize_t>TILES, INPUT_BYTES // tile_bytes)
+    else:
+        weight_bytes = g.tap_points * g.count * c.depth * c.panels * c.panel * c.packed
+        sum_bytes = g.points * min(<Py_ssize_t>PANELS, c.panels) * c.panel * c.item
+        tiles = SPLIT_TILES if weight_bytes > SPLIT_BYTES else TILES
+        tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes))
+    cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), tiles), &plan.blocks)
 
 
 cdef void _plan_weights(Plan *plan) noexcept nogil:
@@ -326,7 +337,7 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
 
     cdef Py_ssize_t offset_bytes = round_up((2 * t.tiles + slices) * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef Py_ssize_t weight_bytes = PANELS * plan.panel_bytes if plan.once else 0
-    cdef Py_ssize_t float_bytes = g.points * max(input_float_bytes(plan, t), weight_float_bytes(plan) if plan.once else 0)
+    cdef Py_ssize_t float_bytes = g.points * max(input_float_bytes(plan), weight_float_bytes(plan) if plan.once else 0)
     cdef Py_ssize_t cells = c.kernel[0] * t.whole.high * t.whole.wide
     cdef Py_ssize_t part_bytes = max(plan.width * cells, g.down * t.whole.columns * c.panel) * c.item
     if plan.once:
@@ -349,9 +360,9 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
     return 0
 
 
-cdef Py_ssize_t input_float_bytes(const Plan *plan, const Task *t) noexcept nogil:
-    """What one point of a slice's inputs takes until it is split."""
-    return t.tiles * plan.width * plan.c.item + LINE_BYTES if plan.c.kernels.pieces else 0
+cdef Py_ssize_t input_float_bytes(const Plan *plan) noexcept nogil:
+    """What one point of some tiles' inputs takes until it is split."""
+    return FEW_TILES * plan.width * plan.c.item + LINE_BYTES if plan.c.kernels.pieces else 0
 
 
 cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
@@ -369,7 +380,7 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
             c, &t.whole, t.group * c.channels + b * plan.width, min(plan.width, c.channels - b * plan.width), plan.width,
             t.part,
         )
-        if not c.kernels.all_below(t.part, c.kernel[0] * cells * plan.width, FC_SUM_LIMIT):
+        if c.kernels.pieces == 0 and not c.kernels.all_below(t.part, c.kernel[0] * cells * plan.width, FC_SUM_LIMIT):
             return False
         for d in range(g.slices[0]):
             for h in range(g.slices[1]):
@@ -381,25 +392,29 @@ cdef bint _fill_inputs(const Plan *plan, Task *t) noexcept nogil:
         t.offsets[p] = p * plan.width
     for p in range(plan.channel_blocks * g.count):
         t.taps[p] = p * t.tiles * plan.width
-    return sizes != FC_TINY
+    return not sizes & FC_HUGE and sizes != FC_TINY
 
 
 cdef int _transform_inputs(const Plan *plan, const Task *t, const char *cells, char *out) noexcept nogil:
-    """Transform what a slice of the filters sees; to be split, by way of ``floats``; then return its numbers' sizes."""
+    """Transform what a slice of the filters sees; to be split, some tiles at a time; then return its numbers' sizes."""
     cdef const Conv *c = &plan.c
     cdef int pieces = c.kernels.pieces, sizes = 0
-    cdef Py_ssize_t float_bytes = input_float_bytes(plan, t), point
+    cdef Py_ssize_t float_bytes = input_float_bytes(plan), point, first
     cdef fc_tiles tiles = tiles_at(
         &plan.g, t.offsets, t.tiles, c.dilation[1] * t.whole.wide * plan.width, c.dilation[2] * plan.width
     )
     if pieces == 0:
         c.kernels.winograd_transform(FC_INPUTS, &tiles, cells, plan.width, out, t.point_bytes // c.item)
         return 0
-    c.kernels.winograd_transform(FC_INPUTS, &tiles, cells, plan.width, t.floats, float_bytes // c.item)
-    for point in range(plan.g.points):
-        sizes |= c.kernels.split_rows(
-            t.floats + point * float_bytes, 1, 0, t.tiles * plan.width, pieces, out + point * t.point_bytes
-        )
+    for first from 0 <= first < t.tiles by FEW_TILES:
+        tiles.at = t.offsets + first
+        tiles.count = min(<Py_ssize_t>FEW_TILES, t.tiles - first)
+        c.kernels.winograd_transform(FC_INPUTS, &tiles, cells, plan.width, t.floats, float_bytes // c.item)
+        for point in range(plan.g.points):
+            sizes |= c.kernels.split_rows(
+                t.floats + point * float_bytes, 1, 0, tiles.count * plan.width, pieces,
+                out + point * t.point_bytes + first * plan.width * c.packed,
+            )
     return sizes
 
 

@@ -82,7 +82,7 @@ cdef extern from "ukernels.h" nogil:
         const fc_ukernels *f64
         const fc_ukernels *split[3]
 
-    enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS
+    enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_BEYOND
 
 
 # One copy of the C library in the process: the other modules reach it through these.

@@ -51,10 +51,10 @@ cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
 
 
 cdef class Memory:
-    """Memory that outlives a call, 64-byte aligned, for packed weights."""
+    """Memory that outlives a call, for packed weights; what may be read beyond is as in the arena."""
 
     def __cinit__(self, Py_ssize_t bytes):
-        self.data = <char *>aligned_alloc(64, <size_t>(bytes + 63) // 64 * 64)
+        self.data = <char *>aligned_alloc(64, <size_t>(bytes + FC_BEYOND + 63) // 64 * 64)
         if self.data == NULL:
             raise MemoryError("no memory for packed weights")
 

@@ -60,15 +60,18 @@ typedef struct {
     int evenly; /* spaced, by offset[1]: one tile load reads them */
 } tile_rows;
 
-/* Rows that the tile lacks are its last one again. */
+/* Rows that the tile lacks are where they would be if it went on evenly, or its last one again. */
 static void place(tile_rows *tile, const ptrdiff_t *rows, ptrdiff_t n_rows, ptrdiff_t scale)
 {
-    tile->first = rows[0] * scale;
-    for (int m = 0; m < ROWS; m++)
-        tile->offset[m] = rows[m < n_rows ? m : n_rows - 1] * scale - tile->first;
-    tile->evenly = 1;
-    for (int m = 2; m < ROWS; m++)
-        tile->evenly &= tile->offset[m] == m * tile->offset[1];
+    const ptrdiff_t n = n_rows < ROWS ? n_rows : ROWS, first = rows[0], step = n > 1 ? rows[1] - first : 0;
+    ptrdiff_t uneven = 0;
+    for (ptrdiff_t m = 2; m < n; m++)
+        uneven |= rows[m] - first - m * step;
+    tile->first = first * scale;
+    tile->offset[1] = step * scale;
+    tile->evenly = uneven == 0;
+    for (ptrdiff_t m = 0; m < ROWS && uneven; m++)
+        tile->offset[m] = (rows[m < n ? m : n - 1] - first) * scale;
 }
 
 static __attribute__((noinline)) void gather(const char *first, const ptrdiff_t *offset, char *copy)

@@ -1,11 +1,15 @@
-/* Workspace that outlives the call but not the thread. */
+/* Workspace that outlives the call but not the thread. Where there is much of it, it is asked for in huge pages: of ordinary
+ * ones a large layer's weights would fill the TLB several times over, and each takes a while to be cleared. */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "ukernels.h"
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, HUGE_PAGE = 1 << 21 };
 
 typedef struct {
     void *memory[FC_ARENA_SLOTS];
@@ -36,13 +40,19 @@ void *fc_arena(int slot, size_t bytes)
             return NULL;
         }
     }
-    if (bytes > SIZE_MAX - ALIGNMENT)
+    if (bytes > SIZE_MAX - HUGE_PAGE - FC_BEYOND)
         return NULL;
+    bytes += FC_BEYOND;
     if (a->bytes[slot] < bytes || !a->memory[slot]) {
         free(a->memory[slot]);
-        size_t rounded = (bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
-        a->memory[slot] = aligned_alloc(ALIGNMENT, rounded);
+        const size_t alignment = bytes < HUGE_PAGE ? ALIGNMENT : HUGE_PAGE;
+        size_t rounded = (bytes + alignment) / alignment * alignment;
+        a->memory[slot] = aligned_alloc(alignment, rounded);
         a->bytes[slot] = a->memory[slot] ? rounded : 0;
+#ifdef MADV_HUGEPAGE
+        if (a->memory[slot] && alignment == HUGE_PAGE)
+            madvise(a->memory[slot], rounded, MADV_HUGEPAGE); /* advice: without them all works as well */
+#endif
     }
     return a->memory[slot];
 }

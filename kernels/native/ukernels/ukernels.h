@@ -92,7 +92,7 @@ typedef struct {
     int fused;      /* whether a product is not rounded before it is added */
 
     /* Tiles of all rows; the sums are added to c if `accumulate`. A tile of pieces may overwrite rows of c beyond n_rows, up to
-     * a multiple of half its rows. */
+     * a multiple of half its rows, and read as many beyond evenly spaced rows of a, whatever is there: FC_BEYOND bytes at most. */
     void (*brgemm)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                    int vectors, void *c, int accumulate);
 
@@ -193,7 +193,9 @@ size_t fc_built_isas(const char *names[], size_t capacity);
 size_t fc_available_isas(const fc_isa *isas[], size_t capacity);
 const fc_isa *fc_select_isa(const char *cap);
 
-/* arena.c: workspace of this thread, 64-byte aligned, kept from call to call; slots don't disturb one another. NULL: no memory. */
+/* arena.c: workspace of this thread, 64-byte aligned, kept from call to call; slots don't disturb one another. FC_BEYOND bytes more
+ * than were asked for may be read. NULL: no memory. */
+enum { FC_BEYOND = 1 << 17 };
 enum { FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_ARENA_SLOTS };
 void *fc_arena(int slot, size_t bytes);
 
