@@ -54,7 +54,8 @@ from fastconv.kernels.native.weight_direct import conv_weight_grad
 cdef enum:
     REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
     SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
-    SPLIT_BYTES = 3 << 17       # of weights, and of sums, that share L2 with the part then
+    SPLIT_BYTES = 3 << 20       # of a part then, of which L2 needs a channel block at a time, ...
+    SUM_BYTES = 3 << 18         # ... a panel of weights, and so much of sums
     BAND_BYTES = 3 << 13        # numbers that are packed, and split while they are in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
@@ -121,7 +122,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, step
+    cdef Py_ssize_t tasks, step, part_bytes
     cdef unsigned char[::1] refused
     make_conv(&plan.of, input, weight, output, dims, options)
     plan.of.folded = plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
@@ -138,7 +139,8 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     else:
         plan.width = min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
-    cut(c, plan.channel_blocks * plan.width * c.packed, DIRECT_BYTES, c.out[2], &plan.blocks)
+    part_bytes = SPLIT_BYTES if c.kernels.pieces and not plan.patches else DIRECT_BYTES
+    cut(c, plan.channel_blocks * plan.width * c.packed, part_bytes, c.out[2], &plan.blocks)
     _choose_phases(&plan)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
@@ -396,9 +398,7 @@ cdef void _lay_grid(const Plan *plan, const Block *block, Grid *grid) noexcept n
     grid.sum_bytes = round_up(grid.chunk, c.kernels.tile_rows) * c.panel * c.item
     grid.panels = min(c.panels, <Py_ssize_t>PANELS)
     if c.kernels.pieces:
-        grid.panels = min(
-            grid.panels, max(<Py_ssize_t>1, SPLIT_BYTES // max(grid.sum_bytes, plan.width * c.taps * c.panel * c.packed))
-        )
+        grid.panels = min(grid.panels, max(<Py_ssize_t>1, SUM_BYTES // grid.sum_bytes))
 
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
