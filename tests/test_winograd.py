@@ -29,10 +29,17 @@ def test_tiles_grow_with_the_sums(channels: int, tile: tuple[int, int] | None) -
     assert sides(winograd.choose(square(channels, 56))) == tile
 
 
-def test_pieces_of_numbers_need_longer_sums() -> None:
-    for products in ("rounded", "split"):
-        assert sides(winograd.choose(square(256, 56), products)) == (2, 4)
-        assert sides(winograd.choose(square(512, 56), products)) == (4, 4)
+def test_rounded_products_need_longer_sums() -> None:
+    assert sides(winograd.choose(square(256, 56), "rounded")) == (2, 4)
+    assert sides(winograd.choose(square(512, 56), "rounded")) == (4, 4)
+
+
+def test_products_of_pieces_are_summed_in_short_rows_whatever_the_run() -> None:
+    for channels in (64, 192, 256):
+        tile = winograd.choose(square(channels, 56), "split")
+        assert tile is not None
+        assert tile.run == max(winograd.RUNS)
+        assert sides(tile) == ((2, 4) if channels == 64 else (4, 4))
 
 
 def test_pieces_of_numbers_need_more_products_to_be_worth_splitting_transformed_ones() -> None:

@@ -24,7 +24,7 @@ The error is no larger than that of summing all products one after another, sinc
 block, and then the blocks (docs/performance.md). But sums of inputs can overflow, or make a NaN of two infinities, where
 single products would not: an image that holds such numbers is left to conv_direct. Where the machine has a tile that
 multiplies pieces of numbers (``split_numbers``), transformed inputs and weights are split; parts of nothing but tiny
-numbers are left to conv_direct, too.
+numbers, and products of fewer than three pieces, are left to conv_direct, too.
 
 A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308.
 """
@@ -59,9 +59,6 @@ cdef enum:
     WEIGHT_BYTES = 5 << 17      # transformed weights of those panels, where they are used once: mostly in L2
     FEW_TILES = 6               # that are transformed, and split while they are in L1
     SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
-
-# The transforms double the error of fewer pieces, which leaves "high" no room.
-PRECISION = {"highest": "highest", "high": "highest", "medium": "medium"}
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -122,7 +119,11 @@ ctypedef struct Task:
 
 
 cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
-    """Convolve; return the images that were left out: all, if there is no tile for a phase of a gradient."""
+    """Convolve; return the images that were left out: all, if there is no tile for a phase of a gradient.
+
+    And all where fewer pieces are multiplied: larger errors leave no room for those of transforms, which take longer than such
+    products.
+    """
     cdef Plan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, bias_bytes
@@ -130,7 +131,9 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Memory mine = None
     cdef tuple form
     make_conv(c, input, weight, output, dims, options)
-    split_numbers(c, PRECISION[options.precision])
+    split_numbers(c, options.precision)
+    if 0 < c.kernels.pieces < 3:
+        return list(range(c.batch))
     products = "split" if c.kernels.pieces else "fused" if c.kernels.fused else "rounded"
     tile = winograd.choose(dims, products)
     if tile is None:
