@@ -8,6 +8,7 @@ from fastconv.kernels.native.machine cimport fc_runs, ukernels, usable_threads
 cdef enum:
     SERIAL_CELLS = 100_000      # fewer comparisons than this are not worth waking a thread
     STREAM_BYTES = 16_777_216   # of the unpooled image: then no cache keeps what is stored
+    LINE_BYTES = 64             # a vector as long as a cache line is stored without reading the line before
 
 
 cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options):
@@ -33,7 +34,7 @@ cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, option
     p.along_channels = abs(p.x.stride[1]) < abs(p.x.stride[4])
     p.planes = 1 if p.along_channels else p.x.size[1]
     p.threads = usable_threads(options.threads) if cells > SERIAL_CELLS else 1
-    p.stream = cnp.PyArray_NBYTES(x) >= STREAM_BYTES
+    p.stream = cnp.PyArray_NBYTES(x) >= STREAM_BYTES and p.kernels.lanes * p.item < LINE_BYTES
 
 
 cdef Py_ssize_t share_out(Pool *p, Py_ssize_t depth, Py_ssize_t height, Py_ssize_t row_cells) noexcept nogil:
