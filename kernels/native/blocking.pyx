@@ -25,7 +25,8 @@ cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
     CHUNK_PIXELS = 1024         # the same for tiles that read a panel from L2 as fast as from L1: accumulators in L2
     SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it is padding
-    SPLIT_RATE = 10             # products of pieces that it makes in the time of one product of numbers, about
+    SPLIT_RATE = 13             # products of pieces that it makes in the time of one product of numbers, about
+    SPLIT_WEIGHT = 40           # products in the time that splitting a weight takes beyond packing it
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
 
@@ -78,7 +79,8 @@ cdef void split_numbers(Conv *c, str precision):
     cdef const fc_ukernels *kernels = piece_tile(c, precision)
     if kernels == NULL or c.out[1] * c.out[2] < kernels.tile_rows:
         return
-    if split_pays(kernels, round_up(c.channels, kernels.depth_step) / <double>c.channels):
+    cdef double few = 1 + SPLIT_WEIGHT / <double>(c.out[1] * c.out[2])
+    if split_pays(kernels, few * round_up(c.channels, kernels.depth_step) / c.channels):
         use_tile(c, kernels)
 
 
