@@ -40,7 +40,7 @@ from libc.string cimport memmove, memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, divide, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
@@ -56,6 +56,9 @@ cdef enum:
     SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
     SPLIT_BYTES = 3 << 20       # of a part then, of which L2 needs a channel block at a time, ...
     SUM_BYTES = 3 << 18         # ... a panel of weights, and so much of sums
+    BLOCK_PIXELS = 512          # of a block, if there are as many, ...
+    CHUNK_PIXELS = 1024         # ... or where its weights are ...
+    RESIDENT_BYTES = 1 << 20    # ... more than stay in L2
     BAND_BYTES = 3 << 13        # numbers that are packed, and split while they are in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
@@ -141,6 +144,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.channel_blocks = ceil_div(c.depth, plan.width)
     part_bytes = SPLIT_BYTES if c.kernels.pieces and not plan.patches else DIRECT_BYTES
     cut(c, plan.channel_blocks * plan.width * c.packed, part_bytes, c.out[2], &plan.blocks)
+    _cut_large_blocks(&plan)
     _choose_phases(&plan)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
@@ -151,6 +155,21 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _cut_large_blocks(Plan *plan) noexcept nogil:
+    """Cut blocks into several, for threads to share: not where much of them would be rows that neighbours pack, too.
+
+    Whatever the number of threads: whether numbers are too small to be split is asked of a block. Weights that don't fit L2
+    are read anew for each.
+    """
+    cdef const Conv *c = &plan.c
+    cdef Blocks *blocks = &plan.blocks
+    cdef Py_ssize_t bytes = packed_weight_size(c) * c.packed, halo = (c.kernel[1] - 1) * c.dilation[1] // c.stride[1]
+    cdef Py_ssize_t pixels = BLOCK_PIXELS if bytes <= RESIDENT_BYTES else CHUNK_PIXELS
+    cdef Py_ssize_t rows = max(ceil_div(pixels, blocks.columns), 4 * halo), down = ceil_div(c.out[1], rows)
+    if blocks.rows > rows:
+        divide(c, ceil_div(c.out[1], round_up(down, 2)), blocks.columns, blocks)
 
 
 cdef void _choose_phases(Plan *plan) noexcept nogil:

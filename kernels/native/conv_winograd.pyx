@@ -193,7 +193,7 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
-    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, tile_bytes, weight_bytes, sum_bytes
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, tile_bytes, weight_bytes, sum_bytes, all_tiles
     cdef Py_ssize_t most = min(g.run, <int>CHANNELS)
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
@@ -201,13 +201,14 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     plan.run = max(1, g.run // plan.width)
     plan.most_taps = REDUCTION // plan.width // plan.run * plan.run
     tile_bytes = g.points * g.count * plan.channel_blocks * plan.width * c.packed
+    all_tiles = ceil_div(c.out[1], g.rows) * ceil_div(c.out[2], g.columns)
     if c.kernels.pieces == 0:
         tiles = min(<Py_ssize_t>TILES, INPUT_BYTES // tile_bytes)
     else:
         weight_bytes = g.tap_points * g.count * c.depth * c.panels * c.panel * c.packed
         sum_bytes = g.points * min(<Py_ssize_t>PANELS, c.panels) * c.panel * c.item
         tiles = SPLIT_TILES if weight_bytes > SPLIT_BYTES else TILES
-        tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes))
+        tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes), max(<Py_ssize_t>TILES, all_tiles // 2))
     cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), tiles), &plan.blocks)
 
 
