@@ -223,21 +223,27 @@ def _import_native() -> tuple[ModuleType | None, str]:
         return None, f"the native engine was not built, or does not load ({error}); reinstall with a C compiler"
 
 
+#: How OpenMP's threads wait: GCC's spin for some 100 microseconds, so that the next loop of a call, or the next layer,
+#: finds them awake, and then sleep; others sleep.
+WAITING = {"GOMP_SPINCOUNT": "4000", "OMP_WAIT_POLICY": "passive"}
+
+
 @contextmanager
 def _patient_openmp() -> Iterator[None]:
-    """Load OpenMP so that its threads sleep when they wait, unless the user has set how they wait.
+    """Load OpenMP so that its threads soon sleep when they wait, unless the user has set how they wait.
 
-    By default they spin, and on a busy machine they keep from the processor the very thread that they wait for. OpenMP
-    reads this setting once, when it is loaded.
+    By default they spin for milliseconds, and on a busy machine they keep from the processor the very thread that they wait
+    for. OpenMP reads these settings once, when it is loaded.
     """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+    if any(name in os.environ for name in WAITING):
         yield
         return
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.update(WAITING)
     try:
         yield
     finally:
-        del os.environ["OMP_WAIT_POLICY"]
+        for name in WAITING:
+            del os.environ[name]
 
 
 def native_module() -> ModuleType | None:
