@@ -27,7 +27,8 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    WEIGHT_ROWS, WEIGHT_TASKS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
+    start_task,
 )
 
 cdef enum:
@@ -63,7 +64,8 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
         if sees_one_cell(c):
             c.chunk = PIXELS
         divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
-    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
+    plan.task_panels = even_panels(c)
+    plan_chunks(&plan, c.batch * plan.blocks.count, WEIGHT_TASKS, grad_bias)
     return reduce_chunks(&plan, _weight_task, &plan)
 
 
@@ -105,6 +107,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
         return 0
     if start_task(plan, task, &t):
         return 1
+    clear_sums(plan, &t)
     cdef bint in_place = sees_one_cell(c)
     cdef Py_ssize_t rows = c.taps * plan.width, pixels = plan.blocks.rows * plan.blocks.columns, unit
     cdef Py_ssize_t offset_bytes = (rows + plan.blocks.rows + 8) // 8 * 64

@@ -1,0 +1,373 @@
+"""The gradient of the weights by the tile that multiplies pieces of numbers: rows are filters, lanes are channels.
+
+    grad_weight[k][i][t] = sum over pixels p of  grad_output[k][p] * image[i][p + shift of t]
+
+    for chunk of all images' units, some channels, some panels of filters:  in parallel (``weight_chunks``)
+        for some units, each a block of output pixels:                      all that is packed stays in L2
+            split the part of the image that it sees, and its gradients
+            for panel: for channel block: for tap: brgemm over the pixels
+
+              pixels                   channels               channels
+          +-----------+             +------------+          +----------+
+  filters | gradients |     pixels  |   image,   |  filters |   sums   |
+          |           |        x    |  shifted   |     =    | of a tap |
+          +-----------+             +------------+          +----------+
+
+A block's rows are laid one after another, ``pitch`` cells apart, so that a tap is one shift for all pixels:
+
+      +------------+------+------------+------+------------+        +-----------+---+-----------+---+-----------+
+      |   cells    | gap  |   cells    | gap  |   cells    |   x    | gradients | 0 | gradients | 0 | gradients |
+      +------------+------+------------+------+------------+        +-----------+---+-----------+---+-----------+
+
+The gap is what a row of taps sees beyond the pixels; where it is padding, the end of one row and the beginning of the next share
+it. The tile reads pairs of pixels: the image is packed twice, [vector of channels][piece][pair][channel][2], with pairs that begin
+at even and at odd cells, unless all shifts are even. With a stride, cells that some taps see form a phase each, an image of its own:
+
+    tap h sees phase h % period, shifted by h / period * step rows;   period = stride / gcd(stride, dilation)
+
+If there are inf, NaN or huge numbers, or a unit has nothing but tiny ones, all is computed without splitting.
+"""
+
+cimport numpy as cnp
+from libc.string cimport memset
+
+from fastconv.kernels.native.blocking cimport (
+    Block, Blocks, Conv, View, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, piece_tile, round_up, use_tile,
+)
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
+from fastconv.kernels.native.patches cimport join_rows
+from fastconv.kernels.native.weight_chunks cimport (
+    WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+)
+
+cdef enum:
+    FEWEST_SUMS = 72 << 10      # of a task, so that there are some tasks; ...
+    MOST_SUMS = 150 << 10       # ... with packed units they stay in L2
+    UNIT_BYTES = 1 << 20        # of all that is packed at a time
+    MOST_BYTES = 1 << 22        # the same where a unit can't be cut as small: half of the promised workspace
+    CHUNK_PIXELS = 512          # of a chunk, at least: its sums are written and read once more
+    UNITS = 16                  # that are packed at a time, at most
+    IMAGE_COST = 2              # time of packing a number of the image in that of a gradient
+
+
+# How taps along one axis see phases.
+ctypedef struct Axis:
+    Py_ssize_t period, step     # tap h sees phase h % period, h // period * step cells further on
+    Py_ssize_t phases, reach    # that there are; cells from the first to the last tap, of a phase
+
+# What all tasks of one call share.
+ctypedef struct Plan:
+    WeightPlan base
+    Axis axes[3]
+    Py_ssize_t pitch            # cells from row to row
+    Py_ssize_t pixels           # of a unit, gaps included: a multiple of the tile's depth
+    Py_ssize_t cells            # of a phase
+    Py_ssize_t plane            # elements of a piece of a vector of channels
+    Py_ssize_t copy_bytes       # of a block of channels of a phase
+    Py_ssize_t phase_bytes      # with its copies
+    Py_ssize_t block_bytes      # of a block of channels
+    Py_ssize_t grad_bytes       # of a panel of gradients
+    Py_ssize_t float_bytes      # of numbers to be split
+    Py_ssize_t together         # units that are packed at a time
+
+# A task's workspace.
+ctypedef struct Workspace:
+    Py_ssize_t[32] rows         # where each filter's gradients are
+    Py_ssize_t[UNITS] grad_units
+    Py_ssize_t[UNITS] image_units
+    char *image                 # [unit][channel block][kernel depth][phase][copy]
+    char *grads                 # [unit][panel]
+    char *floats
+
+
+cdef int split_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims,
+                           options) except -1:
+    """Compute the gradients, if there is a tile for pieces, the shape fills it, and all numbers can be split; return whether."""
+    cdef Plan plan
+    cdef WeightPlan *base = &plan.base
+    cdef Conv *c = &base.c
+    make_conv(c, input, grad_weight, grad_output, dims, options)
+    cdef const fc_ukernels *pieces = piece_tile(c, options.precision)
+    if pieces == NULL:
+        return False
+    use_tile(c, pieces)
+    join_rows(c)
+    for axis in range(3):
+        _plan_axis(c, axis, &plan.axes[axis])
+    _plan_task(&plan)
+    _cut_units(&plan)
+    if not _pays(&plan) or _unit_bytes(&plan) > MOST_BYTES:
+        return False
+    plan_chunks(base, c.batch * base.blocks.count, c.batch * c.out[0] * c.out[1] * c.out[2] // CHUNK_PIXELS, grad_bias)
+    base.filters_first = True
+    plan.together = max(1, min(min(<Py_ssize_t>UNITS, ceil_div(base.units, base.chunks)), UNIT_BYTES // _unit_bytes(&plan)))
+    return reduce_chunks(base, _weight_task, &plan)
+
+
+cdef bint _pays(const Plan *plan) noexcept nogil:
+    """Whether the products, padding included, and packing take less time than products of numbers do."""
+    cdef const Conv *c = &plan.base.c
+    cdef double padded = <double>plan.pixels * plan.base.blocks.down * plan.base.blocks.across / (c.out[1] * c.out[2])
+    cdef double channels = round_up(c.channels, c.kernels.lanes), filters = round_up(c.filters, c.kernels.lanes)
+    return padded * channels * filters <= 2.5 * c.channels * c.filters
+
+
+cdef void _plan_axis(const Conv *c, int axis, Axis *a) noexcept nogil:
+    cdef Py_ssize_t divisor = c.stride[axis], rest = c.dilation[axis]
+    while rest:
+        divisor, rest = rest, divisor % rest
+    a.period = c.stride[axis] // divisor
+    a.step = c.dilation[axis] // divisor
+    a.phases = min(c.kernel[axis], a.period)
+    a.reach = (c.kernel[axis] - 1) // a.period * a.step
+
+
+cdef void _plan_task(Plan *plan) noexcept nogil:
+    """Choose the channels and filters of a task: sums that stay in L2, and little that is packed by several tasks."""
+    cdef WeightPlan *base = &plan.base
+    cdef const Conv *c = &base.c
+    cdef Py_ssize_t block = c.panel * c.panel * c.taps, blocks = ceil_div(c.channels, c.panel)
+    cdef Py_ssize_t most = max(<Py_ssize_t>FEWEST_SUMS, min(<Py_ssize_t>MOST_SUMS, c.groups * c.panels * blocks * block // 4))
+    cdef Py_ssize_t panels, tasks, cost, least = 0
+    base.width = c.panel
+    for tasks in range(1, c.panels + 1):
+        panels = ceil_div(c.panels, tasks)
+        cost = IMAGE_COST * tasks * c.channels + ceil_div(blocks, max(1, min(blocks, most // (panels * block)))) * c.filters
+        if tasks == 1 or cost < least:
+            least = cost
+            base.task_panels = panels
+            base.channel_blocks = max(1, min(blocks, most // (panels * block)))
+    base.channel_blocks = ceil_div(blocks, ceil_div(blocks, base.channel_blocks))  # even parts
+
+
+cdef void _cut_units(Plan *plan) noexcept nogil:
+    """Cut the output into blocks: whole rows, or parts of one."""
+    cdef Conv *c = &plan.base.c
+    cdef Py_ssize_t rows = c.out[1], columns = c.out[2], step = c.kernels.depth_step
+    divide(c, rows, columns, &plan.base.blocks)
+    _size(plan)
+    while _unit_bytes(plan) > UNIT_BYTES and (rows > 1 or columns > 2 * step):
+        if rows > 1:
+            rows = plan.base.blocks.rows - ceil_div(plan.base.blocks.rows, 8)
+        else:
+            columns = round_up(columns * 7 // 8, step) if columns > 8 * step else round_up(columns, step) - step
+        divide(c, rows, columns, &plan.base.blocks)
+        if rows == 1 and columns < c.out[2]:  # only the last is filled up
+            plan.base.blocks.columns = columns
+            plan.base.blocks.across = ceil_div(c.out[2], columns)
+            plan.base.blocks.count = c.out[0] * plan.base.blocks.down * plan.base.blocks.across
+        _size(plan)
+
+
+cdef void _size(Plan *plan) noexcept nogil:
+    """Size what is packed for a unit."""
+    cdef const Conv *c = &plan.base.c
+    cdef const Blocks *blocks = &plan.base.blocks
+    cdef Py_ssize_t high = plan.axes[1].reach, wide = plan.axes[2].reach, shared = 0, pieces = c.kernels.pieces
+    if blocks.across == 1 and plan.axes[2].period == 1:
+        shared = max(0, min(min(wide, c.pad[2]), blocks.columns + wide - c.pad[2] - c.x.size[4]))
+    plan.pitch = blocks.columns + wide - shared
+    if wide == 0:
+        plan.pitch = round_up(plan.pitch, 2)  # then all shifts are even
+    plan.pixels = round_up((blocks.rows - 1) * plan.pitch + blocks.columns, c.kernels.depth_step)
+    plan.cells = round_up(high * plan.pitch + wide + plan.pixels, 2)
+    plan.plane = (plan.cells // 2 | 1) * c.panel  # an odd number of lines: pieces are not in the same sets of L1
+    plan.copy_bytes = 4 * pieces * plan.plane
+    plan.phase_bytes = plan.copy_bytes * (2 if wide else 1)
+    plan.block_bytes = c.kernel[0] * plan.axes[1].phases * plan.axes[2].phases * plan.phase_bytes
+    plan.grad_bytes = c.panel * plan.pixels * c.packed
+    plan.float_bytes = max((plan.cells + blocks.columns + wide) * c.kernels.lanes, plan.pixels * c.panel) * c.item
+
+
+cdef Py_ssize_t _unit_bytes(const Plan *plan) noexcept nogil:
+    """Bytes of a task's share of a unit, packed."""
+    return plan.base.channel_blocks * plan.block_bytes + plan.base.task_panels * plan.grad_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    """Reduce one chunk of the units for one task's channels and filters."""
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const WeightPlan *base = &plan.base
+    cdef WeightTask t
+    cdef Workspace space
+    cdef Py_ssize_t unit, count, i
+    cdef Py_ssize_t image_bytes = base.channel_blocks * plan.block_bytes, grad_bytes = base.task_panels * plan.grad_bytes
+    if start_task(base, task, &t):
+        return 1
+    space.image = arena(FC_ARENA_BLOCK, plan.together * (image_bytes + grad_bytes) + plan.float_bytes)
+    if space.image == NULL:
+        return 1
+    space.grads = space.image + plan.together * image_bytes
+    space.floats = space.grads + plan.together * grad_bytes
+    for i in range(32):
+        space.rows[i] = i * plan.pixels
+    for i in range(plan.together):
+        space.grad_units[i] = i * grad_bytes // base.c.packed
+        space.image_units[i] = i * image_bytes // 2
+    for unit from t.first_unit <= unit < t.end_unit by plan.together:
+        count = min(plan.together, t.end_unit - unit)
+        for i in range(count):
+            if base.refused[0]:
+                return 0
+            if not _pack_unit(plan, &t, unit + i, space.image + i * image_bytes, space.grads + i * grad_bytes, space.floats):
+                base.refused[0] = 1
+                return 0
+        _multiply(plan, &t, &space, count, unit > t.first_unit)
+    end_task(base, &t)
+    return 0
+
+
+cdef bint _pack_unit(const Plan *plan, const WeightTask *t, Py_ssize_t unit, char *image, char *grads,
+                     char *floats) noexcept nogil:
+    """Split a unit's part of the image and its gradients; return whether they can be split."""
+    cdef const Conv *c = &plan.base.c
+    cdef Block block
+    cdef Py_ssize_t b, panel
+    cdef int sizes = 0
+    locate(c, &plan.base.blocks, unit, &block)
+    for b in range(t.channel_blocks):
+        sizes |= _split_image(plan, t, &block, t.channel + b * plan.base.width, floats, image + b * plan.block_bytes)
+    if sizes & FC_HUGE or sizes == FC_TINY:
+        return False
+    for panel in range(t.panels):
+        sizes = _split_panel(plan, t, &block, panel, floats, grads + panel * plan.grad_bytes)
+        if sizes & FC_HUGE or sizes == FC_TINY:
+            return False
+    return True
+
+
+cdef int _split_image(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t channel, char *floats,
+                      char *out) noexcept nogil:
+    """Split all phases of a block of channels, and return the sizes of the numbers."""
+    cdef const Conv *c = &plan.base.c
+    cdef Py_ssize_t lanes = c.kernels.lanes, first = t.group * c.channels, d, h, w, v
+    cdef int sizes = 0
+    for d in range(c.kernel[0]):
+        for h in range(plan.axes[1].phases):
+            for w in range(plan.axes[2].phases):
+                for v from 0 <= v < min(c.panel, c.channels - channel) by lanes:
+                    _lay_cells(
+                        plan, block, first + channel + v, min(lanes, c.channels - channel - v), d, h, w, floats,
+                        floats + plan.cells * lanes * c.item,
+                    )
+                    sizes |= c.kernels.split_pairs(
+                        floats, plan.cells, c.kernels.pieces, out + v // lanes * c.kernels.pieces * plan.plane * 2,
+                        out + plan.copy_bytes + v // lanes * c.kernels.pieces * plan.plane * 2 if plan.axes[2].reach else NULL,
+                        plan.plane,
+                    )
+                out += plan.phase_bytes
+    return sizes
+
+
+cdef void _lay_cells(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t d, Py_ssize_t h,
+                     Py_ssize_t w, char *out, char *row) noexcept nogil:
+    """Lay the cells of a phase, [cell][vector of channels], zeros in padding and gaps; ``row`` is room for one row."""
+    cdef const Conv *c = &plan.base.c
+    cdef const View *x = &c.x
+    cdef Py_ssize_t cell_bytes = c.kernels.lanes * c.item, step = c.stride[2], end = 0, r, y, at
+    cdef Py_ssize_t z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
+    cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1] + h * c.dilation[1]
+    cdef Py_ssize_t left = block.left * step - c.pad[2] + w * c.dilation[2]
+    cdef Py_ssize_t columns = block.columns + plan.axes[2].reach
+    cdef Py_ssize_t start = 0 if left >= 0 else (step - 1 - left) // step
+    cdef Py_ssize_t stop = min(columns, (x.size[4] - 1 - left) // step + 1 if left < x.size[4] else 0)
+    cdef const char *cells
+    if count < c.kernels.lanes:
+        memset(out, 0, <size_t>(plan.cells * cell_bytes))
+    if 0 <= z < x.size[2] and stop > start:
+        for r in range(block.rows + plan.axes[1].reach):
+            y = top + r * c.stride[1]
+            if y < 0 or y >= x.size[3]:
+                continue
+            at = r * plan.pitch + start
+            memset(out + end * cell_bytes, 0, <size_t>((at - end) * cell_bytes))
+            end = at + stop - start
+            cells = x.data + (
+                block.image * x.stride[0] + first * x.stride[1] + z * x.stride[2] + y * x.stride[3]
+                + (left + start * step) * x.stride[4]
+            ) * c.item
+            if step * x.stride[4] == 1 or x.stride[1] == 1:
+                c.kernels.transpose(
+                    cells, x.stride[1], step * x.stride[4], count, stop - start, out + at * cell_bytes, c.kernels.lanes
+                )
+            else:  # in two steps, which vectors make
+                c.kernels.transpose(cells, step * x.stride[4], x.stride[1], stop - start, count, row, stop - start)
+                c.kernels.transpose(row, stop - start, 1, count, stop - start, out + at * cell_bytes, c.kernels.lanes)
+    memset(out + end * cell_bytes, 0, <size_t>((plan.cells - end) * cell_bytes))
+
+
+cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, char *floats,
+                      char *out) noexcept nogil:
+    """Split a panel's gradients, add them to that of the bias, and return the sizes of the numbers."""
+    cdef const Conv *c = &plan.base.c
+    cdef const View *y = &c.y
+    cdef Py_ssize_t filter = (t.panel + panel) * c.panel, filters = min(c.panel, c.filters - filter), row
+    cdef Py_ssize_t pixels = (block.rows - 1) * plan.pitch + block.columns
+    cdef const char *first = y.data + (
+        block.image * y.stride[0] + (t.group * c.filters + filter) * y.stride[1] + block.depth * y.stride[2]
+        + block.top * y.stride[3] + block.left * y.stride[4]
+    ) * c.item
+    if plan.base.bias != NULL and t.channel == 0:
+        pack_pixels(
+            c, block, t.group * c.filters + filter, filters, panel_vectors(c, t.panel + panel) * c.kernels.lanes, 0,
+            block.rows * block.columns, floats,
+        )
+        add_bias(&plan.base, t, panel, floats, block.rows * block.columns)
+    if y.stride[4] == 1 and (block.rows == 1 or (block.columns == plan.pitch and y.stride[3] == plan.pitch)):
+        if round_up(pixels, c.kernels.depth_step) == plan.pixels:  # without a gap: as they are
+            return c.kernels.split_rows(first, filters, y.stride[1], pixels, c.kernels.pieces, out)
+    memset(floats, 0, <size_t>(filters * plan.pixels * c.item))
+    for row in range(block.rows):
+        c.kernels.transpose(
+            first + row * y.stride[3] * c.item, y.stride[4], y.stride[1], block.columns, filters,
+            floats + row * plan.pitch * c.item, plan.pixels,
+        )
+    return c.kernels.split_rows(floats, filters, plan.pixels, plan.pixels, c.kernels.pieces, out)
+
+
+cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *space, Py_ssize_t units,
+                    bint accumulate) noexcept nogil:
+    """Add some units' products to all sums of a task, [panel][channel block][tap][filter][channel]."""
+    cdef const WeightPlan *base = &plan.base
+    cdef const Conv *c = &base.c
+    cdef Py_ssize_t panel, b, filters, channels
+    cdef char *sums
+    cdef fc_reduction reduction
+    reduction.apart = 0
+    reduction.taps, reduction.b_taps = space.grad_units, space.image_units
+    reduction.n_taps, reduction.depth, reduction.a_step = units, plan.pixels, 1
+    reduction.b_tap = reduction.b_step = 0
+    reduction.c_step = c.panel
+    c.kernels.enter()
+    for panel in range(t.panels):
+        filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
+        for b in range(t.channel_blocks):
+            channels = min(c.panel, c.channels - t.channel - b * c.panel)
+            sums = t.accumulators + (panel * base.channel_blocks + b) * c.panel * c.panel * c.taps * c.item
+            _multiply_taps(
+                plan, &reduction, space.grads + panel * plan.grad_bytes, space.rows, filters,
+                space.image + b * plan.block_bytes, 1 if channels <= c.kernels.lanes else 2, sums, accumulate,
+            )
+    c.kernels.leave()
+
+
+cdef void _multiply_taps(const Plan *plan, const fc_reduction *reduction, const char *grads, const Py_ssize_t *rows,
+                         Py_ssize_t filters, const char *image, int vectors, char *sums, bint accumulate) noexcept nogil:
+    """Add the products of a panel and a block of channels, tap by tap."""
+    cdef const Conv *c = &plan.base.c
+    cdef const Axis *high = &plan.axes[1]
+    cdef const Axis *wide = &plan.axes[2]
+    cdef Py_ssize_t d, h, w, phase, shift
+    for d in range(c.kernel[0]):
+        for h in range(c.kernel[1]):
+            for w in range(c.kernel[2]):
+                phase = (d * high.phases + h % high.period) * wide.phases + w % wide.period
+                shift = h // high.period * high.step * plan.pitch + w // wide.period * wide.step
+                c.kernels.brgemm_pairs(
+                    reduction, grads, rows, filters,
+                    image + phase * plan.phase_bytes + shift % 2 * plan.copy_bytes + shift // 2 * c.panel * 2, plan.plane,
+                    vectors, sums, accumulate,
+                )
+                sums += c.panel * c.panel * c.item
