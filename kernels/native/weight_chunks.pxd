@@ -16,7 +16,7 @@ ctypedef struct WeightPlan:
     Py_ssize_t task_panels              # ... and panels
     Py_ssize_t channel_tasks, panel_tasks, tasks
     Py_ssize_t units, chunks
-    bint filters_first                  # whether sums of a tap are [filter][channel]
+    bint filters_first                  # whether sums of a panel are [tap][filter][channel of all blocks]
     Py_ssize_t task_bytes               # accumulators of one task: [panel][channel block][tap][channel][filter], ...
     Py_ssize_t bias_bytes               # ... and from here on [panel][filter], the gradient of the bias
     char *accumulators                  # [chunk][task]; NULL where one chunk is all, and each task stores its own

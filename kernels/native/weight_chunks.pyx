@@ -150,15 +150,16 @@ cdef void _store_task(const WeightPlan *plan, const WeightTask *t) noexcept nogi
     for panel in range(t.panels):
         filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
         first = t.group * c.filters + (t.panel + panel) * c.panel
-        for b in range(t.channel_blocks):
+        sums = t.accumulators + panel * plan.channel_blocks * c.panel * c.taps * plan.width * c.item
+        if plan.filters_first:
+            channels = min(plan.channel_blocks * plan.width, c.channels - t.channel)
+            _store_filters(c, first, t.channel, filters, channels, plan.channel_blocks * plan.width, sums)
+        for b in range(0 if plan.filters_first else t.channel_blocks):
             channels = min(plan.width, c.channels - t.channel - b * plan.width)
-            sums = t.accumulators + (panel * plan.channel_blocks + b) * c.panel * c.taps * plan.width * c.item
-            if plan.filters_first:
-                _store_filters(c, first, t.channel + b * plan.width, filters, channels, plan.width, sums)
-                continue
             store_weight(
                 c, first, t.channel + b * plan.width, filters, channels,
-                plan.width, panel_vectors(c, t.panel + panel) * c.kernels.lanes, sums,
+                plan.width, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
+                sums + b * c.panel * c.taps * plan.width * c.item,
             )
         if t.channel == 0:
             store_bias(plan, first, filters, t.accumulators + plan.bias_bytes + panel * c.panel * c.item)

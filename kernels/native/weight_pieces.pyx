@@ -29,7 +29,7 @@ If there are inf, NaN or huge numbers, or a unit has nothing but tiny ones, all 
 """
 
 cimport numpy as cnp
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, piece_tile, round_up, use_tile,
@@ -46,6 +46,8 @@ cdef enum:
     UNIT_BYTES = 1 << 20        # of all that is packed at a time
     MOST_BYTES = 1 << 22        # the same where a unit can't be cut as small: half of the promised workspace
     CHUNK_PIXELS = 512          # of a chunk, at least: its sums are written and read once more
+    CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
+    FILTERS = 8                 # the same
     UNITS = 16                  # that are packed at a time, at most
     IMAGE_COST = 2              # time of packing a number of the image in that of a gradient
 
@@ -143,19 +145,21 @@ cdef void _plan_task(Plan *plan) noexcept nogil:
 cdef void _cut_units(Plan *plan) noexcept nogil:
     """Cut the output into blocks: whole rows, or parts of one."""
     cdef Conv *c = &plan.base.c
-    cdef Py_ssize_t rows = c.out[1], columns = c.out[2], step = c.kernels.depth_step
-    divide(c, rows, columns, &plan.base.blocks)
+    cdef Blocks *blocks = &plan.base.blocks
+    cdef Py_ssize_t rows = c.out[1], columns = c.out[2], step = c.kernels.depth_step, parts = 1
+    divide(c, rows, columns, blocks)
     _size(plan)
     while _unit_bytes(plan) > UNIT_BYTES and (rows > 1 or columns > 2 * step):
         if rows > 1:
             rows = plan.base.blocks.rows - ceil_div(plan.base.blocks.rows, 8)
         else:
-            columns = round_up(columns * 7 // 8, step) if columns > 8 * step else round_up(columns, step) - step
-        divide(c, rows, columns, &plan.base.blocks)
-        if rows == 1 and columns < c.out[2]:  # only the last is filled up
-            plan.base.blocks.columns = columns
-            plan.base.blocks.across = ceil_div(c.out[2], columns)
-            plan.base.blocks.count = c.out[0] * plan.base.blocks.down * plan.base.blocks.across
+            parts += 1
+            columns = round_up(ceil_div(c.out[2], parts), step)  # only the last is filled up
+        divide(c, rows, columns, blocks)
+        if rows == 1 and columns < c.out[2]:
+            blocks.columns = columns
+            blocks.across = ceil_div(c.out[2], columns)
+            blocks.count = c.out[0] * blocks.down * blocks.across
         _size(plan)
 
 
@@ -170,13 +174,13 @@ cdef void _size(Plan *plan) noexcept nogil:
     if wide == 0:
         plan.pitch = round_up(plan.pitch, 2)  # then all shifts are even
     plan.pixels = round_up((blocks.rows - 1) * plan.pitch + blocks.columns, c.kernels.depth_step)
-    plan.cells = round_up(high * plan.pitch + wide + plan.pixels, 2)
+    plan.cells = round_up(high * plan.pitch + wide + plan.pixels + 1, 2)
     plan.plane = (plan.cells // 2 | 1) * c.panel  # an odd number of lines: pieces are not in the same sets of L1
     plan.copy_bytes = 4 * pieces * plan.plane
     plan.phase_bytes = plan.copy_bytes * (2 if wide else 1)
     plan.block_bytes = c.kernel[0] * plan.axes[1].phases * plan.axes[2].phases * plan.phase_bytes
     plan.grad_bytes = c.panel * plan.pixels * c.packed
-    plan.float_bytes = max((plan.cells + blocks.columns + wide) * c.kernels.lanes, plan.pixels * c.panel) * c.item
+    plan.float_bytes = max((2 * CELLS + 1) * c.kernels.lanes, plan.pixels * c.panel) * c.item
 
 
 cdef Py_ssize_t _unit_bytes(const Plan *plan) noexcept nogil:
@@ -242,60 +246,83 @@ cdef int _split_image(const Plan *plan, const WeightTask *t, const Block *block,
                       char *out) noexcept nogil:
     """Split all phases of a block of channels, and return the sizes of the numbers."""
     cdef const Conv *c = &plan.base.c
-    cdef Py_ssize_t lanes = c.kernels.lanes, first = t.group * c.channels, d, h, w, v
+    cdef Py_ssize_t vector_bytes = 2 * c.kernels.pieces * plan.plane, d, h, w, v
     cdef int sizes = 0
     for d in range(c.kernel[0]):
         for h in range(plan.axes[1].phases):
             for w in range(plan.axes[2].phases):
-                for v from 0 <= v < min(c.panel, c.channels - channel) by lanes:
-                    _lay_cells(
-                        plan, block, first + channel + v, min(lanes, c.channels - channel - v), d, h, w, floats,
-                        floats + plan.cells * lanes * c.item,
-                    )
-                    sizes |= c.kernels.split_pairs(
-                        floats, plan.cells, c.kernels.pieces, out + v // lanes * c.kernels.pieces * plan.plane * 2,
-                        out + plan.copy_bytes + v // lanes * c.kernels.pieces * plan.plane * 2 if plan.axes[2].reach else NULL,
-                        plan.plane,
+                for v in range(ceil_div(min(c.panel, c.channels - channel), c.kernels.lanes)):
+                    sizes |= _split_phase(
+                        plan, t, block, channel + v * c.kernels.lanes, d, h, w, floats, out + v * vector_bytes
                     )
                 out += plan.phase_bytes
     return sizes
 
 
-cdef void _lay_cells(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t d, Py_ssize_t h,
-                     Py_ssize_t w, char *out, char *row) noexcept nogil:
-    """Lay the cells of a phase, [cell][vector of channels], zeros in padding and gaps; ``row`` is room for one row."""
+cdef int _split_phase(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t channel, Py_ssize_t d,
+                      Py_ssize_t h, Py_ssize_t w, char *floats, char *out) noexcept nogil:
+    """Split the cells of a phase of a vector of channels, as many at a time as stay in L1; return the numbers' sizes."""
+    cdef const Conv *c = &plan.base.c
+    cdef Py_ssize_t cell_bytes = c.kernels.lanes * c.item, first, count
+    cdef char *cells = floats + cell_bytes  # after the cell before
+    cdef int sizes = 0
+    memset(floats, 0, <size_t>cell_bytes)
+    for first from 0 <= first < plan.cells by CELLS:
+        count = min(<Py_ssize_t>CELLS, plan.cells - first)
+        _lay_cells(plan, t, block, channel, d, h, w, first, count, cells, cells + CELLS * cell_bytes)
+        sizes |= c.kernels.split_pairs(
+            cells, count, c.kernels.pieces, out, out + plan.copy_bytes if plan.axes[2].reach else NULL, plan.plane
+        )
+        out += count // 2 * c.panel * 2
+        memcpy(floats, floats + count * cell_bytes, <size_t>cell_bytes)
+    return sizes
+
+
+cdef void _lay_cells(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t channel, Py_ssize_t d, Py_ssize_t h,
+                     Py_ssize_t w, Py_ssize_t first, Py_ssize_t count, char *out, char *row) noexcept nogil:
+    """Lay some cells of a phase, [cell][vector of channels], zeros in padding and gaps; ``row`` is room for as many."""
     cdef const Conv *c = &plan.base.c
     cdef const View *x = &c.x
-    cdef Py_ssize_t cell_bytes = c.kernels.lanes * c.item, step = c.stride[2], end = 0, r, y, at
+    cdef Py_ssize_t lanes = c.kernels.lanes, step = c.stride[2], done = 0, r, y, at, end
+    cdef Py_ssize_t channels = min(lanes, c.channels - channel)
     cdef Py_ssize_t z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
     cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1] + h * c.dilation[1]
     cdef Py_ssize_t left = block.left * step - c.pad[2] + w * c.dilation[2]
-    cdef Py_ssize_t columns = block.columns + plan.axes[2].reach
-    cdef Py_ssize_t start = 0 if left >= 0 else (step - 1 - left) // step
-    cdef Py_ssize_t stop = min(columns, (x.size[4] - 1 - left) // step + 1 if left < x.size[4] else 0)
-    cdef const char *cells
-    if count < c.kernels.lanes:
-        memset(out, 0, <size_t>(plan.cells * cell_bytes))
+    cdef Py_ssize_t start = 0 if left >= 0 else (step - 1 - left) // step  # cells of a row that are not padding
+    cdef Py_ssize_t stop = 0 if left >= x.size[4] else (x.size[4] - 1 - left) // step + 1
+    cdef const char *image = x.data + (
+        block.image * x.stride[0] + (t.group * c.channels + channel) * x.stride[1] + z * x.stride[2]
+        + top * x.stride[3] + left * x.stride[4]
+    ) * c.item
+    stop = min(stop, block.columns + plan.axes[2].reach)
+    if channels < lanes:
+        memset(out, 0, <size_t>(count * lanes * c.item))
     if 0 <= z < x.size[2] and stop > start:
-        for r in range(block.rows + plan.axes[1].reach):
+        for r in range(max(0, first // plan.pitch - 1), min(block.rows + plan.axes[1].reach, (first + count) // plan.pitch + 1)):
+            at = max(0, r * plan.pitch + start - first)
+            end = min(count, r * plan.pitch + stop - first)
             y = top + r * c.stride[1]
-            if y < 0 or y >= x.size[3]:
+            if end <= at or y < 0 or y >= x.size[3]:
                 continue
-            at = r * plan.pitch + start
-            memset(out + end * cell_bytes, 0, <size_t>((at - end) * cell_bytes))
-            end = at + stop - start
-            cells = x.data + (
-                block.image * x.stride[0] + first * x.stride[1] + z * x.stride[2] + y * x.stride[3]
-                + (left + start * step) * x.stride[4]
-            ) * c.item
-            if step * x.stride[4] == 1 or x.stride[1] == 1:
-                c.kernels.transpose(
-                    cells, x.stride[1], step * x.stride[4], count, stop - start, out + at * cell_bytes, c.kernels.lanes
-                )
-            else:  # in two steps, which vectors make
-                c.kernels.transpose(cells, step * x.stride[4], x.stride[1], stop - start, count, row, stop - start)
-                c.kernels.transpose(row, stop - start, 1, count, stop - start, out + at * cell_bytes, c.kernels.lanes)
-    memset(out + end * cell_bytes, 0, <size_t>((plan.cells - end) * cell_bytes))
+            memset(out + done * lanes * c.item, 0, <size_t>((at - done) * lanes * c.item))
+            done = end
+            _turn_cells(
+                c, image + (r * c.stride[1] * x.stride[3] + (first + at - r * plan.pitch) * step * x.stride[4]) * c.item,
+                channels, end - at, out + at * lanes * c.item, row,
+            )
+    memset(out + done * lanes * c.item, 0, <size_t>((count - done) * lanes * c.item))
+
+
+cdef void _turn_cells(const Conv *c, const char *cells, Py_ssize_t channels, Py_ssize_t count, char *out,
+                      char *row) noexcept nogil:
+    """Turn cells of an image's row to [cell][vector of channels]; those of a stride in two steps, which vectors make."""
+    cdef Py_ssize_t cell_step = c.stride[2] * c.x.stride[4], channel_step = c.x.stride[1]
+    if cell_step != 1 and channel_step != 1:
+        c.kernels.transpose(cells, cell_step, channel_step, count, channels, row, count)
+        cells = row
+        channel_step = count
+        cell_step = 1
+    c.kernels.transpose(cells, channel_step, cell_step, channels, count, out, c.kernels.lanes)
 
 
 cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, char *floats,
@@ -303,7 +330,8 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
     """Split a panel's gradients, add them to that of the bias, and return the sizes of the numbers."""
     cdef const Conv *c = &plan.base.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t filter = (t.panel + panel) * c.panel, filters = min(c.panel, c.filters - filter), row
+    cdef Py_ssize_t filter = (t.panel + panel) * c.panel, filters = min(c.panel, c.filters - filter), count, row
+    cdef int sizes = 0
     cdef Py_ssize_t pixels = (block.rows - 1) * plan.pitch + block.columns
     cdef const char *first = y.data + (
         block.image * y.stride[0] + (t.group * c.filters + filter) * y.stride[1] + block.depth * y.stride[2]
@@ -318,18 +346,23 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
     if y.stride[4] == 1 and (block.rows == 1 or (block.columns == plan.pitch and y.stride[3] == plan.pitch)):
         if round_up(pixels, c.kernels.depth_step) == plan.pixels:  # without a gap: as they are
             return c.kernels.split_rows(first, filters, y.stride[1], pixels, c.kernels.pieces, out)
-    memset(floats, 0, <size_t>(filters * plan.pixels * c.item))
-    for row in range(block.rows):
-        c.kernels.transpose(
-            first + row * y.stride[3] * c.item, y.stride[4], y.stride[1], block.columns, filters,
-            floats + row * plan.pitch * c.item, plan.pixels,
+    memset(floats, 0, <size_t>(FILTERS * plan.pixels * c.item))
+    for filter from 0 <= filter < filters by FILTERS:
+        count = min(<Py_ssize_t>FILTERS, filters - filter)
+        for row in range(block.rows):
+            c.kernels.transpose(
+                first + (filter * y.stride[1] + row * y.stride[3]) * c.item, y.stride[4], y.stride[1], block.columns, count,
+                floats + row * plan.pitch * c.item, plan.pixels,
+            )
+        sizes |= c.kernels.split_rows(
+            floats, count, plan.pixels, plan.pixels, c.kernels.pieces, out + filter * plan.pixels * c.packed
         )
-    return c.kernels.split_rows(floats, filters, plan.pixels, plan.pixels, c.kernels.pieces, out)
+    return sizes
 
 
 cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *space, Py_ssize_t units,
                     bint accumulate) noexcept nogil:
-    """Add some units' products to all sums of a task, [panel][channel block][tap][filter][channel]."""
+    """Add some units' products to all sums of a task, [panel][tap][filter][channel of all blocks]."""
     cdef const WeightPlan *base = &plan.base
     cdef const Conv *c = &base.c
     cdef Py_ssize_t panel, b, filters, channels
@@ -339,13 +372,13 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     reduction.taps, reduction.b_taps = space.grad_units, space.image_units
     reduction.n_taps, reduction.depth, reduction.a_step = units, plan.pixels, 1
     reduction.b_tap = reduction.b_step = 0
-    reduction.c_step = c.panel
+    reduction.c_step = base.channel_blocks * c.panel
     c.kernels.enter()
     for panel in range(t.panels):
         filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
         for b in range(t.channel_blocks):
             channels = min(c.panel, c.channels - t.channel - b * c.panel)
-            sums = t.accumulators + (panel * base.channel_blocks + b) * c.panel * c.panel * c.taps * c.item
+            sums = t.accumulators + (panel * c.taps * c.panel * reduction.c_step + b * c.panel) * c.item
             _multiply_taps(
                 plan, &reduction, space.grads + panel * plan.grad_bytes, space.rows, filters,
                 space.image + b * plan.block_bytes, 1 if channels <= c.kernels.lanes else 2, sums, accumulate,
@@ -367,7 +400,7 @@ cdef void _multiply_taps(const Plan *plan, const fc_reduction *reduction, const 
                 shift = h // high.period * high.step * plan.pitch + w // wide.period * wide.step
                 c.kernels.brgemm_pairs(
                     reduction, grads, rows, filters,
-                    image + phase * plan.phase_bytes + shift % 2 * plan.copy_bytes + shift // 2 * c.panel * 2, plan.plane,
+                    image + phase * plan.phase_bytes + shift % 2 * plan.copy_bytes + (shift + 1) // 2 * c.panel * 2, plan.plane,
                     vectors, sums, accumulate,
                 )
-                sums += c.panel * c.panel * c.item
+                sums += c.panel * reduction.c_step * c.item

@@ -91,6 +91,8 @@ def _direct(op: str, dims: ConvDims) -> str:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     few = weights <= 2**16 or isa() == "amx"  # whose channels im2col must turn
+    if op == "conv_weight_grad" and _fills_pieces(dims):
+        return ""
     if dims.taps == 1 and (op != "conv_input_grad" or (set(dims.stride) == {1} and few)):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":

@@ -319,8 +319,11 @@ INLINE int split_rows(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t
     const ptrdiff_t whole = n / CHANNELS * CHANNELS;
     words largest = {0};
     for (; rows > 0; rows--, in += step) {
-        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS)
+        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS) {
+            __builtin_prefetch(at + step); /* the next row, for which the machine begins anew */
+            __builtin_prefetch(at + step + LANES);
             split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, CHANNELS, &largest);
+        }
         if (whole < n) {
             floats low, high;
             load(in + whole, n - whole, &low);
@@ -383,16 +386,18 @@ INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channel
     return size(largest);
 }
 
-/* Cells of 16 channels to pairs that begin at even cells, and (odd) at odd ones. */
+/* Cells of 16 channels to pairs that begin at even cells, and (both) at odd ones, from the cell before on. */
 INLINE int split_pairs(const float *in, ptrdiff_t n, const int pieces, char *even, char *odd, const int both, ptrdiff_t plane)
 {
-    words largest = {0}, before[MAX_PIECES] = {{0}}, low[MAX_PIECES], high[MAX_PIECES];
+    words largest = {0}, before[MAX_PIECES], low[MAX_PIECES], high[MAX_PIECES];
+    if (both)
+        split(*(const floats *)(in - LANES), pieces, before, &largest);
     for (ptrdiff_t i = 0; i < n; i += 2, in += 2 * LANES, even += ROW_BYTES, odd += ROW_BYTES) {
         split(*(const floats *)in, pieces, low, &largest);
         split(*(const floats *)(in + LANES), pieces, high, &largest);
         UNROLL for (int p = 0; p < pieces; p++) {
             *(words *)(even + p * plane) = low[p] >> 16 | (high[p] & 0xffff0000);
-            if (both && i > 0)
+            if (both)
                 *(words *)(odd + p * plane) = before[p] >> 16 | (low[p] & 0xffff0000);
             before[p] = high[p];
         }
@@ -402,7 +407,7 @@ INLINE int split_pairs(const float *in, ptrdiff_t n, const int pieces, char *eve
 
 INLINE int split_either(const float *in, ptrdiff_t n, const int pieces, char *even, char *odd, ptrdiff_t plane)
 {
-    return odd ? split_pairs(in, n, pieces, even, odd - ROW_BYTES, 1, plane) : split_pairs(in, n, pieces, even, even, 0, plane);
+    return odd ? split_pairs(in, n, pieces, even, odd, 1, plane) : split_pairs(in, n, pieces, even, even, 0, plane);
 }
 
 static int fc_f32_split_pairs__amx(const void *cells, ptrdiff_t n, int pieces, void *even, void *odd, ptrdiff_t plane)

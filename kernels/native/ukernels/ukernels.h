@@ -146,8 +146,8 @@ typedef struct {
      * runs:    n numbers to [n / run][piece][run], run a multiple of lanes
      * weights: [channel][tap][vectors], channels `step` apart, to [tap][channel][vectors], channels padded with zeros to a
      * multiple of depth_step
-     * pairs:   n cells of `lanes` channels, n even, to [piece][pair of cells][channel][2], pieces `plane` elements apart; pairs
-     *          that begin at odd cells to `odd`, unless that is NULL, the last of which is left out
+     * pairs:   n cells of `lanes` channels, n even, to [piece][pair of cells][channel][2], pieces `plane` elements apart; to `odd`,
+     *          unless that is NULL, pairs that begin at odd cells, the first of them the cell before
      * brgemm_pairs takes such b, [vector][piece], `plane` apart, from the pair on where the reduction begins; offsets of b are
      * in elements of 2 bytes.
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to 2 * depth_step - 1 cells beyond
