@@ -43,7 +43,7 @@ from fastconv.kernels.native.weight_chunks cimport (
 cdef enum:
     FEWEST_SUMS = 72 << 10      # of a task, so that there are some tasks; ...
     MOST_SUMS = 150 << 10       # ... with packed units they stay in L2
-    UNIT_BYTES = 1 << 20        # of all that is packed at a time
+    UNIT_BYTES = 5 << 18        # of all that is packed at a time
     MOST_BYTES = 1 << 22        # the same where a unit can't be cut as small: half of the promised workspace
     CHUNK_PIXELS = 512          # of a chunk, at least: its sums are written and read once more
     CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
@@ -343,6 +343,10 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
             block.rows * block.columns, floats,
         )
         add_bias(&plan.base, t, panel, floats, block.rows * block.columns)
+    memset(  # a tile reads half a panel
+        out + filters * plan.pixels * c.packed, 0,
+        <size_t>((round_up(filters, c.panel // 2) - filters) * plan.pixels * c.packed),
+    )
     if y.stride[4] == 1 and (block.rows == 1 or (block.columns == plan.pitch and y.stride[3] == plan.pitch)):
         if round_up(pixels, c.kernels.depth_step) == plan.pixels:  # without a gap: as they are
             return c.kernels.split_rows(first, filters, y.stride[1], pixels, c.kernels.pieces, out)
@@ -375,7 +379,7 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     reduction.c_step = base.channel_blocks * c.panel
     c.kernels.enter()
     for panel in range(t.panels):
-        filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
+        filters = round_up(min(c.panel, c.filters - (t.panel + panel) * c.panel), c.panel // 2)
         for b in range(t.channel_blocks):
             channels = min(c.panel, c.channels - t.channel - b * c.panel)
             sums = t.accumulators + (panel * c.taps * c.panel * reduction.c_step + b * c.panel) * c.item
