@@ -5,7 +5,8 @@ from fastconv.kernels.native.blocking cimport Blocks, Conv, TaskFunction
 cdef enum:
     WEIGHT_ROWS = 576     # channels times taps that one task computes, ...
     WEIGHT_PANELS = 4     # ... for this many panels: each packed element is used some hundred times
-    WEIGHT_TASKS = 16     # fewer tasks than this, and the reduction is cut into fixed chunks
+    WEIGHT_TASKS = 16     # fewer tasks than this, and the reduction is cut into fixed chunks ...
+    CHUNK_PIXELS = 256    # ... of so many pixels at least: the sums of each are written and read once more
 
 # What all tasks of one weight gradient share. A task computes some channel blocks x some panels of one group, for one fixed
 # chunk of the reduction: `units` are the pieces of all images, in order.
@@ -30,7 +31,7 @@ ctypedef struct WeightTask:
     char *accumulators
 
 cdef Py_ssize_t even_panels(const Conv *c) noexcept nogil
-cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, Py_ssize_t most, cnp.ndarray grad_bias) except *
+cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *
 cdef void want_bias(WeightPlan *plan, cnp.ndarray grad_bias)
 cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil
 cdef void clear_sums(const WeightPlan *plan, const WeightTask *t) noexcept nogil

@@ -28,14 +28,15 @@ cdef Py_ssize_t even_panels(const Conv *c) noexcept nogil:
     return ceil_div(c.panels, ceil_div(c.panels, <Py_ssize_t>WEIGHT_PANELS))
 
 
-cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, Py_ssize_t most, cnp.ndarray grad_bias) except *:
-    """Complete a plan that has ``width``, ``channel_blocks`` and ``task_panels``; its chunks are ``most`` at most."""
+cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *:
+    """Complete a plan that has ``width``, ``channel_blocks`` and ``task_panels``."""
     cdef const Conv *c = &plan.c
     plan.channel_tasks = ceil_div(c.channels, (plan.channel_blocks * plan.width))
     plan.panel_tasks = ceil_div(c.panels, plan.task_panels)
     plan.tasks = c.groups * plan.channel_tasks * plan.panel_tasks
     plan.units = units
-    plan.chunks = max(1, min(min(units, most), WEIGHT_TASKS // plan.tasks))
+    plan.chunks = min(units, c.batch * c.out[0] * c.out[1] * c.out[2] // CHUNK_PIXELS)
+    plan.chunks = max(1, min(plan.chunks, WEIGHT_TASKS // plan.tasks))
     plan.filters_first = False
     cdef Py_ssize_t filters = plan.task_panels * c.panel
     plan.bias_bytes = filters * plan.channel_blocks * plan.width * c.taps * c.item

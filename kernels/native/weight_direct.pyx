@@ -27,7 +27,7 @@ from fastconv.kernels.native.blocking cimport (
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WEIGHT_TASKS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
     start_task, store_bias, store_weight, sum_pixels, want_bias,
 )
 from fastconv.kernels.native.weight_pieces cimport split_weight_grad
@@ -65,7 +65,7 @@ cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cut(c, base.channel_blocks * base.width * c.item, DIRECT_BYTES, PIXELS, &base.blocks)
     plan.part_bytes = base.width * part_cells(c, base.blocks.rows, base.blocks.columns) * c.item
     plan.grad_bytes = c.panel * base.blocks.rows * base.blocks.columns * c.item
-    plan_chunks(base, c.batch * base.blocks.count, WEIGHT_TASKS, grad_bias)
+    plan_chunks(base, c.batch * base.blocks.count, grad_bias)
     reduce_chunks(base, _weight_task, &plan)
 
 

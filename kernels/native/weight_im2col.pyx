@@ -27,7 +27,7 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WEIGHT_TASKS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
     start_task,
 )
 
@@ -58,14 +58,14 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     cdef Conv *c = &plan.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
     join_rows(c)
-    plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
+    plan.width = ceil_div(c.channels, ceil_div(c.channels, max(1, WEIGHT_ROWS // c.taps)))  # even parts
     plan.channel_blocks = 1
     if not split or not _split_pixels(&plan, options.precision):
         if sees_one_cell(c):
             c.chunk = PIXELS
         divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
     plan.task_panels = even_panels(c)
-    plan_chunks(&plan, c.batch * plan.blocks.count, WEIGHT_TASKS, grad_bias)
+    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
     return reduce_chunks(&plan, _weight_task, &plan)
 
 

@@ -37,7 +37,7 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
 from fastconv.kernels.native.patches cimport join_rows
 from fastconv.kernels.native.weight_chunks cimport (
-    WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    CHUNK_PIXELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
 )
 
 cdef enum:
@@ -45,7 +45,7 @@ cdef enum:
     MOST_SUMS = 150 << 10       # ... with packed units they stay in L2
     UNIT_BYTES = 5 << 18        # of all that is packed at a time
     MOST_BYTES = 1 << 22        # the same where a unit can't be cut as small: half of the promised workspace
-    CHUNK_PIXELS = 512          # of a chunk, at least: its sums are written and read once more
+    FEWEST_TASKS = 4            # with fewer, some threads are idle
     CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
     FILTERS = 8                 # the same
     UNITS = 16                  # that are packed at a time, at most
@@ -100,7 +100,7 @@ cdef int split_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarr
     _cut_units(&plan)
     if not _pays(&plan) or _unit_bytes(&plan) > MOST_BYTES:
         return False
-    plan_chunks(base, c.batch * base.blocks.count, c.batch * c.out[0] * c.out[1] * c.out[2] // CHUNK_PIXELS, grad_bias)
+    plan_chunks(base, c.batch * base.blocks.count, grad_bias)
     base.filters_first = True
     plan.together = max(1, min(min(<Py_ssize_t>UNITS, ceil_div(base.units, base.chunks)), UNIT_BYTES // _unit_bytes(&plan)))
     return reduce_chunks(base, _weight_task, &plan)
@@ -147,9 +147,14 @@ cdef void _cut_units(Plan *plan) noexcept nogil:
     cdef Conv *c = &plan.base.c
     cdef Blocks *blocks = &plan.base.blocks
     cdef Py_ssize_t rows = c.out[1], columns = c.out[2], step = c.kernels.depth_step, parts = 1
+    cdef Py_ssize_t tasks = c.groups * ceil_div(c.panels, plan.base.task_panels)
+    tasks *= ceil_div(c.channels, plan.base.channel_blocks * c.panel)
     divide(c, rows, columns, blocks)
     _size(plan)
-    while _unit_bytes(plan) > UNIT_BYTES and (rows > 1 or columns > 2 * step):
+    while (rows > 1 or columns > 2 * step) and (
+        _unit_bytes(plan) > UNIT_BYTES
+        or (tasks * c.batch * blocks.count < FEWEST_TASKS and blocks.rows * blocks.columns >= 2 * CHUNK_PIXELS)
+    ):
         if rows > 1:
             rows = plan.base.blocks.rows - ceil_div(plan.base.blocks.rows, 8)
         else:
