@@ -4,8 +4,9 @@
 
     for chunk of all images' units, some channels, some panels of filters:  in parallel (``weight_chunks``)
         for some units, each a block of output pixels:                      all that is packed stays in L2
-            split the part of the image that it sees, and its gradients
-            for panel: for channel block: for tap: brgemm over the pixels
+            split their gradients
+            for channel block: split the part of the image that they see
+                for panel: for tap: brgemm over the pixels
 
               pixels                   channels               channels
           +-----------+             +------------+          +----------+
@@ -77,7 +78,7 @@ ctypedef struct Workspace:
     Py_ssize_t[32] rows         # where each filter's gradients are
     Py_ssize_t[UNITS] grad_units
     Py_ssize_t[UNITS] image_units
-    char *image                 # [unit][channel block][kernel depth][phase][copy]
+    char *image                 # of a channel block, [unit][kernel depth][phase][copy]
     char *grads                 # [unit][panel]
     char *floats
 
@@ -190,7 +191,7 @@ cdef void _size(Plan *plan) noexcept nogil:
 
 cdef Py_ssize_t _unit_bytes(const Plan *plan) noexcept nogil:
     """Bytes of a task's share of a unit, packed."""
-    return plan.base.channel_blocks * plan.block_bytes + plan.base.task_panels * plan.grad_bytes
+    return plan.block_bytes + plan.base.task_panels * plan.grad_bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
@@ -201,47 +202,63 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const WeightPlan *base = &plan.base
     cdef WeightTask t
     cdef Workspace space
-    cdef Py_ssize_t unit, count, i
-    cdef Py_ssize_t image_bytes = base.channel_blocks * plan.block_bytes, grad_bytes = base.task_panels * plan.grad_bytes
+    cdef Py_ssize_t unit, count, b, i, grad_bytes = base.task_panels * plan.grad_bytes
     if start_task(base, task, &t):
         return 1
-    space.image = arena(FC_ARENA_BLOCK, plan.together * (image_bytes + grad_bytes) + plan.float_bytes)
+    space.image = arena(FC_ARENA_BLOCK, plan.together * (plan.block_bytes + grad_bytes) + plan.float_bytes)
     if space.image == NULL:
         return 1
-    space.grads = space.image + plan.together * image_bytes
+    space.grads = space.image + plan.together * plan.block_bytes
     space.floats = space.grads + plan.together * grad_bytes
     for i in range(32):
         space.rows[i] = i * plan.pixels
     for i in range(plan.together):
         space.grad_units[i] = i * grad_bytes // base.c.packed
-        space.image_units[i] = i * image_bytes // 2
+        space.image_units[i] = i * plan.block_bytes // 2
     for unit from t.first_unit <= unit < t.end_unit by plan.together:
         count = min(plan.together, t.end_unit - unit)
-        for i in range(count):
-            if base.refused[0]:
-                return 0
-            if not _pack_unit(plan, &t, unit + i, space.image + i * image_bytes, space.grads + i * grad_bytes, space.floats):
+        if base.refused[0]:
+            return 0
+        if not _split_grads(plan, &t, unit, count, &space):
+            base.refused[0] = 1
+            return 0
+        for b in range(t.channel_blocks):
+            if not _split_block(plan, &t, unit, count, b, &space):
                 base.refused[0] = 1
                 return 0
-        _multiply(plan, &t, &space, count, unit > t.first_unit)
+            _multiply(plan, &t, &space, count, b, unit > t.first_unit)
     end_task(base, &t)
     return 0
 
 
-cdef bint _pack_unit(const Plan *plan, const WeightTask *t, Py_ssize_t unit, char *image, char *grads,
-                     char *floats) noexcept nogil:
-    """Split a unit's part of the image and its gradients; return whether they can be split."""
-    cdef const Conv *c = &plan.base.c
+cdef bint _split_grads(const Plan *plan, const WeightTask *t, Py_ssize_t unit, Py_ssize_t count,
+                       const Workspace *space) noexcept nogil:
+    """Split the gradients of some units; return whether they can be split."""
+    cdef Py_ssize_t i, panel
     cdef Block block
-    cdef Py_ssize_t b, panel
-    cdef int sizes = 0
-    locate(c, &plan.base.blocks, unit, &block)
-    for b in range(t.channel_blocks):
-        sizes |= _split_image(plan, t, &block, t.channel + b * plan.base.width, floats, image + b * plan.block_bytes)
-    if sizes & FC_HUGE or sizes == FC_TINY:
-        return False
-    for panel in range(t.panels):
-        sizes = _split_panel(plan, t, &block, panel, floats, grads + panel * plan.grad_bytes)
+    cdef int sizes
+    for i in range(count):
+        locate(&plan.base.c, &plan.base.blocks, unit + i, &block)
+        for panel in range(t.panels):
+            sizes = _split_panel(
+                plan, t, &block, panel, space.floats, space.grads + (i * plan.base.task_panels + panel) * plan.grad_bytes
+            )
+            if sizes & FC_HUGE or sizes == FC_TINY:
+                return False
+    return True
+
+
+cdef bint _split_block(const Plan *plan, const WeightTask *t, Py_ssize_t unit, Py_ssize_t count, Py_ssize_t b,
+                       const Workspace *space) noexcept nogil:
+    """Split a block of channels of some units' parts of the image; return whether they can be split."""
+    cdef Py_ssize_t i
+    cdef Block block
+    cdef int sizes
+    for i in range(count):
+        locate(&plan.base.c, &plan.base.blocks, unit + i, &block)
+        sizes = _split_image(
+            plan, t, &block, t.channel + b * plan.base.width, space.floats, space.image + i * plan.block_bytes
+        )
         if sizes & FC_HUGE or sizes == FC_TINY:
             return False
     return True
@@ -369,13 +386,13 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
     return sizes
 
 
-cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *space, Py_ssize_t units,
+cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *space, Py_ssize_t units, Py_ssize_t b,
                     bint accumulate) noexcept nogil:
-    """Add some units' products to all sums of a task, [panel][tap][filter][channel of all blocks]."""
+    """Add some units' products to the sums of a block of channels; sums are [panel][tap][filter][channel of all blocks]."""
     cdef const WeightPlan *base = &plan.base
     cdef const Conv *c = &base.c
-    cdef Py_ssize_t panel, b, filters, channels
-    cdef char *sums
+    cdef Py_ssize_t panel, filters
+    cdef int vectors = 1 if c.channels - t.channel - b * c.panel <= c.kernels.lanes else 2
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.taps, reduction.b_taps = space.grad_units, space.image_units
@@ -385,13 +402,10 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     c.kernels.enter()
     for panel in range(t.panels):
         filters = round_up(min(c.panel, c.filters - (t.panel + panel) * c.panel), c.panel // 2)
-        for b in range(t.channel_blocks):
-            channels = min(c.panel, c.channels - t.channel - b * c.panel)
-            sums = t.accumulators + (panel * c.taps * c.panel * reduction.c_step + b * c.panel) * c.item
-            _multiply_taps(
-                plan, &reduction, space.grads + panel * plan.grad_bytes, space.rows, filters,
-                space.image + b * plan.block_bytes, 1 if channels <= c.kernels.lanes else 2, sums, accumulate,
-            )
+        _multiply_taps(
+            plan, &reduction, space.grads + panel * plan.grad_bytes, space.rows, filters, space.image, vectors,
+            t.accumulators + (panel * c.taps * c.panel * reduction.c_step + b * c.panel) * c.item, accumulate,
+        )
     c.kernels.leave()
 
 

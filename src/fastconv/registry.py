@@ -58,7 +58,7 @@ def _always(op: str, dims: Dims) -> str:
 
 def _fills_pieces(dims: ConvDims) -> bool:
     """Whether ``direct`` has AMX's tile for the gradient of the weights, which multiplies pieces of numbers."""
-    few = 32 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
+    few = 64 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
     return isa() == "amx" and min(dims.group_in_channels, dims.group_out_channels) >= few
 
 
