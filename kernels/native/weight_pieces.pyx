@@ -42,11 +42,11 @@ from fastconv.kernels.native.weight_chunks cimport (
 )
 
 cdef enum:
-    FEWEST_SUMS = 72 << 10      # of a task, so that there are some tasks; ...
+    FEWEST_SUMS = 104 << 10     # of a task, so that there are some tasks; ...
     MOST_SUMS = 150 << 10       # ... with packed units they stay in L2
     UNIT_BYTES = 5 << 18        # of all that is packed at a time
     MOST_BYTES = 1 << 22        # the same where a unit can't be cut as small: half of the promised workspace
-    FEWEST_TASKS = 4            # with fewer, some threads are idle
+    FEWEST_TASKS = 2            # with fewer, some threads are idle
     CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
     FILTERS = 8                 # the same
     UNITS = 16                  # that are packed at a time, at most
@@ -148,8 +148,8 @@ cdef void _cut_units(Plan *plan) noexcept nogil:
     cdef Conv *c = &plan.base.c
     cdef Blocks *blocks = &plan.base.blocks
     cdef Py_ssize_t rows = c.out[1], columns = c.out[2], step = c.kernels.depth_step, parts = 1
-    cdef Py_ssize_t tasks = c.groups * ceil_div(c.panels, plan.base.task_panels)
-    tasks *= ceil_div(c.channels, plan.base.channel_blocks * c.panel)
+    cdef Py_ssize_t tasks = c.groups * max(1, c.panels // plan.base.task_panels)
+    tasks *= max(1, c.channels // (plan.base.channel_blocks * c.panel))
     divide(c, rows, columns, blocks)
     _size(plan)
     while (rows > 1 or columns > 2 * step) and (

@@ -164,7 +164,7 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
     if op == "conv_weight_grad" and _fills_pieces(dims):
-        gain = 3.0  # direct has the tile that multiplies pieces of numbers
+        gain = 3.5  # direct has the tile that multiplies pieces of numbers
     return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
 
 
