@@ -50,6 +50,7 @@ cdef enum:
     CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
     FILTERS = 8                 # the same
     UNITS = 16                  # that are packed at a time, at most
+    RATE = 3                    # products that it makes in the time of one of numbers, about
     IMAGE_COST = 2              # time of packing a number of the image in that of a gradient
 
 
@@ -112,7 +113,7 @@ cdef bint _pays(const Plan *plan) noexcept nogil:
     cdef const Conv *c = &plan.base.c
     cdef double padded = <double>plan.pixels * plan.base.blocks.down * plan.base.blocks.across / (c.out[1] * c.out[2])
     cdef double channels = round_up(c.channels, c.kernels.lanes), filters = round_up(c.filters, c.kernels.lanes)
-    return padded * channels * filters <= 2.5 * c.channels * c.filters
+    return padded * channels * filters <= RATE * c.channels * c.filters
 
 
 cdef void _plan_axis(const Conv *c, int axis, Axis *a) noexcept nogil:

@@ -58,7 +58,7 @@ def _always(op: str, dims: Dims) -> str:
 
 def _fills_pieces(dims: ConvDims) -> bool:
     """Whether ``direct`` has AMX's tile for the gradient of the weights, which multiplies pieces of numbers."""
-    few = 64 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
+    few = 32 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
     return isa() == "amx" and min(dims.group_in_channels, dims.group_out_channels) >= few
 
 
@@ -164,7 +164,7 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
     if op == "conv_weight_grad" and _fills_pieces(dims):
-        gain = 3.5  # direct has the tile that multiplies pieces of numbers
+        return "slower than direct, which multiplies pieces of numbers on AMX"
     return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
 
 
