@@ -163,9 +163,10 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
+    reason = _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
     if op == "conv_weight_grad" and _fills_pieces(dims):
-        return "slower than direct, which multiplies pieces of numbers on AMX"
-    return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
+        return reason or "slower than direct, which multiplies pieces of numbers"
+    return reason
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
