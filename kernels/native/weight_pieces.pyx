@@ -38,7 +38,7 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
 from fastconv.kernels.native.patches cimport join_rows
 from fastconv.kernels.native.weight_chunks cimport (
-    CHUNK_PIXELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    CHUNK_PIXELS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, plan_chunks, reduce_chunks, start_task,
 )
 
 cdef enum:
@@ -206,6 +206,8 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t unit, count, b, i, grad_bytes = base.task_panels * plan.grad_bytes
     if start_task(base, task, &t):
         return 1
+    if t.first_unit == t.end_unit:  # of no images
+        clear_sums(base, &t)
     space.image = arena(FC_ARENA_BLOCK, plan.together * (plan.block_bytes + grad_bytes) + plan.float_bytes)
     if space.image == NULL:
         return 1

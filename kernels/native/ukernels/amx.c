@@ -16,8 +16,8 @@
  *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
  *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
  *
- * In the gradient of the weights pixels take the place of channels, and (tap, channel) that of pixels: the image is packed
- * to [(tap, channel)][block of 32 pixels][piece][32], the gradient of the output as if it were the weights of one tap.
+ * In the gradient of the weights pixels take the place of channels, filters that of pixels and channels that of filters: the gradient
+ * of the output is packed to [filter][block of 32 pixels][piece][32], the image to [vector][piece][pair of pixels][16][2].
  *
  * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
  * pieces and products among them.
