@@ -214,6 +214,14 @@ POOLINGS: dict[str, tuple[Function, Callable[[Array, Array], Array]]] = {
 }
 
 
+@for_every_row([ConvCase("3x3", (1, 64, 6, 6), (64, 64, 3, 3), 1, 1)], "conv_weight_grad")
+def test_the_gradient_of_no_images_is_zero(row: Row, case: ConvCase) -> None:
+    """Whatever the workspace holds from the call before."""
+    x, _, _, dy = (array + 1 for array in case.arrays(np.float32))
+    assert fc.grad.conv2d_weight(x, case.weight, dy, padding=1, **how(row)).any()
+    assert not fc.grad.conv2d_weight(x[:0], case.weight, dy[:0], padding=1, **how(row)).any()
+
+
 @pytest.mark.parametrize("kind", POOLINGS)
 def test_pooling_against_finite_differences(engine: str, kind: str) -> None:
     pool, gradient = POOLINGS[kind]

@@ -27,9 +27,6 @@ cdef extern from "ukernels.h" nogil:
         int rows, columns, rest
         Py_ssize_t row_step, column_step
 
-    ctypedef struct fc_lines:
-        Py_ssize_t channels, run, step, pitch
-
     enum:
         FC_PATCH
 
@@ -66,8 +63,9 @@ cdef extern from "ukernels.h" nogil:
         int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_runs)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
-        void (*lay_pixels)(const fc_lines *, const void *, Py_ssize_t, Py_ssize_t, int, void *,
-                           Py_ssize_t) noexcept nogil
+        int (*split_pairs)(const void *, Py_ssize_t, int, void *, void *, Py_ssize_t) noexcept nogil
+        void (*brgemm_pairs)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, int,
+                             void *, int) noexcept nogil
         void (*lay_patches)(const fc_patches *, const void *, const Py_ssize_t *, Py_ssize_t, int, void *) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil

@@ -23,15 +23,22 @@ for i in range(MOST_LANES):
     ONES_32[i] = ONES_64[i] = 1
 
 
+cdef Py_ssize_t even_panels(const Conv *c) noexcept nogil:
+    """Return how many panels a task has, ``WEIGHT_PANELS`` at most, where all have as many."""
+    return ceil_div(c.panels, ceil_div(c.panels, <Py_ssize_t>WEIGHT_PANELS))
+
+
 cdef void plan_chunks(WeightPlan *plan, Py_ssize_t units, cnp.ndarray grad_bias) except *:
-    """Complete a plan that has ``width`` and ``channel_blocks``."""
+    """Complete a plan that has ``width``, ``channel_blocks`` and ``task_panels``."""
     cdef const Conv *c = &plan.c
     plan.channel_tasks = ceil_div(c.channels, (plan.channel_blocks * plan.width))
-    plan.panel_tasks = ceil_div(c.panels, WEIGHT_PANELS)
+    plan.panel_tasks = ceil_div(c.panels, plan.task_panels)
     plan.tasks = c.groups * plan.channel_tasks * plan.panel_tasks
     plan.units = units
-    plan.chunks = max(1, min(units, WEIGHT_TASKS // plan.tasks))
-    cdef Py_ssize_t filters = min(<Py_ssize_t>WEIGHT_PANELS, c.panels) * c.panel
+    plan.chunks = min(units, c.batch * c.out[0] * c.out[1] * c.out[2] // CHUNK_PIXELS)
+    plan.chunks = max(1, min(plan.chunks, WEIGHT_TASKS // plan.tasks))
+    plan.filters_first = False
+    cdef Py_ssize_t filters = plan.task_panels * c.panel
     plan.bias_bytes = filters * plan.channel_blocks * plan.width * c.taps * c.item
     plan.task_bytes = plan.bias_bytes + filters * c.item
     plan.accumulators = NULL
@@ -59,8 +66,8 @@ cdef void _locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) n
     t.first_unit = plan.units * chunk // plan.chunks
     t.end_unit = plan.units * (chunk + 1) // plan.chunks
     task = task % plan.tasks
-    t.panel = task % plan.panel_tasks * WEIGHT_PANELS
-    t.panels = min(<Py_ssize_t>WEIGHT_PANELS, c.panels - t.panel)
+    t.panel = task % plan.panel_tasks * plan.task_panels
+    t.panels = min(plan.task_panels, c.panels - t.panel)
     task = task // plan.panel_tasks
     t.channel = task % plan.channel_tasks * plan.channel_blocks * plan.width
     t.channel_blocks = min(plan.channel_blocks, ceil_div((c.channels - t.channel), plan.width))
@@ -68,14 +75,19 @@ cdef void _locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) n
 
 
 cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
-    """Find task number ``task`` and clear its accumulators; return 1 if there is no memory for them."""
+    """Find task number ``task`` and clear its sums of the bias; return 1 if there is no memory for its accumulators."""
     _locate_task(plan, task, t)
     if plan.accumulators == NULL:
         t.accumulators = arena(FC_ARENA_WEIGHTS, plan.task_bytes)
         if t.accumulators == NULL:
             return 1
-    memset(t.accumulators, 0, <size_t>plan.task_bytes)
+    memset(t.accumulators + plan.bias_bytes, 0, <size_t>(plan.task_bytes - plan.bias_bytes))
     return 0
+
+
+cdef void clear_sums(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
+    """Clear a task's sums of the weights."""
+    memset(t.accumulators, 0, <size_t>plan.bias_bytes)
 
 
 cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads,
@@ -135,15 +147,20 @@ cdef int _sum_task(const void *shared, Py_ssize_t task) noexcept nogil:
 cdef void _store_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t panel, b, first, filters, channels
+    cdef const char *sums
     for panel in range(t.panels):
         filters = min(c.panel, c.filters - (t.panel + panel) * c.panel)
         first = t.group * c.filters + (t.panel + panel) * c.panel
-        for b in range(t.channel_blocks):
+        sums = t.accumulators + panel * plan.channel_blocks * c.panel * c.taps * plan.width * c.item
+        if plan.filters_first:
+            channels = min(plan.channel_blocks * plan.width, c.channels - t.channel)
+            _store_filters(c, first, t.channel, filters, channels, plan.channel_blocks * plan.width, sums)
+        for b in range(0 if plan.filters_first else t.channel_blocks):
             channels = min(plan.width, c.channels - t.channel - b * plan.width)
             store_weight(
                 c, first, t.channel + b * plan.width, filters, channels,
                 plan.width, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
-                t.accumulators + (panel * plan.channel_blocks + b) * c.panel * c.taps * plan.width * c.item,
+                sums + b * c.panel * c.taps * plan.width * c.item,
             )
         if t.channel == 0:
             store_bias(plan, first, filters, t.accumulators + plan.bias_bytes + panel * c.panel * c.item)
@@ -187,3 +204,33 @@ cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_
                     out + (d * w.stride[2] + h * w.stride[3] + tap * w.stride[4]) * c.item,
                 )
                 accumulators += block_channels * width * c.item
+
+
+cdef void _store_filters(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
+                         Py_ssize_t width, const char *sums) noexcept nogil:
+    """Store [tap][filter of a panel][channel] sums, rows of ``width``, as weights (filter, channel, tap)."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t tap_step = c.panel * width, d, h, tap, f
+    cdef char *out = w.data + (filter * w.stride[0] + channel * w.stride[1]) * c.item
+    cdef fc_epilogue epilogue
+    if taps_continue(c) and w.stride[1] == c.taps and (c.taps == 1 or w.stride[4] == 1):  # OIHW
+        if c.taps == 1:
+            c.kernels.transpose(sums, 1, width, channels, filters, out, w.stride[0])
+            return
+        for f in range(filters):
+            c.kernels.transpose(
+                sums + f * width * c.item, tap_step, 1, c.taps, channels, out + f * w.stride[0] * c.item, c.taps
+            )
+        return
+    epilogue.bias = NULL
+    epilogue.relu = 0
+    epilogue.pixel_stride = w.stride[0]
+    epilogue.channel_stride = w.stride[1]
+    for d in range(c.kernel[0]):
+        for h in range(c.kernel[1]):
+            for tap in range(c.kernel[2]):
+                c.kernels.epilogue(
+                    &epilogue, sums, width, filters, channels,
+                    out + (d * w.stride[2] + h * w.stride[3] + tap * w.stride[4]) * c.item,
+                )
+                sums += tap_step * c.item

@@ -14,31 +14,39 @@
          |             |        x    |           |     =     |       |
          +-------------+             +-----------+           +-------+
 
-Where the machine has a tile that multiplies pieces of numbers, patches are split as they lie, and gradients after turning. If
-there are inf, NaN or huge numbers, or a block has nothing but tiny ones, all is computed without splitting.
+Numbers are never split here: ``weight_pieces`` shares what it packs among more products.
 """
 
 cimport numpy as cnp
 
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, piece_tile, round_up, split_pays,
-    use_tile,
+    Block, Conv, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, round_up,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
+    start_task,
 )
 
 cdef enum:
     PIXELS = 256        # that the gradient of 1x1 weights reduces over at a time: a panel's gradients are 16 KB, half of L1
-    USES = 32           # of a number in products that make up for splitting it, about
 
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     """See ``fastconv.kernels``."""
-    if not _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, True):
-        _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options, False)
+    cdef WeightPlan plan
+    cdef Conv *c = &plan.c
+    make_conv(c, input, grad_weight, grad_output, dims, options)
+    join_rows(c)
+    plan.width = ceil_div(c.channels, ceil_div(c.channels, max(1, WEIGHT_ROWS // c.taps)))  # even parts
+    plan.channel_blocks = 1
+    if sees_one_cell(c):
+        c.chunk = PIXELS
+    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
+    plan.task_panels = even_panels(c)
+    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
+    reduce_chunks(&plan, _weight_task, &plan)
 
 
 # A task's workspace.
@@ -47,53 +55,6 @@ ctypedef struct Workspace:
     Py_ssize_t *lines
     char *patches
     char *grads
-    char *pieces                # of patches, then of a panel's gradients
-
-
-cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options,
-                       bint split) except *:
-    """Compute the gradients; return whether there were only numbers that can be split, if they were to be."""
-    cdef WeightPlan plan
-    cdef Conv *c = &plan.c
-    make_conv(c, input, grad_weight, grad_output, dims, options)
-    join_rows(c)
-    plan.width = max(1, min(c.channels, WEIGHT_ROWS // c.taps))
-    plan.channel_blocks = 1
-    if not split or not _split_pixels(&plan, options.precision):
-        if sees_one_cell(c):
-            c.chunk = PIXELS
-        divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
-    plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
-    return reduce_chunks(&plan, _weight_task, &plan)
-
-
-cdef bint _split_pixels(WeightPlan *plan, str precision):
-    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
-    cdef Conv *c = &plan.c
-    cdef Blocks *blocks = &plan.blocks
-    cdef const fc_ukernels *numbers = c.kernels
-    cdef const fc_ukernels *pieces = piece_tile(c, precision)
-    cdef Py_ssize_t half, last, width = plan.width
-    cdef double padded
-    if pieces == NULL or min(c.channels, c.filters) < USES:
-        return False
-    use_tile(c, pieces)
-    half = pieces.tile_rows // 2
-    plan.width = max(half, min(round_up(c.channels, half), WEIGHT_ROWS // c.taps // half * half))  # rows that the tile stores
-    divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), blocks)
-    if blocks.down == c.out[1]:  # parts of rows: only the last is filled up
-        blocks.columns = min(round_up(blocks.columns, pieces.depth_step), c.out[2])
-        blocks.across = ceil_div(c.out[2], blocks.columns)
-        blocks.count = c.out[0] * blocks.down * blocks.across
-    last = c.out[2] - (blocks.across - 1) * blocks.columns
-    padded = (blocks.across - 1) * round_up(blocks.rows * blocks.columns, pieces.depth_step)
-    padded = blocks.down * (padded + round_up(blocks.rows * last, pieces.depth_step)) / (c.out[1] * c.out[2])
-    padded *= round_up(c.channels, half) * round_up(c.filters, pieces.lanes) / (<double>c.channels * c.filters)
-    if split_pays(pieces, padded):
-        return True
-    use_tile(c, numbers)
-    plan.width = width
-    return False
 
 
 cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -101,17 +62,14 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const WeightPlan *plan = <const WeightPlan *>shared
     cdef const Conv *c = &plan.c
     cdef WeightTask t
-    if plan.refused[0]:
-        return 0
     if start_task(plan, task, &t):
         return 1
+    clear_sums(plan, &t)
     cdef bint in_place = sees_one_cell(c)
     cdef Py_ssize_t rows = c.taps * plan.width, pixels = plan.blocks.rows * plan.blocks.columns, unit
     cdef Py_ssize_t offset_bytes = (rows + plan.blocks.rows + 8) // 8 * 64
-    cdef Py_ssize_t patch_bytes = 0 if in_place and c.kernels.pieces == 0 else round_up(rows * pixels * c.item, 64)
-    cdef Py_ssize_t grad_bytes = c.panel * pixels * c.item
-    cdef Py_ssize_t piece_bytes = (rows + c.panel) * round_up(pixels, c.kernels.depth_step) * c.packed
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + grad_bytes + (piece_bytes if c.kernels.pieces else 0))
+    cdef Py_ssize_t patch_bytes = 0 if in_place else round_up(rows * pixels * c.item, 64)
+    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + patch_bytes + c.panel * pixels * c.item)
     cdef Workspace space
     cdef Block block
     if memory == NULL:
@@ -120,14 +78,9 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     space.lines = space.offsets + rows
     space.patches = memory + offset_bytes
     space.grads = space.patches + patch_bytes
-    space.pieces = space.grads + grad_bytes
     for unit in range(t.first_unit, t.end_unit):
         locate(c, &plan.blocks, unit, &block)
-        if c.kernels.pieces == 0:
-            _weight_unit(plan, &t, &block, in_place, &space)
-        elif not _split_unit(plan, &t, &block, in_place, &space):
-            plan.refused[0] = 1
-            return 0
+        _weight_unit(plan, &t, &block, in_place, &space)
     end_task(plan, &t)
     return 0
 
@@ -155,43 +108,6 @@ cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block 
     for panel in range(t.panels):
         _pack_panel(plan, t, block, panel, space.grads)
         _weight_panel(plan, t, panel, &reduction, space.offsets, patches, space.grads)
-
-
-cdef bint _split_unit(const WeightPlan *plan, const WeightTask *t, const Block *block, bint in_place,
-                      const Workspace *space) noexcept nogil:
-    """The same with pieces of numbers; return whether they can be split."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel
-    cdef Py_ssize_t first = t.group * c.channels + t.channel, step = pixels, width
-    cdef Py_ssize_t depth = round_up(pixels, c.kernels.depth_step)
-    cdef const char *patches = space.patches
-    cdef char *grads = space.pieces + c.taps * plan.width * depth * c.packed
-    cdef int sizes, vectors, patch_sizes
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.taps = space.lines
-    reduction.b_taps = NULL
-    reduction.n_taps, reduction.depth, reduction.a_step = 1, depth, 1
-    space.lines[0] = 0
-    _row_offsets(plan, channels, depth, space.offsets)
-    if in_place and block.rows == 1 and c.stride[2] * c.x.stride[4] == 1:
-        patches, step = first_cell(c, block, first), c.x.stride[1]
-    else:
-        gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
-    patch_sizes = c.kernels.split_rows(patches, channels * c.taps, step, pixels, c.kernels.pieces, space.pieces)
-    if patch_sizes & FC_HUGE or patch_sizes == FC_TINY:
-        return False
-    c.kernels.enter()
-    for panel in range(t.panels):
-        _pack_panel(plan, t, block, panel, space.grads)
-        vectors = panel_vectors(c, t.panel + panel)
-        width = vectors * c.kernels.lanes
-        sizes = c.kernels.split_weights(space.grads, width, pixels, 1, vectors, c.kernels.pieces, grads)
-        if sizes & FC_HUGE or sizes == FC_TINY:
-            break
-        _weight_panel(plan, t, panel, &reduction, space.offsets, space.pieces, grads)
-    c.kernels.leave()
-    return not sizes & FC_HUGE and sizes != FC_TINY
 
 
 cdef void _row_offsets(const WeightPlan *plan, Py_ssize_t channels, Py_ssize_t pitch, Py_ssize_t *offsets) noexcept nogil:

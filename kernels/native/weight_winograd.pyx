@@ -27,7 +27,7 @@ from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, arena, fc_reduction, fc_tiles,
 )
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, plan_chunks, reduce_chunks, start_task,
+    WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, even_panels, plan_chunks, reduce_chunks, start_task,
 )
 from fastconv.kernels.native.winograd_tiles cimport (
     LINE_BYTES, Geometry, cut_taps, cut_tiles, place_tiles, tiles_at, whole_periods,
@@ -82,6 +82,7 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
         return False
     cut_taps(c, tile, &plan.g)
     cut_tiles(c, &plan.g, TILES, &w.blocks)
+    w.task_panels = even_panels(c)
     plan_chunks(w, c.batch * w.blocks.count, grad_bias)
     plan.point_bytes = TILES * w.width * c.item + LINE_BYTES
     plan.grad_bytes = WEIGHT_PANELS * TILES * c.panel * c.item + LINE_BYTES

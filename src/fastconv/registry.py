@@ -57,14 +57,9 @@ def _always(op: str, dims: Dims) -> str:
 
 
 def _fills_pieces(dims: ConvDims) -> bool:
-    """Whether the gradient of the weights gains by AMX, whose tile multiplies pieces of numbers.
-
-    An estimate from counted instructions, never timed: splitting and packing a number takes as long as is gained on
-    some 40 of its products.
-    """
-    channels, filters, pixels = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
-    uses = dims.taps * min(channels, filters // 2)
-    return isa() == "amx" and min(channels, filters) >= 32 and uses >= 40 and pixels >= 128
+    """Whether ``direct`` has AMX's tile for the gradient of the weights, which multiplies pieces of numbers."""
+    few = 32 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
+    return isa() == "amx" and min(dims.group_in_channels, dims.group_out_channels) >= few
 
 
 def _weights_weigh(dims: ConvDims) -> bool:
@@ -91,6 +86,10 @@ def _direct(op: str, dims: ConvDims) -> str:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     few = weights <= 2**16 or isa() == "amx"  # whose channels im2col must turn
+    if op == "conv_weight_grad" and _fills_pieces(dims):
+        return ""
+    if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
+        return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
     if dims.taps == 1 and (op != "conv_input_grad" or (set(dims.stride) == {1} and few)):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
@@ -164,9 +163,10 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
+    reason = _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
     if op == "conv_weight_grad" and _fills_pieces(dims):
-        gain = 2.5  # direct has the tile that multiplies pieces of numbers: counted, not timed
-    return _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
+        return reason or "slower than direct, which multiplies pieces of numbers"
+    return reason
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:

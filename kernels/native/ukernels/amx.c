@@ -16,8 +16,8 @@
  *                  5   | 2  | 3  |        Packed image    [cell][block of 32 channels][piece][32]
  *                      +----+----+        Packed weights  [tap][block of 32 channels][vector][piece][16][16][2]
  *
- * In the gradient of the weights pixels take the place of channels, and (tap, channel) that of pixels: the image is packed
- * to [(tap, channel)][block of 32 pixels][piece][32], the gradient of the output as if it were the weights of one tap.
+ * In the gradient of the weights pixels take the place of channels, filters that of pixels and channels that of filters: the gradient
+ * of the output is packed to [filter][block of 32 pixels][piece][32], the image to [vector][piece][pair of pixels][16][2].
  *
  * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
  * pieces and products among them.
@@ -115,9 +115,10 @@ enum { PRODUCTS_BETWEEN_STORES = 96 };
         }                                                                                    \
     } while (0)
 
-/* 16 or (high) 32 rows by 16 or (wide) 32 filters; high, wide and pieces are constants where this is inlined. */
+/* 16 or (high) 32 rows by 16 or (wide) 32 filters; high, wide and pieces are constants where this is inlined, and so is whether
+ * pieces of the weights are a plane each, or (0) follow one another. */
 INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], const int high, const char *b,
-                 const int wide, const int pieces, float *c, int accumulate)
+                 const ptrdiff_t plane, const int wide, const int pieces, float *c, int accumulate)
 {
     char copies[2][MAX_PIECES][TILE_BYTES] __attribute__((aligned(64)));
     char scratch[TILE_BYTES] __attribute__((aligned(64)));
@@ -131,8 +132,9 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
     else
         FOR_SUMS(ZERO);
 
+    const ptrdiff_t weight_piece = plane ? 2 * plane : TILE_BYTES;
     for (ptrdiff_t t = 0; t < r->n_taps; t++) {
-        const char *weights = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap) * scale;
+        const char *weights = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap) * (plane ? 2 : scale);
         const char *image[2] = {a + r->taps[t] * scale + rows[0].first, a + r->taps[t] * scale};
         if (high)
             image[1] += rows[1].first;
@@ -145,9 +147,9 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
                         LOAD_IMAGE(5, 1, p);
                 }
                 if (i == 0 || q != PRODUCTS[pieces].weight[i - 1]) {
-                    _tile_loadd(6, weights + q * TILE_BYTES, ROW_BYTES);
+                    _tile_loadd(6, weights + q * weight_piece, ROW_BYTES);
                     if (wide)
-                        _tile_loadd(7, weights + (pieces + q) * TILE_BYTES, ROW_BYTES);
+                        _tile_loadd(7, weights + (pieces + q) * weight_piece, ROW_BYTES);
                 }
                 _tile_dpbf16ps(0, 4, 6);
                 if (wide)
@@ -160,14 +162,14 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
             KEEP_STORING(4, scratch);
             image[0] += pieces * ROW_BYTES;
             image[1] += pieces * ROW_BYTES;
-            weights += (wide + 1) * pieces * TILE_BYTES;
+            weights += plane ? TILE_BYTES : (wide + 1) * pieces * TILE_BYTES;
         }
     }
     FOR_SUMS(_tile_stored);
 }
 
 INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
-                   int vectors, const int pieces, void *sums, int accumulate)
+                   const ptrdiff_t plane, int vectors, const int pieces, void *sums, int accumulate)
 {
     tile_rows placed[2];
     for (float *c = sums; n_rows > 0; n_rows -= 2 * ROWS, rows += 2 * ROWS, c += 2 * ROWS * r->c_step) {
@@ -176,13 +178,13 @@ INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, 
         if (n_rows > ROWS) {
             place(&placed[1], rows + ROWS, n_rows - ROWS, 2 * pieces);
             if (vectors == 2)
-                tile(r, a, placed, 1, b, 1, pieces, c, accumulate);
+                tile(r, a, placed, 1, b, plane, 1, pieces, c, accumulate);
             else
-                tile(r, a, placed, 1, b, 0, pieces, c, accumulate);
+                tile(r, a, placed, 1, b, plane, 0, pieces, c, accumulate);
         } else if (vectors == 2) {
-            tile(r, a, placed, 0, b, 1, pieces, c, accumulate);
+            tile(r, a, placed, 0, b, plane, 1, pieces, c, accumulate);
         } else {
-            tile(r, a, placed, 0, b, 0, pieces, c, accumulate);
+            tile(r, a, placed, 0, b, plane, 0, pieces, c, accumulate);
         }
     }
 }
@@ -190,19 +192,37 @@ INLINE void brgemm(const fc_reduction *r, const void *a, const ptrdiff_t *rows, 
 static void fc_f32_brgemm_x1__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
-    brgemm(r, a, rows, n_rows, b, vectors, 1, c, accumulate);
+    brgemm(r, a, rows, n_rows, b, 0, vectors, 1, c, accumulate);
 }
 
 static void fc_f32_brgemm_x3__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
-    brgemm(r, a, rows, n_rows, b, vectors, 2, c, accumulate);
+    brgemm(r, a, rows, n_rows, b, 0, vectors, 2, c, accumulate);
 }
 
 static void fc_f32_brgemm_x6__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
                                   const void *b, int vectors, void *c, int accumulate)
 {
-    brgemm(r, a, rows, n_rows, b, vectors, 3, c, accumulate);
+    brgemm(r, a, rows, n_rows, b, 0, vectors, 3, c, accumulate);
+}
+
+static void fc_f32_brgemm_pairs_x1__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
+                                        const void *b, ptrdiff_t plane, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, plane, vectors, 1, c, accumulate);
+}
+
+static void fc_f32_brgemm_pairs_x3__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
+                                        const void *b, ptrdiff_t plane, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, plane, vectors, 2, c, accumulate);
+}
+
+static void fc_f32_brgemm_pairs_x6__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
+                                        const void *b, ptrdiff_t plane, int vectors, void *c, int accumulate)
+{
+    brgemm(r, a, rows, n_rows, b, plane, vectors, 3, c, accumulate);
 }
 
 static ptrdiff_t fc_f32_saturate__amx(ptrdiff_t rounds, void *sums)
@@ -316,8 +336,11 @@ INLINE int split_rows(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t
     const ptrdiff_t whole = n / CHANNELS * CHANNELS;
     words largest = {0};
     for (; rows > 0; rows--, in += step) {
-        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS)
+        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS) {
+            __builtin_prefetch(at + step); /* the next row, for which the machine begins anew */
+            __builtin_prefetch(at + step + LANES);
             split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, CHANNELS, &largest);
+        }
         if (whole < n) {
             floats low, high;
             load(in + whole, n - whole, &low);
@@ -380,6 +403,37 @@ INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channel
     return size(largest);
 }
 
+/* Cells of 16 channels to pairs that begin at even cells, and (both) at odd ones, from the cell before on. */
+INLINE int split_pairs(const float *in, ptrdiff_t n, const int pieces, char *even, char *odd, const int both, ptrdiff_t plane)
+{
+    words largest = {0}, before[MAX_PIECES], low[MAX_PIECES], high[MAX_PIECES];
+    if (both)
+        split(*(const floats *)(in - LANES), pieces, before, &largest);
+    for (ptrdiff_t i = 0; i < n; i += 2, in += 2 * LANES, even += ROW_BYTES, odd += ROW_BYTES) {
+        split(*(const floats *)in, pieces, low, &largest);
+        split(*(const floats *)(in + LANES), pieces, high, &largest);
+        UNROLL for (int p = 0; p < pieces; p++) {
+            *(words *)(even + p * plane) = low[p] >> 16 | (high[p] & 0xffff0000);
+            if (both)
+                *(words *)(odd + p * plane) = before[p] >> 16 | (low[p] & 0xffff0000);
+            before[p] = high[p];
+        }
+    }
+    return size(largest);
+}
+
+INLINE int split_either(const float *in, ptrdiff_t n, const int pieces, char *even, char *odd, ptrdiff_t plane)
+{
+    return odd ? split_pairs(in, n, pieces, even, odd, 1, plane) : split_pairs(in, n, pieces, even, even, 0, plane);
+}
+
+static int fc_f32_split_pairs__amx(const void *cells, ptrdiff_t n, int pieces, void *even, void *odd, ptrdiff_t plane)
+{
+    return pieces == 3   ? split_either(cells, n, 3, even, odd, 2 * plane)
+           : pieces == 2 ? split_either(cells, n, 2, even, odd, 2 * plane)
+                         : split_either(cells, n, 1, even, odd, 2 * plane);
+}
+
 static int fc_f32_split_rows__amx(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, int pieces, void *out)
 {
     return pieces == 3   ? split_rows(image, rows, step, n, 3, out)
@@ -400,86 +454,6 @@ static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t step, ptrdif
     return pieces == 3   ? split_weights(weights, step, channels, taps, vectors, 3, out)
            : pieces == 2 ? split_weights(weights, step, channels, taps, vectors, 2, out)
                          : split_weights(weights, step, channels, taps, vectors, 1, out);
-}
-
-/* -------------------------------------------------------------------------------------------------- lines of pixels */
-
-typedef uint32_t eight_words __attribute__((vector_size(32)));
-typedef uint16_t eight __attribute__((vector_size(16)));
-
-/* `count`, a multiple of 8, pixels; every second cell is the lower half of a word. */
-INLINE void copy_cells(const uint16_t *cells, const ptrdiff_t step, const int count, uint16_t *out)
-{
-    if (step == 1) {
-        memcpy(out, cells, (size_t)count * 2);
-    } else if (step == 2) {
-        UNROLL for (int i = 0; i < count / 16 * 16; i += 16) {
-            words pairs;
-            memcpy(&pairs, cells + 2 * i, sizeof pairs);
-            const halves lower = __builtin_convertvector(pairs, halves);
-            memcpy(out + i, &lower, sizeof lower);
-        }
-        if (count % 16) {
-            eight_words pairs;
-            memcpy(&pairs, cells + 2 * (count - 8), sizeof pairs);
-            const eight lower = __builtin_convertvector(pairs, eight);
-            memcpy(out + count - 8, &lower, sizeof lower);
-        }
-    } else {
-        for (int i = 0; i < count; i++)
-            out[i] = cells[i * step];
-    }
-}
-
-/* `count` pixels of all channels and pieces. */
-INLINE void lay_block(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, const int count, const int pieces,
-                      uint16_t *out)
-{
-    const ptrdiff_t run = l->run, pitch = l->pitch;
-    for (ptrdiff_t channel = l->channels; channel > 0; channel--, cells += pieces * run, out += pieces * pitch)
-        UNROLL for (int p = 0; p < pieces; p++)
-            copy_cells(cells + p * run, step, count, out + p * CHANNELS);
-}
-
-/* The pixels of a block of a line at a time: how many there may be are constants, for copies without a loop. */
-INLINE void lay_pixels(const fc_lines *l, const uint16_t *cells, const ptrdiff_t step, ptrdiff_t n, const int pieces,
-                       uint16_t *out, ptrdiff_t at)
-{
-    for (ptrdiff_t end = at + n, count; at < end; at += count, cells += count * step) {
-        const ptrdiff_t place = at % CHANNELS;
-        uint16_t *to = out + (at - place) * pieces + place;
-        count = end - at < CHANNELS - place ? end - at : CHANNELS - place;
-        if (count == 32)
-            lay_block(l, cells, step, 32, pieces, to);
-        else if (count == 24)
-            lay_block(l, cells, step, 24, pieces, to);
-        else if (count == 16)
-            lay_block(l, cells, step, 16, pieces, to);
-        else
-            lay_block(l, cells, step, 8, pieces, to);
-    }
-}
-
-INLINE void lay_steps(const fc_lines *l, const uint16_t *cells, ptrdiff_t n, const int pieces, uint16_t *out, ptrdiff_t at)
-{
-    if (l->step == 1)
-        lay_pixels(l, cells, 1, n, pieces, out, at);
-    else if (l->step == 2)
-        lay_pixels(l, cells, 2, n, pieces, out, at);
-    else
-        lay_pixels(l, cells, l->step, n, pieces, out, at);
-}
-
-static void fc_f32_lay_pixels__amx(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces,
-                                   void *out, ptrdiff_t at)
-{
-    const uint16_t *cells = (const uint16_t *)rows + first;
-    if (pieces == 3)
-        lay_steps(lines, cells, n, 3, out, at);
-    else if (pieces == 2)
-        lay_steps(lines, cells, n, 2, out, at);
-    else
-        lay_steps(lines, cells, n, 1, out, at);
 }
 
 /* --------------------------------------------------------------------------------------------------------- patches */
@@ -606,14 +580,17 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].split_rows = fc_f32_split_rows__amx;
             tables[p].split_runs = fc_f32_split_runs__amx;
             tables[p].split_weights = fc_f32_split_weights__amx;
-            tables[p].lay_pixels = fc_f32_lay_pixels__amx;
+            tables[p].split_pairs = fc_f32_split_pairs__amx;
             tables[p].lay_patches = fc_f32_lay_patches__amx;
             tables[p].enter = fc_enter__amx;
             tables[p].leave = fc_leave__amx;
         }
         tables[0].brgemm = fc_f32_brgemm_x1__amx;
+        tables[0].brgemm_pairs = fc_f32_brgemm_pairs_x1__amx;
         tables[1].brgemm = fc_f32_brgemm_x3__amx;
+        tables[1].brgemm_pairs = fc_f32_brgemm_pairs_x3__amx;
         tables[2].brgemm = fc_f32_brgemm_x6__amx;
+        tables[2].brgemm_pairs = fc_f32_brgemm_pairs_x6__amx;
         isa.f32 = below->f32;
         isa.f64 = below->f64;
         state = works(&tables[2]) ? WORKING : BROKEN;

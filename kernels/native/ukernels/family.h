@@ -199,6 +199,10 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
     }
 #endif
 #if defined(WIDE) && defined(MASKED_LOAD)
+    if (j_stride == 1 && ni > 4 && nj >= WIDE) {
+        SQUARES(transpose_few, WIDE)(in, i_stride, ni, nj, out, out_stride);
+        return;
+    }
     if (ni >= WIDE && nj > 1 && j_stride > 0 && (nj - 1) * j_stride < WIDE && !(nj == 4 && j_stride == 1)) { /* 4x4 squares */
         SQUARES(transpose_short, WIDE)(in, i_stride, j_stride, ni, nj, out, out_stride);
         return;

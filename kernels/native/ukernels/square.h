@@ -122,6 +122,20 @@ static void SQ(transpose_short)(const T *in, ptrdiff_t i_stride, ptrdiff_t j_str
 #endif
 
 #if defined(MASKED_LOAD) && SIDE > 4
+/* The same for fewer rows than a vector has lanes, ni < SIDE <= nj. */
+static void SQ(transpose_few)(const T *in, ptrdiff_t i_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)
+{
+    for (ptrdiff_t j = 0; j < nj; j += SIDE) {
+        const ptrdiff_t j0 = j + SIDE <= nj ? j : nj - SIDE;
+        ROW x[SIDE];
+        UNROLL for (int n = 0; n < SIDE; n++)
+            x[n] = n < ni ? *(const ROW *)(in + n * i_stride + j0) : (ROW){0};
+        SQ(turn)(x);
+        UNROLL for (int n = 0; n < SIDE; n++)
+            MASKED_STORE(out + (j0 + n) * out_stride, (1u << ni) - 1, x[n]);
+    }
+}
+
 /* out[j * out_stride + i] = in[2 * i + j * j_stride]. */
 #define SECOND(unused, j) 2 * (j)
 static void SQ(copy_second)(const T *in, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, T *out, ptrdiff_t out_stride)

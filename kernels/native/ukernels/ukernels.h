@@ -60,11 +60,6 @@ typedef struct {
     ptrdiff_t row_step, column_step;
 } fc_classes;
 
-/* Lines of pixels, [channel][pitch], from rows of cells, [channel][run]: cells `step` apart become neighbours. */
-typedef struct {
-    ptrdiff_t channels, run, step, pitch;
-} fc_lines;
-
 /* What pixels see: rows of `run` neighbouring cells, so far from a pixel's first cell. The pieces of a cell are `plane` apart. A
  * patch, all rows one after another, is filled up to `depth` cells, FC_PATCH at most, with whatever is finite. */
 enum { FC_PATCH = 1024 };
@@ -151,8 +146,10 @@ typedef struct {
      * runs:    n numbers to [n / run][piece][run], run a multiple of lanes
      * weights: [channel][tap][vectors], channels `step` apart, to [tap][channel][vectors], channels padded with zeros to a
      * multiple of depth_step
-     * lay_pixels writes n pixels of each channel's line, [pitch / depth_step][piece][depth_step], from pixel `at` on, the
-     * first of which is cell `first` of its row, [piece][run]. n and at are multiples of 8; n * step cells are read.
+     * pairs:   n cells of `lanes` channels, n even, to [piece][pair of cells][channel][2], pieces `plane` elements apart; to `odd`,
+     *          unless that is NULL, pairs that begin at odd cells, the first of them the cell before
+     * brgemm_pairs takes such b, [vector][piece], `plane` apart, from the pair on where the reduction begins; offsets of b are
+     * in elements of 2 bytes.
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to 2 * depth_step - 1 cells beyond
      * a row are read. */
     int pieces;
@@ -160,8 +157,9 @@ typedef struct {
     int (*split_runs)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
                          void *out);
-    void (*lay_pixels)(const fc_lines *lines, const void *rows, ptrdiff_t first, ptrdiff_t n, int pieces, void *out,
-                       ptrdiff_t at);
+    int (*split_pairs)(const void *cells, ptrdiff_t n, int pieces, void *even, void *odd, ptrdiff_t plane);
+    void (*brgemm_pairs)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
+                         ptrdiff_t plane, int vectors, void *c, int accumulate);
     void (*lay_patches)(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels, int pieces,
                         void *out);
     void (*enter)(void);
