@@ -299,8 +299,11 @@ INLINE int split_rows(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t
     const ptrdiff_t whole = n / CHANNELS * CHANNELS;
     words largest = {0};
     for (; rows > 0; rows--, in += step) {
-        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS)
+        for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS) {
+            __builtin_prefetch(at + 2 * step); /* a row is too short for the hardware to see where it leads */
+            __builtin_prefetch(at + 2 * step + LANES);
             split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, CHANNELS, &largest);
+        }
         if (whole < n) {
             floats low, high;
             load(in + whole, n - whole, &low);
