@@ -20,7 +20,7 @@ Pixels are the lanes, so that neither the weights nor the output of a channels-f
 would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
 and one block exist at a time; the full column matrix never does.
 
-The gradient of the input goes by way of columns where pixels are few (``input_columns``), elsewhere it is a convolution forward.
+The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution forward.
 That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
@@ -57,7 +57,8 @@ cdef enum:
     SPLIT_PATCH_BYTES = 512 << 10  # the same where there is AMX, and an L2 of 2 MB
     BOX = 1024          # pixels of a box, at most
     FLOAT_BYTES = 32 << 10  # patches gathered to be split
-    COLUMN_PIXELS = 256 # with no more, the gradient of the input goes by way of columns
+    COLUMN_PIXELS = 256 # with no more, the gradient of the input of 1x1 filters, too, goes by way of columns if they are strided
+    FEW_PIXELS = 64     # ... and if they are not
     SUM_BYTES = 512 << 10  # sums that a task keeps from block to block of the reduction
 
     # In products of numbers:
@@ -78,7 +79,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    if math.prod(dims.output_size) <= COLUMN_PIXELS and (dims.taps > 1 or max(dims.stride) > 1):
+    if dims.taps > 1 or math.prod(dims.output_size) <= (FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS):
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)
     else:
         interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
@@ -206,6 +207,8 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
         if c.kernels.pieces:
             sizes |= _split_patches(plan, &t, channel, channels)
         else:
+            if channel == 0:
+                _fill_vectors(c, plan.together * c.taps, t.pixels, t.pitch, t.patches)
             gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel, t.pixels, t.pitch, t.patches)
         _multiply(plan, &t, channel, channels)
     if c.kernels.pieces:
@@ -213,6 +216,13 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     if sizes & FC_HUGE or sizes == FC_TINY:
         plan.refused[t.block.image] = 1
     return 0
+
+
+cdef void _fill_vectors(const Conv *c, Py_ssize_t rows, Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:
+    """Fill the last vector of each row with zeros: what was there may be subnormal, which takes a hundred times as long."""
+    cdef Py_ssize_t row, beyond = round_up(pixels, c.kernels.lanes) - pixels
+    for row in range(rows if beyond else 0):
+        memset(out + (row * pitch + pixels) * c.item, 0, <size_t>(beyond * c.item))
 
 
 cdef void _plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
@@ -489,22 +499,13 @@ cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_
                     first, count, channels,
                 )
             else:
-                _gather_floats(plan, t, channel + first, count, start, pixels)
+                _fill_vectors(c, count * c.taps, pixels, t.pitch, t.floats)
+                gather(
+                    c, &t.block, t.group * c.channels + channel + first, count, t.first_pixel + start, pixels, t.pitch, t.floats
+                )
                 sizes |= _split_run(plan, t, t.floats, t.pitch, start, pixels, first, count, channels)
         start += pixels
     return sizes
-
-
-cdef void _gather_floats(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t pixel,
-                         Py_ssize_t pixels) noexcept nogil:
-    """Gather what some channels' taps show to some pixels, and zeros up to a whole vector."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t r, beyond = round_up(pixels, c.kernels.lanes) - pixels
-    if pixels % c.panel > c.kernels.lanes:
-        beyond = round_up(pixels, c.panel) - pixels
-    gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel + pixel, pixels, t.pitch, t.floats)
-    for r in range(channels * c.taps if beyond else 0):
-        memset(t.floats + (r * t.pitch + pixels) * c.item, 0, <size_t>(beyond * c.item))
 
 
 cdef int _split_run(const Plan *plan, const Task *t, const char *source, Py_ssize_t step, Py_ssize_t start,
