@@ -1,9 +1,9 @@
-"""The gradient of the input by way of columns, what each tap sends back from each pixel, where pixels are few.
+"""The gradient of the input by way of columns, what each tap sends back from each pixel.
 
     columns[r][p] = sum over k of  weight[k][r] * grad_output[k][p],      r = (channel, tap)
     grad_input[channel][the cell that p sees by tap] += columns[channel, tap][p]
 
-    for some of the images:
+    for some of the images, or for a band of one's rows:
         copy their gradients                                      [group][filter][image][pixel]
         for group, some channels (a task):                        in parallel
             turn the channels' weights                            [channel][tap][filter]: L2
@@ -354,8 +354,8 @@ cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias
                     if top < end:
                         cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
                         _add_plane(
-                            cells + cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
-                            columns + (first + top) * c.out[2] + left, c.out[2], end - top, end_pixel(c, 2, w) - left,
+                            c, cells + cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
+                            columns + (first + top) * c.out[2] + left, end - top, end_pixel(c, 2, w) - left,
                         )
                 columns += plan.pitch
     if not plan.relu or plan.row + plan.rows < c.out[0] * c.out[1]:
@@ -398,16 +398,15 @@ cdef inline Py_ssize_t end_pixel(const Conv *c, int axis, Py_ssize_t tap) noexce
     return min(c.out[axis], ceil_div(max(0, c.x.size[2 + axis] - cell(c, axis, tap, 0)), c.stride[axis]))
 
 
-cdef inline void _add_plane(real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns, Py_ssize_t pitch,
+cdef inline void _add_plane(const Conv *c, real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns,
                             Py_ssize_t rows, Py_ssize_t n) noexcept nogil:
-    """Add rows of n columns, ``pitch`` apart, to the cells that their pixels see."""
+    """Add rows of n columns to the cells that their pixels see."""
     cdef Py_ssize_t row, i
     for row in range(rows):
-        if cell_step == 1:
-            for i in range(n):
-                cells[i] += columns[i]
-        else:
+        if n < 16:  # a call takes as long as so short a row
             for i in range(n):
                 cells[i * cell_step] += columns[i]
+        else:
+            c.kernels.add_apart(cells, cell_step, columns, n)
         cells += row_step
-        columns += pitch
+        columns += c.out[2]
