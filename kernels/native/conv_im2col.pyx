@@ -57,8 +57,9 @@ cdef enum:
     SPLIT_PATCH_BYTES = 512 << 10  # the same where there is AMX, and an L2 of 2 MB
     BOX = 1024          # pixels of a box, at most
     FLOAT_BYTES = 32 << 10  # patches gathered to be split
-    COLUMN_PIXELS = 256 # with no more, the gradient of the input of 1x1 filters, too, goes by way of columns if they are strided
+    COLUMN_PIXELS = 256 # with no more, the gradient of the input of strided 1x1 filters, too, goes by way of columns
     FEW_PIXELS = 64     # ... and if they are not
+    ROW_COLUMNS = 1 << 20  # numbers in the columns of one channel and one row of pixels, at most: a band is whole rows
     SUM_BYTES = 512 << 10  # sums that a task keeps from block to block of the reduction
 
     # In products of numbers:
@@ -79,7 +80,8 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.taps > 1 or math.prod(dims.output_size) <= (FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS):
+    most = FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS
+    if (dims.taps > 1 or math.prod(dims.output_size) <= most) and dims.taps * dims.output_size[2] <= ROW_COLUMNS:
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)
     else:
         interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)

@@ -84,6 +84,8 @@ def _columns(op: str, dims: ConvDims) -> str:
     """
     if op != "conv_input_grad" or dims.taps == 1 or dims.depthwise:
         return ""
+    if dims.taps * dims.output_size[2] > 2**20:  # columns of one row of pixels
+        return ""
     pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
     if (pixels <= 100 and 2 * cells >= 3 * pixels and filters >= 64) or (
         isa() == "amx" and 100 < pixels <= min(256, filters // 2)  # whose weights it splits where they are
