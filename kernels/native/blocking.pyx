@@ -84,10 +84,11 @@ cdef void split_numbers(Conv *c, str precision):
         use_tile(c, kernels)
 
 
-cdef const fc_ukernels *piece_tile(const Conv *c, str precision):
-    """Return the tile that multiplies pieces of numbers; NULL where there is none, or a group has few channels."""
+cdef const fc_ukernels *piece_tile(const Conv *c, str precision, Py_ssize_t summed=0):
+    """Return the tile that multiplies pieces of numbers; NULL where there is none, or a sum is short: the channels of a group,
+    if it is not said how many numbers are ``summed``."""
     cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
-    if c.channels < SPLIT_CHANNELS:
+    if (summed or c.channels) < SPLIT_CHANNELS:
         return NULL
     return split_ukernels(c.item, pieces)
 

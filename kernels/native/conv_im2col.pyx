@@ -3,11 +3,11 @@
     output[k][p] = bias[k] + sum over r of  weight[k][r] * patches[r][p],    r = (channel, tap)
 
     for image, group, box of output pixels, share of the filters:       in parallel
-        for block of the reduction:
+        for block of the reduction: nearly always there is one, and sums stay in registers
             gather the patches, padding included                        [reduction][pixels]: L2
-            for chunk of filters: for panel of pixels:                  the panel's share of the patches in L1
+            for chunk of filters: for panel of pixels:                  a filter's pixels are stored one panel after another
                 for tile of filters: brgemm                             weights from L2; to the output, if lanes fit it
-        store the sums: activation, the caller's layout
+                after the last block: store the sums: activation, the caller's layout
 
                   r                 panel
              +---------+         +---+---+---+             +---+---+---+
@@ -20,7 +20,7 @@ Pixels are the lanes, so that neither the weights nor the output of a channels-f
 would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
 and one block exist at a time; the full column matrix never does.
 
-The gradient of the input goes by way of columns where pixels are few (``input_columns``), elsewhere it is a convolution forward.
+The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution forward.
 That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
@@ -37,8 +37,8 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, share_out, split_pays,
-    start_sums, use_tile,
+    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, share_out, start_sums,
+    use_tile,
 )
 from fastconv.kernels.native.input_columns cimport input_by_columns
 from fastconv.kernels.native.machine cimport (
@@ -51,12 +51,21 @@ from fastconv.kernels.native.weight_im2col import conv_weight_grad
 
 cdef enum:
     REDUCTION = 256     # rows of patches gathered at a time: a panel's share is 16 KB in float32, half of L1
-    SPLIT_REDUCTION = 128  # the same where numbers are split: 24 KB, of 48 KB that there are with AMX
-    USES = 32           # of a number in products that make up for splitting it, about
-    CHUNK = 96          # filters whose share of the weights, 96 KB in float32, stays in L2 from panel to panel
-    BOX_PANELS = 8      # panels of pixels in a box
-    COLUMN_PIXELS = 256 # with no more, the gradient of the input goes by way of columns
-    SHARE = 512         # filters whose sums a task keeps: 256 KB in float32
+    SPLIT_REDUCTION = 512  # the same where numbers are split: from L2 they come fast enough, sums from the output do not
+    CHUNK = 48          # filters, at most, whose rows of the output are written side by side
+    PATCH_BYTES = 256 << 10  # patches of a box: half of an L2 of 512 KB
+    SPLIT_PATCH_BYTES = 512 << 10  # the same where there is AMX, and an L2 of 2 MB
+    BOX = 1024          # pixels of a box, at most
+    FLOAT_BYTES = 32 << 10  # patches gathered to be split
+    COLUMN_PIXELS = 256 # with no more, the gradient of the input of strided 1x1 filters, too, goes by way of columns
+    FEW_PIXELS = 64     # ... and if they are not
+    ROW_COLUMNS = 1 << 20  # numbers in the columns of one channel and one row of pixels, at most: a band is whole rows
+    SUM_BYTES = 512 << 10  # sums that a task keeps from block to block of the reduction
+
+    # In products of numbers:
+    SPLIT_RATE = 11     # products of pieces that are made in the time of one
+    SPLIT_PATCH = 20    # what it takes to split a number of the patches and to lay it as the tile wants it
+    SPLIT_WEIGHT = 8    # ... and one of the weights
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -71,7 +80,8 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    if math.prod(dims.output_size) <= COLUMN_PIXELS and (dims.taps > 1 or max(dims.stride) > 1):
+    most = FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS
+    if (dims.taps > 1 or math.prod(dims.output_size) <= most) and dims.taps * dims.output_size[2] <= ROW_COLUMNS:
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)
     else:
         interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
@@ -96,7 +106,9 @@ ctypedef struct Plan:
     Py_ssize_t filter_step, channel_step, tap_step
     Py_ssize_t pixels           # in a box: whole panels
     Py_ssize_t boxes            # of one plane
+    Py_ssize_t chunk            # filters multiplied at a time
     Py_ssize_t together         # channels gathered at a time
+    Py_ssize_t run              # of them, those that are split at a time: their cells fill whole steps of the tile
     Py_ssize_t shares           # tasks that share the filters of one box
     const char *bias
     int relu
@@ -120,7 +132,7 @@ ctypedef struct Task:
     char *weights               # pieces of a chunk's weights
 
 
-# A panel of pixels: where the sums of its filters are, rows of so many lanes that are ``step`` apart.
+# A panel of pixels: where the sums of a chunk's filters are, rows of so many lanes that are ``step`` apart.
 ctypedef struct Panel:
     char *sums
     Py_ssize_t width, step
@@ -135,7 +147,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, pixels
+    cdef Py_ssize_t tasks, pixels, most
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     plan.in_place = sees_one_cell(c) and c.stride[2] * c.x.stride[4] == 1
@@ -147,43 +159,48 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
+    plan.chunk = max(1, CHUNK // c.kernels.tile_rows) * c.kernels.tile_rows
     plan.together = _channels_together(c)
+    plan.run = min(plan.together, c.kernels.depth_step // math.gcd(c.taps, c.kernels.depth_step))
     pixels = c.out[1] * c.out[2]
-    plan.boxes = ceil_div(pixels, BOX_PANELS * c.panel)
-    plan.pixels = ceil_div(ceil_div(pixels, plan.boxes), c.panel) * c.panel  # even parts
+    most = (SPLIT_PATCH_BYTES if c.kernels.pieces else PATCH_BYTES) // (_depth(c, plan.together) * c.packed)
+    plan.boxes = ceil_div(pixels, min(<Py_ssize_t>BOX, max(1, most // c.panel) * c.panel))
+    plan.pixels = round_up(ceil_div(pixels, plan.boxes), c.panel)  # even parts
     plan.boxes = ceil_div(pixels, plan.pixels)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
     _prepare_weights(&plan, bias, options.packed)
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
-    plan.shares = max(ceil_div(c.filters, SHARE), share_out(tasks, ceil_div(c.filters, CHUNK), c.threads))
+    plan.shares = share_out(tasks, ceil_div(c.filters, plan.chunk), c.threads)
+    if plan.together < c.channels:
+        plan.shares = max(plan.shares, ceil_div(c.filters * plan.pixels * c.item, <Py_ssize_t>SUM_BYTES))
     run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
 cdef Py_ssize_t _channels_together(const Conv *c) noexcept nogil:
-    """Return how many channels are gathered at a time."""
-    return min(c.channels, max(1, (SPLIT_REDUCTION if c.kernels.pieces else REDUCTION) // c.taps))
+    """Return how many channels are gathered at a time: even parts."""
+    cdef Py_ssize_t most = SPLIT_REDUCTION if c.kernels.pieces else REDUCTION
+    return ceil_div(c.channels, ceil_div(c.channels, max(1, most // c.taps)))
+
+
+cdef Py_ssize_t _depth(const Conv *c, Py_ssize_t channels) noexcept nogil:
+    """Return how many cells of some channels the tile reduces over."""
+    return round_up(channels * c.taps, c.kernels.depth_step)
 
 
 cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Task t
-    cdef Panel panel
-    cdef Py_ssize_t pixel, channel, channels
-    cdef bint started = plan.bias != NULL
+    cdef Py_ssize_t channel, channels
     cdef int sizes = FC_ORDINARY
     _locate_task(plan, number, &t)
     if plan.refused[t.block.image] or plan.refused[c.batch]:
         return 0
     if _find_memory(plan, &t):
         return 1
-    if started:
-        for pixel from 0 <= pixel < t.pixels by c.panel:
-            panel = _place(plan, &t, pixel)
-            start_sums(c, bias_at(plan.bias, t.first * c.item), t.filters, panel.width, panel.sums, panel.step)
     if c.kernels.pieces:
         c.kernels.enter()
         sizes = 0
@@ -192,15 +209,22 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
         if c.kernels.pieces:
             sizes |= _split_patches(plan, &t, channel, channels)
         else:
+            if channel == 0:
+                _fill_vectors(c, plan.together * c.taps, t.pixels, t.pitch, t.patches)
             gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel, t.pixels, t.pitch, t.patches)
-        _multiply(plan, &t, channel, channels, started or channel > 0)
+        _multiply(plan, &t, channel, channels)
     if c.kernels.pieces:
         c.kernels.leave()
     if sizes & FC_HUGE or sizes == FC_TINY:
         plan.refused[t.block.image] = 1
-    else:
-        _store(plan, &t)
     return 0
+
+
+cdef void _fill_vectors(const Conv *c, Py_ssize_t rows, Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:
+    """Fill the last vector of each row with zeros: what was there may be subnormal, which takes a hundred times as long."""
+    cdef Py_ssize_t row, beyond = round_up(pixels, c.kernels.lanes) - pixels
+    for row in range(rows if beyond else 0):
+        memset(out + (row * pitch + pixels) * c.item, 0, <size_t>(beyond * c.item))
 
 
 cdef void _plane(const Conv *c, Py_ssize_t index, Block *block) noexcept nogil:
@@ -229,21 +253,23 @@ cdef void _locate_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept no
 cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
     """Lay out a task's workspace; return whether there is none."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t cells = plan.together * c.taps, depth = round_up(cells, c.kernels.depth_step), patch_bytes
-    cdef Py_ssize_t offset_bytes = (CHUNK + plan.together + 8) // 8 * 64
-    cdef Py_ssize_t sum_bytes = round_up(t.filters, c.kernels.tile_rows) * plan.pixels * c.item
+    cdef Py_ssize_t depth = _depth(c, plan.together), patch_bytes, sum_bytes = plan.chunk * c.panel
+    cdef Py_ssize_t offset_bytes = (plan.chunk + plan.together + 8) // 8 * 64
     cdef Py_ssize_t float_bytes = 0, weight_bytes = 0
+    if plan.together < c.channels:
+        sum_bytes = round_up(t.filters, c.kernels.tile_rows) * plan.pixels
+    sum_bytes *= c.item
     if c.kernels.pieces:
-        t.pitch = c.panel
+        t.pitch = _pixels_split(plan)
         patch_bytes = depth * plan.pixels * c.packed
-        float_bytes = depth * c.panel * c.item
-        weight_bytes = 0 if plan.pieces else CHUNK * depth * c.packed
+        float_bytes = plan.run * c.taps * t.pitch * c.item
+        weight_bytes = 0 if plan.pieces else plan.chunk * depth * c.packed
     else:
         t.pitch = plan.pixels | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all rows
-        patch_bytes = round_up((cells * t.pitch + c.panel) * c.item, 64)
+        patch_bytes = round_up((depth * t.pitch + c.panel) * c.item, 64)
     cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + sum_bytes + patch_bytes + float_bytes + weight_bytes)
     t.rows = <Py_ssize_t *>memory
-    t.channel_offsets = t.rows + CHUNK
+    t.channel_offsets = t.rows + plan.chunk
     t.sums = memory + offset_bytes
     t.patches = t.sums + sum_bytes
     t.floats = t.patches + patch_bytes
@@ -251,9 +277,10 @@ cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
     return memory == NULL
 
 
-cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel) noexcept nogil:
-    """Return the panel that starts at ``pixel`` of a box, two vectors or a last one: in the output, where its pixels are
-    neighbours there, else in the task's sums, [panel][filter][pixel of the panel]."""
+cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel, Py_ssize_t chunk, Py_ssize_t count) noexcept nogil:
+    """Return the panel that starts at ``pixel`` of a box, two vectors or a last one, for ``count`` filters: in the output,
+    where its pixels are neighbours there, else in the task's sums. Those of several blocks of the reduction are
+    [panel][filter][pixel of the panel]."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
     cdef Py_ssize_t row = (t.first_pixel + pixel) // t.block.columns, column = (t.first_pixel + pixel) % t.block.columns
@@ -263,24 +290,26 @@ cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel) noexcept no
     panel.in_place = (
         pixel + panel.width <= t.pixels and y.stride[4] == 1
         and (column + panel.width <= t.block.columns or y.stride[3] == t.block.columns)
-        and not (c.kernels.pieces and t.filters % (c.kernels.tile_rows // 2))  # whose tile stores more rows than are wanted
+        and not (c.kernels.pieces and count % (c.kernels.tile_rows // 2))  # whose tile stores more rows than are wanted
     )
+    panel.step = panel.width
+    panel.sums = t.sums
     if panel.in_place:
         panel.step = y.stride[1]
         panel.sums = y.data + (
-            t.block.image * y.stride[0] + t.first * y.stride[1] + t.block.depth * y.stride[2] + row * y.stride[3] + column
+            t.block.image * y.stride[0] + (t.first + chunk) * y.stride[1] + t.block.depth * y.stride[2] + row * y.stride[3]
+            + column
         ) * c.item
-    else:
-        panel.step = panel.width
-        panel.sums = t.sums + pixel * round_up(t.filters, c.kernels.tile_rows) * c.item
+    elif plan.together < c.channels:
+        panel.sums += (pixel * round_up(t.filters, c.kernels.tile_rows) + chunk * panel.step) * c.item
     return panel
 
 
-cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels,
-                    bint accumulate) noexcept nogil:
-    """Add weights x patches of some channels to the sums of all panels."""
+cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels) noexcept nogil:
+    """Add weights x patches of some channels to the sums of all panels; store them after the last channel."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t chunk, count, pixel, i, depth = round_up(channels * c.taps, c.kernels.depth_step)
+    cdef Py_ssize_t chunk, count, pixel, i, depth = _depth(c, channels)
+    cdef bint first = channel == 0, last = channel + channels == c.channels, started
     cdef const char *weights
     cdef Panel panel
     cdef fc_reduction reduction
@@ -296,56 +325,54 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
         reduction.a_step = 1 if c.kernels.pieces else plan.channel_step if c.taps == 1 else plan.tap_step
     for i in range(channels):
         t.channel_offsets[i] = i * plan.channel_step
-    for i in range(CHUNK):
+    for i in range(plan.chunk):
         t.rows[i] = i * (depth if c.kernels.pieces else plan.filter_step)
-    for chunk from 0 <= chunk < t.filters by CHUNK:
-        count = min(<Py_ssize_t>CHUNK, t.filters - chunk)
+    for chunk from 0 <= chunk < t.filters by plan.chunk:
+        count = min(plan.chunk, t.filters - chunk)
         if c.kernels.pieces:
             weights = _pieces(plan, t, channel, channels, t.first + chunk, count)
         else:
             weights = plan.weights + ((t.first + chunk) * plan.filter_step + channel * plan.channel_step) * c.item
         for pixel from 0 <= pixel < t.pixels by c.panel:
-            panel = _place(plan, t, pixel)
+            panel = _place(plan, t, pixel, chunk, count)
+            started = not first or start_sums(
+                c, bias_at(plan.bias, (t.first + chunk) * c.item), count, panel.width, panel.sums, panel.step
+            )
             reduction.b_step = panel.width if c.kernels.pieces else t.pitch
             reduction.b_tap = c.taps * reduction.b_step
             reduction.c_step = panel.step
             c.kernels.brgemm(
                 &reduction, weights, t.rows, count,
-                t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item), panel.vectors,
-                panel.sums + chunk * panel.step * c.item, accumulate,
+                t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item), panel.vectors, panel.sums, started,
             )
+            if last and (plan.relu or not panel.in_place):
+                _store(plan, t, &panel, pixel, chunk, count)
 
 
-cdef void _store(const Plan *plan, const Task *t) noexcept nogil:
-    """Store a box's sums through the activation, panel by panel and row by row of the image."""
+cdef void _store(const Plan *plan, const Task *t, const Panel *panel, Py_ssize_t pixel, Py_ssize_t chunk,
+                 Py_ssize_t count) noexcept nogil:
+    """Store the sums of some filters through the activation, row by row of the image."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
     cdef fc_epilogue epilogue
-    cdef Py_ssize_t pixel, end, row, column, run, done
-    cdef Panel panel
+    cdef Py_ssize_t end = min(pixel + c.panel, t.pixels), done = pixel, row, column, run
     cdef bint one_run = y.stride[3] == t.block.columns * y.stride[4]
     cdef char *base = y.data + (
-        t.block.image * y.stride[0] + t.first * y.stride[1] + t.block.depth * y.stride[2]
+        t.block.image * y.stride[0] + (t.first + chunk) * y.stride[1] + t.block.depth * y.stride[2]
     ) * c.item
     epilogue.bias = NULL
     epilogue.relu = plan.relu
     epilogue.pixel_stride = y.stride[1]  # the roles are exchanged: rows of the tile are filters
     epilogue.channel_stride = y.stride[4]
-    for pixel from 0 <= pixel < t.pixels by c.panel:
-        panel = _place(plan, t, pixel)
-        if panel.in_place and not plan.relu:
-            continue
-        end = min(pixel + c.panel, t.pixels)
-        done = pixel
-        while done < end:
-            row = (t.first_pixel + done) // t.block.columns
-            column = (t.first_pixel + done) % t.block.columns
-            run = end - done if one_run else min(end - done, t.block.columns - column)
-            c.kernels.epilogue(
-                &epilogue, panel.sums + (done - pixel) * c.item, panel.step, t.filters, run,
-                base + (row * y.stride[3] + column * y.stride[4]) * c.item,
-            )
-            done += run
+    while done < end:
+        row = (t.first_pixel + done) // t.block.columns
+        column = (t.first_pixel + done) % t.block.columns
+        run = end - done if one_run else min(end - done, t.block.columns - column)
+        c.kernels.epilogue(
+            &epilogue, panel.sums + (done - pixel) * c.item, panel.step, count, run,
+            base + (row * y.stride[3] + column * y.stride[4]) * c.item,
+        )
+        done += run
 
 
 # ---------------------------------------------------------------------------------------------------------- pieces
@@ -354,18 +381,22 @@ cdef bint _split_numbers(Plan *plan, str precision):
     """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
     cdef Conv *c = &plan.c
     cdef const fc_ukernels *numbers = c.kernels
-    cdef const fc_ukernels *pieces = piece_tile(c, precision)
-    cdef Py_ssize_t half, pixels = c.out[1] * c.out[2], together
+    cdef const fc_ukernels *pieces = piece_tile(c, precision, c.channels * c.taps)
+    cdef Py_ssize_t pixels = c.out[1] * c.out[2], together, blocks, filters, rest
     cdef double padded
-    if pieces == NULL or min(pixels, c.filters) < USES:
+    if pieces == NULL:
         return False
     use_tile(c, pieces)
     together = _channels_together(c)
-    half = pieces.tile_rows // 2
-    padded = (c.channels // together) * round_up(together * c.taps, pieces.depth_step)
-    padded += round_up(c.channels % together * c.taps, pieces.depth_step)
-    padded *= round_up(c.filters, half) * <double>round_up(pixels, pieces.lanes)
-    if split_pays(pieces, padded / (<double>c.channels * c.taps * c.filters * pixels)):
+    blocks = c.channels // together
+    filters = c.filters // pieces.tile_rows * pieces.tile_rows
+    rest = c.filters - filters
+    if rest > 0:  # half a tile takes longer than half the time: each product waits for the one before
+        rest = pieces.tile_rows if rest > pieces.tile_rows // 2 else pieces.tile_rows * 13 // 16
+    padded = blocks * _depth(c, together) + _depth(c, c.channels - blocks * together)
+    padded *= (filters + rest) * <double>round_up(pixels, pieces.lanes)
+    padded *= pieces.pieces * (pieces.pieces + 1) // 2 / (<double>c.channels * c.taps * c.filters * pixels)
+    if padded / SPLIT_RATE + SPLIT_PATCH / <double>c.filters + SPLIT_WEIGHT / <double>pixels < 1:
         return True
     use_tile(c, numbers)
     return False
@@ -375,7 +406,7 @@ cdef void _prepare_weights(Plan *plan, bias, kept) except *:
     """Pack the bias, and split the weights, unless they are used once only; what is ``kept`` is split once for all calls."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t filters = c.groups * c.filters, blocks = ceil_div(c.channels, plan.together)
-    cdef Py_ssize_t piece_bytes = blocks * filters * round_up(plan.together * c.taps, c.kernels.depth_step) * c.packed
+    cdef Py_ssize_t piece_bytes = blocks * filters * _depth(c, plan.together) * c.packed
     cdef bint once = kept is None and c.batch * c.out[0] * plan.boxes == 1
     cdef Memory mine
     cdef tuple form
@@ -387,14 +418,14 @@ cdef void _prepare_weights(Plan *plan, bias, kept) except *:
         if plan.pieces == NULL:
             raise MemoryError("no memory for packed weights")
         plan.bias = pack_bias(c, bias, plan.pieces + piece_bytes)
-        run_tasks(_split_task, plan, blocks * ceil_div(filters, CHUNK), c.threads)
+        run_tasks(_split_task, plan, blocks * ceil_div(filters, plan.chunk), c.threads)
     if c.kernels.pieces and kept is not None:
         form = ("im2col", c.item, c.kernels.pieces)
         mine = kept.get(form)
         if mine is None:
             mine = Memory(piece_bytes)
             plan.pieces = mine.data
-            run_tasks(_split_task, plan, blocks * ceil_div(filters, CHUNK), c.threads)
+            run_tasks(_split_task, plan, blocks * ceil_div(filters, plan.chunk), c.threads)
             mine.refused = plan.refused[c.batch]
             kept[form] = mine
         plan.pieces = mine.data
@@ -405,10 +436,10 @@ cdef int _split_task(const void *shared, Py_ssize_t number) noexcept nogil:
     """Split the weights of some filters and one block of channels."""
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t chunks = ceil_div(c.groups * c.filters, CHUNK), channel = number // chunks * plan.together
-    cdef Py_ssize_t first = number % chunks * CHUNK, channels = min(plan.together, c.channels - channel)
+    cdef Py_ssize_t chunks = ceil_div(c.groups * c.filters, plan.chunk), channel = number // chunks * plan.together
+    cdef Py_ssize_t first = number % chunks * plan.chunk, channels = min(plan.together, c.channels - channel)
     _split_filters(
-        plan, channel, channels, first, min(<Py_ssize_t>CHUNK, c.groups * c.filters - first),
+        plan, channel, channels, first, min(plan.chunk, c.groups * c.filters - first),
         _piece_at(plan, channel, channels, first),
     )
     return 0
@@ -417,9 +448,8 @@ cdef int _split_task(const void *shared, Py_ssize_t number) noexcept nogil:
 cdef char *_piece_at(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter) noexcept nogil:
     """Where the pieces of a filter's block of channels are."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t block = round_up(plan.together * c.taps, c.kernels.depth_step)
     return plan.pieces + (
-        channel // plan.together * c.groups * c.filters * block + filter * round_up(channels * c.taps, c.kernels.depth_step)
+        channel // plan.together * c.groups * c.filters * _depth(c, plan.together) + filter * _depth(c, channels)
     ) * c.packed
 
 
@@ -444,28 +474,54 @@ cdef void _split_filters(const Plan *plan, Py_ssize_t channel, Py_ssize_t channe
         plan.refused[c.batch] = 1
 
 
+cdef Py_ssize_t _pixels_split(const Plan *plan) noexcept nogil:
+    """Return the pixels, whole panels, whose patches are split together: reading them runs along the image's rows."""
+    cdef const Conv *c = &plan.c
+    return min(plan.pixels, max(1, FLOAT_BYTES // (plan.run * c.taps * c.panel * c.item)) * c.panel)
+
+
 cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels) noexcept nogil:
     """Split what some channels' taps show to a box's pixels, panel by panel; return the numbers' sizes."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t cells = channels * c.taps, depth = round_up(cells, c.kernels.depth_step), pixel, width, count, step
-    cdef Py_ssize_t first = t.group * c.channels + channel
+    cdef Py_ssize_t first, count, start = 0, pixels, whole = t.pixels - t.pixels % c.panel
+    cdef bint in_place = plan.in_place and t.block.rows == 1
     cdef Block block = t.block
-    cdef const char *source
-    cdef char *out = t.patches
-    cdef int sizes = 0, vectors
-    for pixel from 0 <= pixel < t.pixels by c.panel:
-        count = min(c.panel, t.pixels - pixel)
-        vectors = 1 if count <= c.kernels.lanes else 2
-        width = vectors * c.kernels.lanes
-        block.top = (t.first_pixel + pixel) // block.columns
-        block.left = (t.first_pixel + pixel) % block.columns
-        if plan.in_place and count == width and block.left + width <= block.columns:
-            source, step = first_cell(c, &block, first), c.x.stride[1]
+    cdef int sizes = 0
+    while start < t.pixels:
+        if in_place and start < whole:
+            pixels = whole
         else:
-            if count < width:
-                memset(t.floats, 0, <size_t>(cells * width * c.item))
-            gather(c, &t.block, first, channels, t.first_pixel + pixel, count, width, t.floats)
-            source, step = t.floats, width
-        sizes |= c.kernels.split_weights(source, step, cells, 1, vectors, c.kernels.pieces, out)
-        out += depth * width * c.packed
+            pixels = min(t.pitch, t.pixels - start)
+        for first from 0 <= first < channels by plan.run:
+            count = min(plan.run, channels - first)
+            block.left = t.first_pixel + start
+            if in_place and start < whole:
+                sizes |= _split_run(
+                    plan, t, first_cell(c, &block, t.group * c.channels + channel + first), c.x.stride[1], start, pixels,
+                    first, count, channels,
+                )
+            else:
+                _fill_vectors(c, count * c.taps, pixels, t.pitch, t.floats)
+                gather(
+                    c, &t.block, t.group * c.channels + channel + first, count, t.first_pixel + start, pixels, t.pitch, t.floats
+                )
+                sizes |= _split_run(plan, t, t.floats, t.pitch, start, pixels, first, count, channels)
+        start += pixels
+    return sizes
+
+
+cdef int _split_run(const Plan *plan, const Task *t, const char *source, Py_ssize_t step, Py_ssize_t start,
+                    Py_ssize_t pixels, Py_ssize_t first, Py_ssize_t count, Py_ssize_t channels) noexcept nogil:
+    """Split the rows of ``count`` channels from ``first`` on, of a block of ``channels``; return the numbers' sizes."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t pixel, width, depth = _depth(c, channels)
+    cdef int sizes = 0, vectors
+    for pixel from start <= pixel < start + pixels by c.panel:
+        vectors = 1 if t.pixels - pixel <= c.kernels.lanes else 2
+        width = vectors * c.kernels.lanes
+        sizes |= c.kernels.split_weights(
+            source, step, count * c.taps, 1, vectors, c.kernels.pieces,
+            t.patches + (pixel * depth + first * c.taps * width) * c.packed,
+        )
+        source += width * c.item
     return sizes

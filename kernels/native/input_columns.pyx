@@ -1,9 +1,9 @@
-"""The gradient of the input by way of columns, what each tap sends back from each pixel, where pixels are few.
+"""The gradient of the input by way of columns, what each tap sends back from each pixel.
 
     columns[r][p] = sum over k of  weight[k][r] * grad_output[k][p],      r = (channel, tap)
     grad_input[channel][the cell that p sees by tap] += columns[channel, tap][p]
 
-    for some of the images:
+    for some of the images, or for a band of one's rows:
         copy their gradients                                      [group][filter][image][pixel]
         for group, some channels (a task):                        in parallel
             turn the channels' weights                            [channel][tap][filter]: L2
@@ -36,9 +36,10 @@ from fastconv.kernels.native.machine cimport (
 cdef enum:
     ROWS = 96                   # (channel, tap) of a task, about: with 512 filters their weights take 192 KB
     PIXELS = 512                # of images that are done together, unless one has more: columns take 192 KB
+    BAND = 1024                 # pixels of an image that are done together: 96 columns take 384 KB
     SPLIT_ROWS = 288            # and ...
     SPLIT_PIXELS = 128          # ... the same where numbers are split: whole panels of 32 rows for 1, 4, and 9 taps
-    SPLIT_DEPTH = 128           # filters whose weights are split at a time: 24 KB of pieces, of 48 KB that L1 has there
+    SPLIT_DEPTH = 256           # filters whose weights are split at a time: 442 KB of pieces, where L2 has 2 MB
     USES = 32                   # of a number in products that make up for splitting it, about
 
 # What all tasks of one call share.
@@ -48,8 +49,9 @@ ctypedef struct Plan:
     Py_ssize_t filter_step, channel_step, tap_step
     Py_ssize_t together         # channels of a task
     Py_ssize_t parts            # tasks of a group
-    Py_ssize_t pixels           # of one image's output
-    Py_ssize_t first, images    # that are done together
+    Py_ssize_t row, rows        # of an image's output that are done together: a band
+    Py_ssize_t pixels           # of a band
+    Py_ssize_t first, images    # whose bands are done together: several if a band is all of an image
     Py_ssize_t pitch            # from filter to filter, and from column to column
     Py_ssize_t depth            # from pixel to pixel of split gradients
     char *grads
@@ -74,21 +76,24 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     """Compute the gradients; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t most, bias_bytes, grad_bytes
+    cdef Py_ssize_t most, band, all_rows, bias_bytes, grad_bytes
     cdef unsigned char[::1] refused
     filters, channels = dims.out_channels, dims.group_in_channels
     cdef cnp.ndarray rows = weight.reshape(filters, channels, dims.taps)  # a copy, if taps are not evenly spaced
     make_conv(c, grad_input, weight, grad_output, dims, options)
-    plan.pixels = c.out[0] * c.out[1] * c.out[2]
+    all_rows = c.out[0] * c.out[1]
+    plan.pixels = all_rows * c.out[2]
     if split and rows[0].flags.c_contiguous:
         _split_numbers(&plan, options.precision)
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
-    plan.together = min(c.channels, max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps))
-    plan.parts = (c.channels + plan.together - 1) // plan.together
+    plan.together = min(ceil_div(c.channels, c.threads), max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps))
+    plan.parts = ceil_div(c.channels, plan.together)
     most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
+    band = ceil_div(all_rows, ceil_div(plan.pixels, <Py_ssize_t>BAND))
+    plan.pixels = band * c.out[2]
     plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
     plan.depth = round_up(c.filters, c.kernels.depth_step)
     bias_bytes = round_up(c.groups * c.channels * c.item, 64)
@@ -105,11 +110,14 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     plan.refused = &refused[0]
     for plan.first in range(0, c.batch, most):
         plan.images = min(most, c.batch - plan.first)
-        if c.kernels.pieces:
-            run_tasks(_split_grads_task, &plan, plan.images, c.threads)
-        else:
-            _copy_grads(&plan)
-        run_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
+        for plan.row in range(0, all_rows, band):
+            plan.rows = min(band, all_rows - plan.row)
+            plan.pixels = plan.rows * c.out[2]
+            if c.kernels.pieces:
+                run_tasks(_split_grads_task, &plan, plan.images, c.threads)
+            else:
+                _copy_grads(&plan)
+            run_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
@@ -132,23 +140,22 @@ cdef void _copy_grads(const Plan *plan) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t filters = c.groups * c.filters, pixels = plan.images * plan.pixels, row, k
     cdef char *out = plan.grads
-    for row in range(plan.images * c.out[0] * c.out[1]):
+    for row in range(plan.images * plan.rows):
         c.kernels.transpose(
-            _grad_row(plan, plan.first * c.out[0] * c.out[1] + row), c.y.stride[4], c.y.stride[1], c.out[2], filters, out,
-            plan.pitch,
+            _grad_row(plan, row // plan.rows, row % plan.rows), c.y.stride[4], c.y.stride[1], c.out[2], filters, out, plan.pitch
         )
         out += c.out[2] * c.item
     for k in range(filters):
         memset(plan.grads + (k * plan.pitch + pixels) * c.item, 0, <size_t>((plan.pitch - pixels) * c.item))
 
 
-cdef const char *_grad_row(const Plan *plan, Py_ssize_t number) noexcept nogil:
-    """Return where a row of output pixels, counted over all images, starts."""
+cdef const char *_grad_row(const Plan *plan, Py_ssize_t image, Py_ssize_t row) noexcept nogil:
+    """Return where a row of a band starts."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t plane = number // c.out[1]
+    row += plan.row
     return y.data + (
-        plane // c.out[0] * y.stride[0] + plane % c.out[0] * y.stride[2] + number % c.out[1] * y.stride[3]
+        (plan.first + image) * y.stride[0] + row // c.out[1] * y.stride[2] + row % c.out[1] * y.stride[3]
     ) * c.item
 
 
@@ -156,7 +163,7 @@ cdef int _split_grads_task(const void *shared, Py_ssize_t image) noexcept nogil:
     """Turn an image's gradients and split them, [group][image][pixel][filter]."""
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t rows = c.out[0] * c.out[1], group, row, pixel_bytes = plan.depth * c.packed
+    cdef Py_ssize_t group, row, pixel_bytes = plan.depth * c.packed
     cdef int sizes = 0
     cdef char *out
     cdef char *floats = arena(FC_ARENA_BLOCK, c.out[2] * c.filters * c.item)
@@ -164,9 +171,9 @@ cdef int _split_grads_task(const void *shared, Py_ssize_t image) noexcept nogil:
         return 1
     for group in range(c.groups):
         out = plan.grads + (group * plan.images + image) * plan.pixels * pixel_bytes
-        for row in range(rows):
+        for row in range(plan.rows):
             c.kernels.transpose(
-                _grad_row(plan, (plan.first + image) * rows + row) + group * c.filters * c.y.stride[1] * c.item,
+                _grad_row(plan, image, row) + group * c.filters * c.y.stride[1] * c.item,
                 c.y.stride[1], c.y.stride[4], c.filters, c.out[2], floats, c.filters,
             )
             sizes |= c.kernels.split_rows(floats, c.out[2], c.filters, c.filters, c.kernels.pieces, out)
@@ -202,7 +209,11 @@ cdef Py_ssize_t _workspace(const Plan *plan, Py_ssize_t rows) noexcept nogil:
     cdef Py_ssize_t pixels = round_up(plan.images * plan.pixels, c.kernels.tile_rows)
     if c.kernels.pieces == 0:
         return round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64) + rows * (c.filters | 16) * c.item
-    return SPLIT_DEPTH * c.panel * (c.packed + c.item) + pixels * (c.panel * c.item + <Py_ssize_t>sizeof(Py_ssize_t))
+    rows = round_up(rows, c.panel)
+    return (
+        c.kernels.depth_step * c.panel * c.item + rows * (SPLIT_DEPTH * c.packed + pixels * c.item)
+        + pixels * <Py_ssize_t>sizeof(Py_ssize_t)
+    )
 
 
 cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, char *memory,
@@ -236,14 +247,13 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
                            char *columns) noexcept nogil:
     """Compute the columns of some channels, turned: gradients x weights, by panels of (channel, tap)."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = channel * c.taps, end = (channel + channels) * c.taps, width = c.panel, zero = 0
-    cdef Py_ssize_t pixels = plan.images * plan.pixels, r, k, count, step, p
-    cdef char *pieces = memory
-    cdef char *floats = pieces + SPLIT_DEPTH * width * c.packed
-    cdef char *sums = floats + SPLIT_DEPTH * width * c.item
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>(sums + round_up(pixels, c.kernels.tile_rows) * width * c.item)
+    cdef Py_ssize_t rows = channels * c.taps, width = c.panel, panels = ceil_div(rows, width), zero = 0
+    cdef Py_ssize_t pixels = plan.images * plan.pixels, k, p, sum_bytes = round_up(pixels, c.kernels.tile_rows) * width * c.item
+    cdef char *floats = memory
+    cdef char *pieces = floats + c.kernels.depth_step * width * c.item
+    cdef char *sums = pieces + panels * SPLIT_DEPTH * width * c.packed
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>(sums + panels * sum_bytes)
     cdef const char *grads = plan.grads + group * pixels * plan.depth * c.packed
-    cdef const char *weights
     cdef int sizes = 0
     cdef fc_reduction reduction
     reduction.apart = 0
@@ -256,22 +266,46 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     for p in range(pixels):
         offsets[p] = p * plan.depth
     c.kernels.enter()
-    for r from first <= r < end by width:
-        for k from 0 <= k < c.filters by SPLIT_DEPTH:
-            count = min(<Py_ssize_t>SPLIT_DEPTH, c.filters - k)
-            reduction.depth = round_up(count, c.kernels.depth_step)
-            weights = plan.weights + ((group * c.filters + k) * plan.filter_step + r) * c.item
+    for k from 0 <= k < c.filters by SPLIT_DEPTH:
+        reduction.depth = round_up(min(<Py_ssize_t>SPLIT_DEPTH, c.filters - k), c.kernels.depth_step)
+        sizes |= _split_weights(plan, group, k, channel * c.taps, panels, floats, pieces)
+        for p in range(panels):
+            c.kernels.brgemm(
+                &reduction, grads + k * c.packed, offsets, pixels, pieces + p * reduction.depth * width * c.packed, 2,
+                sums + p * sum_bytes, k > 0,
+            )
+    c.kernels.leave()
+    for p in range(panels):
+        c.kernels.transpose(
+            sums + p * sum_bytes, width, 1, pixels, width, columns + p * width * plan.pitch * c.item, plan.pitch
+        )
+    if sizes & FC_HUGE:
+        plan.refused[c.batch] = 1
+
+
+cdef int _split_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t filter, Py_ssize_t first, Py_ssize_t panels,
+                        char *floats, char *pieces) noexcept nogil:
+    """Split the weights of SPLIT_DEPTH filters for panels of (channel, tap) from ``first`` on, a step of filters at a time: a
+    filter's weights are read one panel after another. Return the numbers' sizes."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t end = min(filter + SPLIT_DEPTH, c.filters), depth = round_up(end - filter, c.kernels.depth_step)
+    cdef Py_ssize_t width = c.panel, unit = c.kernels.depth_step, k, p, r, count, step
+    cdef const char *weights
+    cdef int sizes = 0
+    for k from 0 <= k < end - filter by unit:
+        count = min(unit, end - filter - k)
+        for p in range(panels):
+            r = first + p * width
+            weights = plan.weights + ((group * c.filters + filter + k) * plan.filter_step + r) * c.item
             step = plan.filter_step
             if r + width > c.channels * c.taps:  # the last panel: beyond it there may be nothing
                 memset(floats, 0, <size_t>(count * width * c.item))
                 c.kernels.transpose(weights, 1, step, c.channels * c.taps - r, count, floats, width)
                 weights, step = floats, width
-            sizes |= c.kernels.split_weights(weights, step, count, 1, 2, c.kernels.pieces, pieces)
-            c.kernels.brgemm(&reduction, grads + k * c.packed, offsets, pixels, pieces, 2, sums, k > 0)
-        c.kernels.transpose(sums, width, 1, pixels, width, columns + (r - first) * plan.pitch * c.item, plan.pitch)
-    c.kernels.leave()
-    if sizes & FC_HUGE:
-        plan.refused[c.batch] = 1
+            sizes |= c.kernels.split_weights(
+                weights, step, count, 1, 2, c.kernels.pieces, pieces + (p * depth + k) * width * c.packed
+            )
+    return sizes
 
 
 cdef void _turn_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t depth,
@@ -305,27 +339,26 @@ cdef void _add_channel(const Plan *plan, Py_ssize_t image, Py_ssize_t channel, c
 cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef const View *v = &c.x
-    cdef Py_ssize_t d, h, w, depth, top, left, z, y, i, step = c.stride[2] * v.stride[4]
+    cdef Py_ssize_t d, h, w, depth, left, top, end, first, z, y, i, step = c.stride[2] * v.stride[4]
     cdef real *cells
-    for z in range(v.size[2]):
-        for y in range(v.size[3]):
-            cells = x + z * v.stride[2] + y * v.stride[3]
-            for i in range(v.size[4]):
-                cells[i * v.stride[4]] = bias
+    if plan.row == 0:
+        _fill(v, x, bias)
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
-            top = first_pixel(c, 1, h)
             for w in range(c.kernel[2]):
                 left = first_pixel(c, 2, w)
                 for depth in range(first_pixel(c, 0, d), end_pixel(c, 0, d)):
-                    cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
-                    cells += cell(c, 2, w, left) * v.stride[4]
-                    _add_plane(
-                        cells, c.stride[1] * v.stride[3], step, columns + (depth * c.out[1] + top) * c.out[2] + left, c.out[2],
-                        end_pixel(c, 1, h) - top, end_pixel(c, 2, w) - left,
-                    )
+                    first = depth * c.out[1] - plan.row  # this plane's first row, in the band
+                    top = max(first_pixel(c, 1, h), -first)
+                    end = min(end_pixel(c, 1, h), plan.rows - first)
+                    if top < end:
+                        cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
+                        _add_plane(
+                            c, cells + cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
+                            columns + (first + top) * c.out[2] + left, end - top, end_pixel(c, 2, w) - left,
+                        )
                 columns += plan.pitch
-    if not plan.relu:
+    if not plan.relu or plan.row + plan.rows < c.out[0] * c.out[1]:
         return
     for z in range(v.size[2]):
         for y in range(v.size[3]):
@@ -333,6 +366,21 @@ cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias
             for i in range(v.size[4]):
                 if cells[i * v.stride[4]] < 0:  # a NaN stays one
                     cells[i * v.stride[4]] = 0
+
+
+cdef void _fill(const View *v, real *x, real value) noexcept nogil:
+    """Fill a plane."""
+    cdef Py_ssize_t z, y, i
+    cdef real *cells
+    for z in range(v.size[2]):
+        for y in range(v.size[3]):
+            cells = x + z * v.stride[2] + y * v.stride[3]
+            if v.stride[4] == 1:
+                for i in range(v.size[4]):
+                    cells[i] = value
+            else:
+                for i in range(v.size[4]):
+                    cells[i * v.stride[4]] = value
 
 
 cdef inline Py_ssize_t cell(const Conv *c, int axis, Py_ssize_t tap, Py_ssize_t pixel) noexcept nogil:
@@ -350,16 +398,15 @@ cdef inline Py_ssize_t end_pixel(const Conv *c, int axis, Py_ssize_t tap) noexce
     return min(c.out[axis], ceil_div(max(0, c.x.size[2 + axis] - cell(c, axis, tap, 0)), c.stride[axis]))
 
 
-cdef inline void _add_plane(real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns, Py_ssize_t pitch,
+cdef inline void _add_plane(const Conv *c, real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns,
                             Py_ssize_t rows, Py_ssize_t n) noexcept nogil:
-    """Add rows of n columns, ``pitch`` apart, to the cells that their pixels see."""
+    """Add rows of n columns to the cells that their pixels see."""
     cdef Py_ssize_t row, i
     for row in range(rows):
-        if cell_step == 1:
-            for i in range(n):
-                cells[i] += columns[i]
-        else:
+        if n < 16:  # a call takes as long as so short a row
             for i in range(n):
                 cells[i * cell_step] += columns[i]
+        else:
+            c.kernels.add_apart(cells, cell_step, columns, n)
         cells += row_step
-        columns += pitch
+        columns += c.out[2]

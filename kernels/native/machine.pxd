@@ -58,6 +58,7 @@ cdef extern from "ukernels.h" nogil:
         void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_gather)(int, const fc_tiles *, const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*add)(void *, const void *, Py_ssize_t) noexcept nogil
+        void (*add_apart)(void *, Py_ssize_t, const void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
         int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil

@@ -65,45 +65,70 @@ def _fills_pieces(dims: ConvDims) -> bool:
 def _weights_weigh(dims: ConvDims) -> bool:
     """Whether few pixels use the weights: on AMX im2col, which splits them where they are, then beats direct.
 
-    Counted, not timed, as above. A stride leaves cells of the image apart, which direct gathers for each tap.
+    Measured. A stride leaves cells of the image apart, which direct gathers for each tap.
     """
     pixels, most = math.prod(dims.output_size), dims.group_out_channels // (4 if set(dims.stride) == {1} else 1)
     return isa() == "amx" and dims.group_in_channels >= 16 and 32 <= pixels <= most
 
 
-def _few_columns(op: str, dims: ConvDims) -> bool:
-    """Whether the native im2col, which reads weights once and skips padding, beats direct: few pixels see many."""
-    pixels, cells = math.prod(dims.output_size), math.prod(dims.input_size)
-    few = pixels <= 100 and 2 * cells >= 3 * pixels and dims.group_out_channels >= 64
-    split_in_place = isa() == "amx" and 32 <= pixels <= min(256, dims.group_out_channels // 2)
-    return op == "conv_input_grad" and (few or split_in_place) and dims.taps > 1 and not dims.depthwise
+def _columns(op: str, dims: ConvDims) -> str:
+    """Say why the native im2col, which adds up columns, is best for a gradient of the input; empty if it isn't.
+
+    It reads weights once and in their order, and skips padding; its lanes are pixels, or (channel, tap). What it adds
+    up is ``taps`` times the input, each number of it a sum over the filters. (Measured on AVX-512 and AMX.)
+    """
+    if op != "conv_input_grad" or dims.taps == 1 or dims.depthwise:
+        return ""
+    if dims.taps * dims.output_size[2] > 2**20:  # columns of one row of pixels
+        return ""
+    pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
+    if (pixels <= 100 and 2 * cells >= 3 * pixels and filters >= 64) or (
+        isa() == "amx" and 100 < pixels <= min(256, filters // 2)  # whose weights it splits where they are
+    ):
+        return f"{pixels} pixels that see {cells}"
+    channels, lanes = dims.group_in_channels, 16 if isa() in ("amx", "avx512") else 8
+    empty = math.ceil(channels / lanes) * lanes * cells / (channels * math.prod(dims.stride) * pixels)
+    if filters >= 16 and empty >= 1.7:
+        return f"{channels} channels would leave lanes empty"
+    if set(dims.stride) != {1} and filters >= 128:
+        return f"each of {math.prod(dims.stride)} phases has weights of its own to pack"
+    if _apart(dims):
+        return "no two taps see the same cell"
+    return ""
+
+
+def _apart(dims: ConvDims) -> bool:
+    """Whether patches share no cell."""
+    return dims.taps > 1 and all(s >= size for s, size in zip(dims.stride, dims.kernel_size, strict=True))
 
 
 def _direct(op: str, dims: ConvDims) -> str:
-    if _few_columns(op, dims):
-        return f"slower than im2col, for {math.prod(dims.output_size)} pixels that see {math.prod(dims.input_size)}"
+    if reason := _columns(op, dims):
+        return f"slower than im2col: {reason}"
     if dims.depthwise:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    few = weights <= 2**16 or isa() == "amx"  # whose channels im2col must turn
+    few = (weights <= 2**16 and set(dims.stride) == {1}) or isa() == "amx"  # whose channels im2col must turn
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return ""
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
-    if dims.taps == 1 and (op != "conv_input_grad" or (set(dims.stride) == {1} and few)):
+    if dims.taps == 1 and (op != "conv_input_grad" or few):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""
-    if (pixels <= 16 or _weights_weigh(dims)) and dims.taps > 1 and weights > 2**18:
+    filters = dims.group_out_channels
+    if (9 <= pixels <= 16 or _weights_weigh(dims)) and dims.taps > 1 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
-    little = dims.reduction <= 9 or (dims.reduction <= 32 and dims.group_out_channels >= 1.75 * dims.reduction)
-    if little and pixels >= 4096:
+    fit = 0.75 * math.ceil(pixels / 16) * 16 < pixels <= 256
+    if dims.taps >= 16 and filters >= 0.6 * pixels and fit and set(dims.stride) == {1}:
+        return f"slower than im2col, which leaves weights of {dims.taps} taps where they are, for {pixels} pixels"
+    if dims.reduction <= 40 and dims.taps <= 9 and filters >= 16 and pixels >= 512:
         return (
-            f"slower than im2col, which leaves the output's layout: there is more of it, {dims.group_out_channels} "
-            f"filters, than of patches, of {dims.reduction} elements"
+            f"slower than im2col, which leaves the output's layout: there is as much of it, {filters} filters, as of "
+            f"patches, of {dims.reduction} elements"
         )
-    apart = all(stride >= size for stride, size in zip(dims.stride, dims.kernel_size, strict=True))
-    if dims.taps > 1 and apart and dims.reduction <= 64:
+    if _apart(dims) and (dims.reduction <= 64 or max(dims.stride) == 2):
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
     return ""
 
@@ -139,6 +164,11 @@ def _planar(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
+def _planar_cython(op: str, dims: ConvDims) -> str:
+    reason = _columns(op, dims)
+    return f"slower than im2col: {reason}" if reason else _planar(op, dims)
+
+
 def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, products: str = "fused") -> str:
     """Say yes where plain products (or ``columns``) are at least ``gain`` times the cost modelled for tiles."""
     if dims.kernel_size[1:] == (1, 1):
@@ -163,7 +193,7 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
-    reason = _winograd(op, dims, gain, columns if _few_columns(op, dims) else 0, products)
+    reason = _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return reason or "slower than direct, which multiplies pieces of numbers"
     return reason
@@ -180,7 +210,7 @@ def _winograd_numba(op: str, dims: ConvDims) -> str:
 
 CONVOLUTIONS = (
     Row("winograd", "cython", _winograd_cython),
-    Row("planar", "cython", _planar),
+    Row("planar", "cython", _planar_cython),
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd_numba),

@@ -337,8 +337,8 @@ INLINE int split_rows(const float *in, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t
     words largest = {0};
     for (; rows > 0; rows--, in += step) {
         for (const float *at = in; at < in + whole; at += CHANNELS, out += pieces * CHANNELS) {
-            __builtin_prefetch(at + step); /* the next row, for which the machine begins anew */
-            __builtin_prefetch(at + step + LANES);
+            __builtin_prefetch(at + 2 * step); /* a row is too short for the hardware to see where it leads */
+            __builtin_prefetch(at + 2 * step + LANES);
             split_two(*(const floats *)at, *(const floats *)(at + LANES), pieces, out, CHANNELS, &largest);
         }
         if (whole < n) {

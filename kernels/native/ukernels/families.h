@@ -43,6 +43,7 @@
 #ifdef __AVX512F__
 #define MASKED_LOAD(mask, from) PASTE(_mm512_maskz_loadu_, SUFFIX)(mask, from)
 #define MASKED_STORE(to, mask, from) PASTE(_mm512_mask_storeu_, SUFFIX)(to, mask, from)
+#define SPREAD_LOAD(mask, from) PASTE(_mm512_maskz_expandloadu_, SUFFIX)(mask, from) /* neighbours, to lanes that are apart */
 #endif
 
 /* Vectors of several parts of 16 bytes: the first from memory, and one with part number n from memory. */

@@ -363,6 +363,35 @@ static void FC(add)(void *total, const void *more, ptrdiff_t n)
         *(V *)(sums + i) += *(const V *)(x + i);
 }
 
+static void FC(add_apart)(void *total, ptrdiff_t step, const void *more, ptrdiff_t n)
+{
+    typedef T part __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+    enum { PART = 16 / sizeof(T) };
+    T *sums = total;
+    const T *x = more;
+    ptrdiff_t i = 0;
+    if (step == 1) {
+        for (; i + LANES <= n; i += LANES)
+            *(V *)(sums + i) += *(const V *)(x + i);
+        for (; i + PART <= n; i += PART)
+            *(part *)(sums + i) += *(const part *)(x + i);
+    }
+#ifdef MASKED_LOAD
+    else if (step > 1 && 2 * step <= LANES && n >= 24) { /* in short rows the next sums would wait: masked stores aren't forwarded */
+        const ptrdiff_t count = (LANES - 1) / step + 1;
+        unsigned lanes = 0;
+        for (ptrdiff_t k = 0; k < count; k++)
+            lanes |= 1u << k * step;
+        for (; i + count <= n; i += count) {
+            T *at = sums + i * step;
+            MASKED_STORE(at, lanes, MASKED_LOAD(lanes, at) + SPREAD_LOAD(lanes, x + i));
+        }
+    }
+#endif
+    for (; i < n; i++)
+        sums[i * step] += x[i];
+}
+
 /* -------------------------------------------------------------------------------------------------------- Winograd */
 
 #include "winograd.h"
@@ -591,6 +620,7 @@ static const fc_ukernels FC(table) = {
     .winograd_transform = FC(winograd_transform),
     .winograd_gather = FC(winograd_gather),
     .add = FC(add),
+    .add_apart = FC(add_apart),
     .all_below = FC(all_below),
 };
 

@@ -134,6 +134,9 @@ typedef struct {
     /* total[i] += more[i] for i < n, a multiple of `lanes`. */
     void (*add)(void *total, const void *more, ptrdiff_t n);
 
+    /* total[i * step] += more[i] for i < n. */
+    void (*add_apart)(void *total, ptrdiff_t step, const void *more, ptrdiff_t n);
+
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
 
