@@ -132,12 +132,16 @@ def _im2col(op: str, dims: ConvDims) -> str:
 def _planar(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad":
         return "has no gradient of the weights"
-    if op == "conv_forward" and dims.stride[1:] != (1, 1):
-        return "only for stride 1 along height and width"
     if dims.depthwise:
         return "slower than direct for depthwise convolution"
     filters = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
+
+
+def _planar_numba(op: str, dims: ConvDims) -> str:
+    if op == "conv_forward" and dims.stride[1:] != (1, 1):
+        return "only for stride 1 along height and width"
+    return _planar(op, dims)
 
 
 def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, products: str = "fused") -> str:
@@ -184,7 +188,7 @@ CONVOLUTIONS = (
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd_numba),
-    Row("planar", "numba", _planar),
+    Row("planar", "numba", _planar_numba),
     Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),

@@ -359,6 +359,10 @@ static void FC(add)(void *total, const void *more, ptrdiff_t n)
         *(V *)(sums + i) += *(const V *)(x + i);
 }
 
+/* ---------------------------------------------------------------------------------------------------------- planar */
+
+#include "planar.h"
+
 /* -------------------------------------------------------------------------------------------------------- Winograd */
 
 #include "winograd.h"
@@ -582,6 +586,10 @@ static const fc_ukernels FC(table) = {
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
+    .pad = FC(pad),
+    .planar_filters = FC(filters),
+    .planar = FC(planar),
+    .planar_one = FC(planar_one),
     .max_pool = FC(max_pool),
     .max_pool_grad = FC(max_pool_grad),
     .winograd_transform = FC(winograd_transform),
