@@ -57,6 +57,7 @@ ctypedef struct Plan:
     Blocks blocks
     Py_ssize_t groups           # that a task has
     Py_ssize_t together         # channels whose products are added up by themselves
+    Py_ssize_t ahead            # groups whose planes are copied before any is read: a load waits for what was just stored
     Py_ssize_t high             # rows of a plane
     Py_ssize_t plane            # elements from one to the next
     fc_padding padding          # what is the same for all planes, ...
@@ -102,6 +103,9 @@ cdef void _cut(Plan *plan) noexcept nogil:
     padding.wide = round_up(ceil_div(extent(c, 2, blocks.columns), c.stride[2]), c.kernels.lanes)
     plan.plane = c.kernel[0] * plan.high * padding.phases * padding.wide
     plan.plane = (plan.plane // c.kernels.lanes | 1) * c.kernels.lanes  # planes a power of two apart would share few sets of L1
+    plan.ahead = 1
+    if plan.together == c.channels:
+        plan.ahead = max(1, min(plan.groups, NEAR_BYTES // (c.channels * plan.plane * c.item)))
     plan.planes.tap_row = c.dilation[1] * padding.phases * padding.wide
     plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
 
@@ -191,47 +195,53 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t parts = ceil_div(c.groups, plan.groups), group = task % parts * plan.groups
     cdef Block block
     locate(c, &plan.blocks, task // parts, &block)
-    cdef Py_ssize_t plane_bytes = plan.together * plan.plane * c.item
+    cdef Py_ssize_t plane_bytes = plan.ahead * plan.together * plan.plane * c.item
     cdef Py_ssize_t sum_bytes = 0 if plan.in_place else c.filters * block.rows * plan.columns * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
     if memory == NULL:
         return 1
+    cdef char *cells = memory + sum_bytes
+    cdef Py_ssize_t end = min(group + plan.groups, c.groups), count, channel, channels, i
     cdef fc_planes planes = plan.planes
     planes.rows, planes.columns = block.rows, block.columns
     planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
     planes.out_filter = c.y.stride[1] if plan.in_place else block.rows * plan.columns
-    for group in range(group, min(group + plan.groups, c.groups)):
-        _group(plan, &block, &planes, group, memory + sum_bytes, memory)
+    for group from group <= group < end by plan.ahead:
+        count = min(plan.ahead, end - group)
+        for channel from 0 <= channel < c.channels by plan.together:
+            channels = min(plan.together, c.channels - channel)
+            _pad(plan, &block, group * c.channels + channel, count * channels, cells)
+            for i in range(count):
+                _multiply(
+                    plan, &block, &planes, group + i, channel, channels, cells + i * channels * plan.plane * c.item, memory
+                )
     return 0
 
 
-cdef void _group(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, char *cells,
-                 char *sums) noexcept nogil:
-    """Compute and store a group's filters for a block of pixels."""
+cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t channel,
+                    Py_ssize_t channels, const char *cells, char *sums) noexcept nogil:
+    """Add the products of some channels to a group's sums for a block of pixels; store them after the last channels."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t first = group * c.filters, channel, channels
-    cdef const char *weights = plan.weights + group * (c.w.stride[0] if plan.one else plan.group_weights) * c.item
-    cdef const char *bias = bias_at(plan.bias, first * c.item)
+    cdef Py_ssize_t first = group * c.filters
+    cdef bint last = channel + channels == c.channels
     cdef char *out = y.data + (
         block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
         + block.top * y.stride[3] + block.left * y.stride[4]
     ) * c.item
     cdef char *target = out if plan.in_place else sums
-    planes.accumulate = False
-    for channel from 0 <= channel < c.channels by plan.together:
-        channels = min(plan.together, c.channels - channel)
-        _pad(plan, block, group * c.channels + channel, channels, cells)
-        planes.relu = plan.planes.relu and channel + channels == c.channels
-        planes.bias = bias if channel + channels == c.channels else NULL
-        if plan.one:
-            c.kernels.planar_one(planes, weights, cells, target)
-        else:
-            planes.n_taps = channels * c.taps
-            c.kernels.planar(planes, weights, c.filters, cells, target)
-            weights += c.filters * planes.n_taps * c.item
-        planes.accumulate = True
-    if not plan.in_place:
+    planes.accumulate = channel > 0
+    planes.relu = plan.planes.relu and last
+    planes.bias = bias_at(plan.bias, first * c.item) if last else NULL
+    if plan.one:
+        c.kernels.planar_one(planes, plan.weights + first * c.w.stride[0] * c.item, cells, target)
+    else:
+        planes.n_taps = channels * c.taps
+        c.kernels.planar(
+            planes, plan.weights + (group * plan.group_weights + channel * c.filters * c.taps) * c.item, c.filters, cells,
+            target,
+        )
+    if last and not plan.in_place:
         _store(plan, block, planes, sums, out)
 
 

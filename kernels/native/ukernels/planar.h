@@ -21,6 +21,15 @@ static inline __attribute__((always_inline)) V FC(load_some)(const T *in, ptrdif
 #endif
 }
 
+static inline __attribute__((always_inline)) void FC(store_some)(V x, ptrdiff_t n, T *out)
+{
+#ifdef MASKED_STORE
+    MASKED_STORE(out, (1u << n) - 1, x);
+#else
+    FC(copy_row)((const T *)&x, n, out);
+#endif
+}
+
 /* Finish the sums of a vector of pixels, of which there are n, and store them. */
 static inline __attribute__((always_inline)) void FC(store_pixels)(const fc_planes *p, V sum, const T *bias, ptrdiff_t n, T *out)
 {
@@ -33,19 +42,68 @@ static inline __attribute__((always_inline)) void FC(store_pixels)(const fc_plan
     if (n >= LANES)
         *(V *)out = sum;
     else
-        FC(copy_row)((const T *)&sum, n, out);
+        FC(store_some)(sum, n, out);
 }
 
 /* -------------------------------------------------------------------------------------------------------- padding */
 
-/* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
-static inline __attribute__((always_inline)) void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n,
-                                                              ptrdiff_t wide, T *out)
+static T *FC(pad_zeros)(T *out, ptrdiff_t n)
 {
-    for (ptrdiff_t i = 0; i < before; i += LANES)
+    for (ptrdiff_t i = 0; i < n; i += LANES)
         *(V *)(out + i) = (V){0};
-    for (ptrdiff_t i = (before + n) / LANES * LANES; i < wide; i += LANES)
-        *(V *)(out + i) = (V){0};
+    return out + n;
+}
+
+#ifdef MASKED_LOAD
+/* Which lanes of a vector are cells, if it starts `at` cells behind the start of a padded row. */
+static unsigned FC(inside)(const fc_padding *p, ptrdiff_t at)
+{
+    const ptrdiff_t first = p->before - at, end = first + p->cells;
+    const unsigned below = first > 0 ? first < LANES ? (1u << first) - 1 : ~0u : 0;
+    return (end > 0 ? end < LANES ? (1u << end) - 1 : (1u << LANES) - 1 : 0) & ~below;
+}
+
+/* Rows of neighbouring cells, a vector of all rows at a time; every vector is stored once, whole. */
+static void FC(pad_neighbours)(const fc_padding *p, const T *in, T *out)
+{
+    for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
+        const unsigned lanes = FC(inside)(p, at);
+        const T *from = in + at - p->before;
+        for (ptrdiff_t r = 0; r < p->rows; r++)
+            *(V *)(out + r * p->wide + at) = lanes ? (V)MASKED_LOAD(lanes, from + r * p->row_step) : (V){0};
+    }
+}
+
+#define FOUR(i) i, i + 2, i + 4, i + 6
+#if T_BYTES == 4
+#define EVERY_SECOND(i) FOUR(i), FOUR(i + 8), FOUR(i + 16), FOUR(i + 24)
+#else
+#define EVERY_SECOND(i) FOUR(i), FOUR(i + 8)
+#endif
+/* The same where every row becomes two. */
+static void FC(pad_pairs)(const fc_padding *p, const T *in, T *out)
+{
+    for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
+        const unsigned low = FC(inside)(p, 2 * at), high = FC(inside)(p, 2 * at + LANES);
+        const T *from = in + 2 * at - p->before;
+        T *to = out + at;
+        for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += 2 * p->wide) {
+            const V x = (V)MASKED_LOAD(low, from), y = (V)MASKED_LOAD(high, from + LANES);
+            *(V *)to = SHUFFLE(x, y, EVERY_SECOND(0));
+            *(V *)(to + p->wide) = SHUFFLE(x, y, EVERY_SECOND(1));
+        }
+    }
+}
+#undef EVERY_SECOND
+#undef FOUR
+#endif
+
+/* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
+static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
+{
+    const ptrdiff_t after = (before + n) / LANES * LANES;
+    FC(pad_zeros)(out, before);
+    FC(pad_zeros)(out + after, wide - after);
     if (step == 1)
         FC(copy_row)(in, n, out + before);
     else
@@ -55,10 +113,18 @@ static inline __attribute__((always_inline)) void FC(pad_row)(const T *in, ptrdi
 static void FC(pad)(const fc_padding *p, const void *image, void *out)
 {
     const T *in = image;
-    T *row = out;
     const ptrdiff_t line = p->phases * p->wide;
-    memset(row, 0, (size_t)(p->above * line) * sizeof(T));
-    row += p->above * line;
+    T *row = FC(pad_zeros)(out, p->above * line);
+    FC(pad_zeros)(row + p->rows * line, p->below * line);
+#ifdef MASKED_LOAD
+    if (p->cell_step == 1 && p->phases <= 2) {
+        if (p->phases == 1)
+            FC(pad_neighbours)(p, in, row);
+        else
+            FC(pad_pairs)(p, in, row);
+        return;
+    }
+#endif
     for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step)
         for (ptrdiff_t phase = 0; phase < p->phases; phase++, row += p->wide) {
             const ptrdiff_t zeros = p->before > phase ? (p->before - phase + p->phases - 1) / p->phases : 0;
@@ -66,7 +132,6 @@ static void FC(pad)(const fc_padding *p, const void *image, void *out)
             const ptrdiff_t n = p->cells > first ? (p->cells - first + p->phases - 1) / p->phases : 0;
             FC(pad_row)(in + first * p->cell_step, p->phases * p->cell_step, zeros, n, p->wide, row);
         }
-    memset(row, 0, (size_t)(p->below * line) * sizeof(T));
 }
 
 /* --------------------------------------------------------------------------------------------------- some filters */
@@ -127,8 +192,9 @@ static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes
             FC(planar_row)(p, w, n <= FC(filters) ? n : 1, a + r * p->cell_row, bias, c + r * p->out_row); \
         break;
 
-static void FC(planar)(const fc_planes *p, const void *weight, ptrdiff_t filters, const void *cells, void *out)
+static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out)
 {
+    const fc_planes own = *planes, *p = &own; /* which no store changes */
     const T *w = weight, *a = cells, *bias = p->bias;
     T *c = out;
     for (ptrdiff_t n; filters > 0; filters -= n) {
@@ -170,7 +236,10 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
             UNROLL for (int h = 0; h < high; h++)
                 if (j >= h && (j - h) % every == 0 && (j - h) / every < rows)
                     acc[(j - h) / every] += x * w[h];
+            NEEDED(x);
         }
+        UNROLL for (int h = 0; h < high; h++)
+            NEEDED(w[h]);
     }
     UNROLL for (int r = 0; r < rows; r++)
         FC(store_pixels)(p, acc[r], p->bias, n, out + r * p->out_row);
@@ -200,15 +269,16 @@ static inline __attribute__((always_inline)) void FC(columns_any)(const fc_plane
             FC(columns)(p, weight, n, 2, FC(rows), cells, left, out); \
         break;
 
-static void FC(planar_one)(const fc_planes *p, const void *weights, const void *planes, void *output)
+static void FC(planar_one)(const fc_planes *planes, const void *weights, const void *plane, void *output)
 {
+    const fc_planes own = *planes, *p = &own;
     const T *weight = weights;
     const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
     const ptrdiff_t together = p->rows >= FC(rows) ? FC(rows) : 1;
     for (ptrdiff_t row = 0; row < p->rows; row += together) {
         const ptrdiff_t r = row + together <= p->rows ? row : p->rows - together; /* the last rows overlap those before them */
         for (ptrdiff_t x = 0; x < p->columns; x += LANES) {
-            const T *cells = (const T *)planes + r * p->cell_row + x;
+            const T *cells = (const T *)plane + r * p->cell_row + x;
             T *out = (T *)output + r * p->out_row + x;
             const ptrdiff_t left = p->columns - x;
             if (together == 1)
