@@ -7,42 +7,86 @@ static inline V FC(rectified)(V value)
     return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
 }
 
-/* The first n < LANES elements. */
-static inline __attribute__((always_inline)) V FC(load_some)(const T *in, ptrdiff_t n)
+/* Which lanes of a vector are meant: those from `first` on, up to `end`, where both may lie anywhere. */
+#if defined(MASKED_LOAD)
+typedef unsigned FC(lanes);
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
 {
-#ifdef MASKED_LOAD
-    return (V)MASKED_LOAD((1u << n) - 1, in);
+    const unsigned below = first > 0 ? first < LANES ? (1u << first) - 1 : ~0u : 0;
+    return (end > 0 ? end < LANES ? (1u << end) - 1 : (1u << LANES) - 1 : 0) & ~below;
+}
+#define LOAD_LANES(lanes, from) (V)MASKED_LOAD(lanes, from)
+#define STORE_LANES(to, lanes, x) MASKED_STORE(to, lanes, x)
+#elif defined(LANES_LOAD)
+typedef T_INT FC(lanes) __attribute__((vector_size(VECTOR_BYTES)));
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
+{
+    FC(lanes) which;
+    for (T_INT i = 0; i < LANES; i++)
+        which[i] = -(i >= first && i < end);
+    return which;
+}
+#define LOAD_LANES(lanes, from) (V)LANES_LOAD(lanes, from)
+#define STORE_LANES(to, lanes, x) LANES_STORE(to, lanes, x)
 #else
+typedef struct {
+    ptrdiff_t first, end;
+} FC(lanes);
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
+{
+    return (FC(lanes)){first > 0 ? first : 0, end < LANES ? end : LANES};
+}
+static inline V FC(load_lanes)(FC(lanes) which, const T *from)
+{
     V x = {0};
-    T *lanes = (T *)&x;
-    for (ptrdiff_t i = 0; i < n; i++)
-        lanes[i] = in[i];
+    for (ptrdiff_t i = which.first; i < which.end; i++)
+        x[i] = from[i];
     return x;
-#endif
 }
-
-static inline __attribute__((always_inline)) void FC(store_some)(V x, ptrdiff_t n, T *out)
+static inline void FC(store_lanes)(T *to, FC(lanes) which, V x)
 {
-#ifdef MASKED_STORE
-    MASKED_STORE(out, (1u << n) - 1, x);
-#else
-    FC(copy_row)((const T *)&x, n, out);
-#endif
+    for (ptrdiff_t i = which.first; i < which.end; i++)
+        to[i] = x[i];
 }
+#define LOAD_LANES(lanes, from) FC(load_lanes)(lanes, from)
+#define STORE_LANES(to, lanes, x) FC(store_lanes)(to, lanes, x)
+#endif
 
-/* Finish the sums of a vector of pixels, of which there are n, and store them. */
-static inline __attribute__((always_inline)) void FC(store_pixels)(const fc_planes *p, V sum, const T *bias, ptrdiff_t n, T *out)
+enum { FC(widest) = 4, FC(most) = 8 }; /* vectors and rows of a tile */
+
+/* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector. Each row has a bias of its own,
+ * or all have the same. Rows and vectors are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_planes *p, V acc[][FC(widest)], const int rows,
+                                                                  const int vectors, const T *bias, const int own, ptrdiff_t n,
+                                                                  T *out, ptrdiff_t step)
 {
+    const ptrdiff_t last = (vectors - 1) * LANES;
+    const FC(lanes) some = FC(between)(0, n - last);
+    const int whole = n - last >= LANES;
     if (p->accumulate)
-        sum += n >= LANES ? *(const V *)out : FC(load_some)(out, n);
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int v = 0; v < vectors - 1; v++)
+                acc[r][v] += *(const V *)(out + r * step + v * LANES);
+            acc[r][vectors - 1] += LOAD_LANES(some, out + r * step + last);
+        }
     if (bias)
-        sum += *bias;
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[r][v] += bias[own * r];
     if (p->relu)
-        sum = FC(rectified)(sum);
-    if (n >= LANES)
-        *(V *)out = sum;
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[r][v] = FC(rectified)(acc[r][v]);
+    if (whole)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                *(V *)(out + r * step + v * LANES) = acc[r][v];
     else
-        FC(store_some)(sum, n, out);
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int v = 0; v < vectors - 1; v++)
+                *(V *)(out + r * step + v * LANES) = acc[r][v];
+            STORE_LANES(out + r * step + last, some, acc[r][vectors - 1]);
+        }
 }
 
 /* -------------------------------------------------------------------------------------------------------- padding */
@@ -54,49 +98,62 @@ static T *FC(pad_zeros)(T *out, ptrdiff_t n)
     return out + n;
 }
 
-#ifdef MASKED_LOAD
-/* Which lanes of a vector are cells, if it starts `at` cells behind the start of a padded row. */
-static unsigned FC(inside)(const fc_padding *p, ptrdiff_t at)
+/* The lanes that are cells in a vector that starts `at` cells behind the start of a padded row. */
+static FC(lanes) FC(inside)(const fc_padding *p, ptrdiff_t at)
 {
-    const ptrdiff_t first = p->before - at, end = first + p->cells;
-    const unsigned below = first > 0 ? first < LANES ? (1u << first) - 1 : ~0u : 0;
-    return (end > 0 ? end < LANES ? (1u << end) - 1 : (1u << LANES) - 1 : 0) & ~below;
+    return FC(between)(p->before - at, p->before + p->cells - at);
 }
 
 /* Rows of neighbouring cells, a vector of all rows at a time; every vector is stored once, whole. */
 static void FC(pad_neighbours)(const fc_padding *p, const T *in, T *out)
 {
     for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
-        const unsigned lanes = FC(inside)(p, at);
+        const FC(lanes) some = FC(inside)(p, at);
         const T *from = in + at - p->before;
-        for (ptrdiff_t r = 0; r < p->rows; r++)
-            *(V *)(out + r * p->wide + at) = lanes ? (V)MASKED_LOAD(lanes, from + r * p->row_step) : (V){0};
+        T *to = out + at;
+        if (at >= p->before && at + LANES <= p->before + p->cells)
+            for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += p->wide)
+                *(V *)to = *(const V *)from;
+        else
+            for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += p->wide)
+                *(V *)to = LOAD_LANES(some, from);
     }
 }
 
-#define FOUR(i) i, i + 2, i + 4, i + 6
-#if T_BYTES == 4
-#define EVERY_SECOND(i) FOUR(i), FOUR(i + 8), FOUR(i + 16), FOUR(i + 24)
-#else
-#define EVERY_SECOND(i) FOUR(i), FOUR(i + 8)
-#endif
 /* The same where every row becomes two. */
+#define FOUR(i) i, i + 2, i + 4, i + 6
+#define EVERY_SECOND_2(i) i, i + 2
+#define EVERY_SECOND_4(i) FOUR(i)
+#define EVERY_SECOND_8(i) FOUR(i), FOUR(i + 8)
+#define EVERY_SECOND_16(i) FOUR(i), FOUR(i + 8), FOUR(i + 16), FOUR(i + 24)
+#if VECTOR_BYTES / T_BYTES == 16
+#define EVERY_SECOND EVERY_SECOND_16
+#elif VECTOR_BYTES / T_BYTES == 8
+#define EVERY_SECOND EVERY_SECOND_8
+#elif VECTOR_BYTES / T_BYTES == 4
+#define EVERY_SECOND EVERY_SECOND_4
+#else
+#define EVERY_SECOND EVERY_SECOND_2
+#endif
 static void FC(pad_pairs)(const fc_padding *p, const T *in, T *out)
 {
     for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
-        const unsigned low = FC(inside)(p, 2 * at), high = FC(inside)(p, 2 * at + LANES);
+        const FC(lanes) low = FC(inside)(p, 2 * at), high = FC(inside)(p, 2 * at + LANES);
         const T *from = in + 2 * at - p->before;
         T *to = out + at;
         for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += 2 * p->wide) {
-            const V x = (V)MASKED_LOAD(low, from), y = (V)MASKED_LOAD(high, from + LANES);
+            const V x = LOAD_LANES(low, from), y = LOAD_LANES(high, from + LANES);
             *(V *)to = SHUFFLE(x, y, EVERY_SECOND(0));
             *(V *)(to + p->wide) = SHUFFLE(x, y, EVERY_SECOND(1));
         }
     }
 }
 #undef EVERY_SECOND
+#undef EVERY_SECOND_2
+#undef EVERY_SECOND_4
+#undef EVERY_SECOND_8
+#undef EVERY_SECOND_16
 #undef FOUR
-#endif
 
 /* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
 static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
@@ -116,15 +173,14 @@ static void FC(pad)(const fc_padding *p, const void *image, void *out)
     const ptrdiff_t line = p->phases * p->wide;
     T *row = FC(pad_zeros)(out, p->above * line);
     FC(pad_zeros)(row + p->rows * line, p->below * line);
-#ifdef MASKED_LOAD
-    if (p->cell_step == 1 && p->phases <= 2) {
-        if (p->phases == 1)
-            FC(pad_neighbours)(p, in, row);
-        else
-            FC(pad_pairs)(p, in, row);
+    if (p->cell_step == 1 && p->phases == 1) {
+        FC(pad_neighbours)(p, in, row);
         return;
     }
-#endif
+    if (p->cell_step == 1 && p->phases == 2) {
+        FC(pad_pairs)(p, in, row);
+        return;
+    }
     for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step)
         for (ptrdiff_t phase = 0; phase < p->phases; phase++, row += p->wide) {
             const ptrdiff_t zeros = p->before > phase ? (p->before - phase + p->phases - 1) / p->phases : 0;
@@ -147,10 +203,10 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
                                                                   const T *cells, const int vectors, const T *bias,
                                                                   ptrdiff_t n, T *out)
 {
-    V acc[8][4] = {{{0}}};
+    V acc[FC(most)][FC(widest)] = {{{0}}};
     for (ptrdiff_t t = 0; t < p->n_taps; t++, weight += filters) {
         const T *at = cells + p->taps[t];
-        V cell[4];
+        V cell[FC(widest)];
         UNROLL for (int v = 0; v < vectors; v++)
             cell[v] = *(const V *)(at + v * LANES);
         UNROLL for (int f = 0; f < filters; f++) {
@@ -160,10 +216,7 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
             NEEDED(factor);
         }
     }
-    UNROLL for (int f = 0; f < filters; f++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            FC(store_pixels)(p, acc[f][v], bias ? bias + f : bias, v < vectors - 1 ? LANES : n - v * LANES,
-                             out + f * p->out_filter + v * LANES);
+    FC(finish_tile)(p, acc, filters, vectors, bias, 1, n, out, p->out_filter);
 }
 
 /* A row of pixels, in tiles of about the same size. */
@@ -218,84 +271,92 @@ static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t fi
 
 /* ----------------------------------------------------------------------------------------------------- one filter */
 
-enum { FC(rows) = 7 }; /* of pixels, whose sums are in registers beside a column of 7 weights */
+enum { FC(rows) = 7 }; /* of pixels, whose sums are in registers beside a column of 7 weights, ... */
+#if VECTOR_BYTES == 64
+enum { FC(across) = 2 }; /* ... and so many vectors of each */
+#else
+enum { FC(across) = 1 };
+#endif
 
-/* A vector of each of `rows` rows of pixels. A cell is loaded once for all `high` taps of a column: rows of pixels are `every` rows
- * of taps apart. All three are constants where this is inlined. */
+/* Some vectors of each of 7 rows of pixels. A cell is loaded once for all `high` taps of a column: rows of pixels are `every` rows
+ * of taps apart. These are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p, const T *weight, const int high, const int every,
-                                                              const int rows, const T *cells, ptrdiff_t n, T *out)
+                                                              const T *cells, const int vectors, ptrdiff_t n, T *out)
 {
-    V acc[FC(rows)] = {{0}};
+    V acc[FC(most)][FC(widest)] = {{{0}}};
     for (ptrdiff_t t = 0; t < p->n_taps; t++) {
         const T *cell = cells + p->taps[t], *factor = weight + p->weight_taps[t];
         V w[7];
-        UNROLL for (int h = 0; h < high; h++, factor += p->weight_row)
+        UNROLL for (int h = 0; h < high; h++, factor += p->weight_row) {
             w[h] = *factor - (V){0};
-        UNROLL for (int j = 0; j < (rows - 1) * every + high; j++, cell += p->tap_row) {
-            const V x = *(const V *)cell;
-            UNROLL for (int h = 0; h < high; h++)
-                if (j >= h && (j - h) % every == 0 && (j - h) / every < rows)
-                    acc[(j - h) / every] += x * w[h];
-            NEEDED(x);
+            HELD(w[h]);
         }
-        UNROLL for (int h = 0; h < high; h++)
-            NEEDED(w[h]);
+        UNROLL for (int j = 0; j < (FC(rows) - 1) * every + high; j++, cell += p->tap_row)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                V x = *(const V *)(cell + v * LANES);
+                HELD(x);
+                UNROLL for (int h = 0; h < high; h++)
+                    if (j >= h && (j - h) % every == 0 && (j - h) / every < FC(rows))
+                        acc[(j - h) / every][v] += x * w[h];
+            }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        FC(store_pixels)(p, acc[r], p->bias, n, out + r * p->out_row);
+    FC(finish_tile)(p, acc, FC(rows), vectors, p->bias, 0, n, out, p->out_row);
 }
 
-/* The same for columns of any height and rows of pixels any distance apart. */
+/* The same for columns of any height, and rows of pixels any distance apart. */
 static inline __attribute__((always_inline)) void FC(columns_any)(const fc_planes *p, const T *weight, const int rows,
                                                                   const T *cells, ptrdiff_t n, T *out)
 {
-    V acc[FC(rows)] = {{0}};
+    V acc[FC(most)][FC(widest)] = {{{0}}};
     for (ptrdiff_t t = 0; t < p->n_taps; t++)
         for (ptrdiff_t h = 0; h < p->high; h++) {
             const T *cell = cells + p->taps[t] + h * p->tap_row;
             const T factor = weight[p->weight_taps[t] + h * p->weight_row];
             UNROLL for (int r = 0; r < rows; r++)
-                acc[r] += *(const V *)(cell + r * p->cell_row) * factor;
+                acc[r][0] += *(const V *)(cell + r * p->cell_row) * factor;
         }
-    UNROLL for (int r = 0; r < rows; r++)
-        FC(store_pixels)(p, acc[r], p->bias, n, out + r * p->out_row);
+    FC(finish_tile)(p, acc, rows, 1, p->bias, 0, n, out, p->out_row);
 }
 
-#define COLUMNS_CASE(n)                                          \
-    case n:                                                      \
-        if (every == 1)                                          \
-            FC(columns)(p, weight, n, 1, FC(rows), cells, left, out); \
-        else                                                     \
-            FC(columns)(p, weight, n, 2, FC(rows), cells, left, out); \
-        break;
+static inline __attribute__((always_inline)) void FC(column_rows)(const fc_planes *p, const T *weight, const int high,
+                                                                  const int every, const T *cells, T *out)
+{
+    ptrdiff_t x = 0;
+    for (; FC(across) == 2 && p->columns - x > LANES; x += 2 * LANES)
+        FC(columns)(p, weight, high, every, cells + x, 2, p->columns - x < 2 * LANES ? p->columns - x : 2 * LANES, out + x);
+    for (; x < p->columns; x += LANES)
+        FC(columns)(p, weight, high, every, cells + x, 1, p->columns - x, out + x);
+}
+
+#define COLUMNS_CASE(n)                                            case n:                                                            if (every == 1)                                                    FC(column_rows)(p, weight, n, 1, cells, out);              else                                                               FC(column_rows)(p, weight, n, 2, cells, out);              continue;
 
 static void FC(planar_one)(const fc_planes *planes, const void *weights, const void *plane, void *output)
 {
     const fc_planes own = *planes, *p = &own;
     const T *weight = weights;
-    const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
     const ptrdiff_t together = p->rows >= FC(rows) ? FC(rows) : 1;
+    const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
     for (ptrdiff_t row = 0; row < p->rows; row += together) {
         const ptrdiff_t r = row + together <= p->rows ? row : p->rows - together; /* the last rows overlap those before them */
-        for (ptrdiff_t x = 0; x < p->columns; x += LANES) {
-            const T *cells = (const T *)plane + r * p->cell_row + x;
-            T *out = (T *)output + r * p->out_row + x;
-            const ptrdiff_t left = p->columns - x;
-            if (together == 1)
-                FC(columns_any)(p, weight, 1, cells, left, out);
+        const T *cells = (const T *)plane + r * p->cell_row;
+        T *out = (T *)output + r * p->out_row;
+        if (every && together > 1)
+            switch (p->high) {
+                COLUMNS_CASE(1)
+                COLUMNS_CASE(2)
+                COLUMNS_CASE(3)
+                COLUMNS_CASE(4)
+                COLUMNS_CASE(5)
+                COLUMNS_CASE(6)
+                COLUMNS_CASE(7)
+            }
+        for (ptrdiff_t x = 0; x < p->columns; x += LANES)
+            if (together > 1)
+                FC(columns_any)(p, weight, FC(rows), cells + x, p->columns - x, out + x);
             else
-                switch (every ? p->high : 0) {
-                    COLUMNS_CASE(1)
-                    COLUMNS_CASE(2)
-                    COLUMNS_CASE(3)
-                    COLUMNS_CASE(4)
-                    COLUMNS_CASE(5)
-                    COLUMNS_CASE(6)
-                    COLUMNS_CASE(7)
-                default:
-                    FC(columns_any)(p, weight, FC(rows), cells, left, out);
-                }
-        }
+                FC(columns_any)(p, weight, 1, cells + x, p->columns - x, out + x);
     }
 }
 #undef COLUMNS_CASE
+#undef LOAD_LANES
+#undef STORE_LANES
