@@ -19,7 +19,7 @@
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
 loop on other views (``interleave``), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
-microkernel multiplies channel by channel.
+microkernel multiplies channel by channel, where channels are neighbours; where the pixels of a row are, it is ``conv_planar``'s.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing.
 Few channels would not fill its reduction: the patch of each pixel, all taps and channels, is laid out, and convolved with 1x1
@@ -30,6 +30,7 @@ cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
+from fastconv.kernels.native import conv_planar
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, packed_weight_size, panel_vectors, part_cells, piece_tile,
@@ -52,7 +53,9 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.groups > 1 and weight.shape[1] == 1:
+    if dims.depthwise and input.strides[4] == output.strides[4] == input.itemsize:
+        conv_planar.conv_forward(input, weight, bias, output, dims, options)
+    elif dims.depthwise:
         multiplier = weight.shape[0] // dims.groups
         for j in range(multiplier):  # filters j, j + multiplier, ... are one filter for each channel
             part = None if bias is None else bias[j::multiplier]

@@ -99,10 +99,12 @@ cdef void _cut(Plan *plan) noexcept nogil:
     plan.columns = round_up(blocks.columns, c.kernels.lanes)
     padding.row_step = c.x.stride[3]
     padding.cell_step = c.x.stride[4]
+    padding.image_step = c.x.stride[1]
     padding.phases = c.stride[2]
     padding.wide = round_up(ceil_div(extent(c, 2, blocks.columns), c.stride[2]), c.kernels.lanes)
     plan.plane = c.kernel[0] * plan.high * padding.phases * padding.wide
     plan.plane = (plan.plane // c.kernels.lanes | 1) * c.kernels.lanes  # planes a power of two apart would share few sets of L1
+    padding.plane_step = plan.plane
     plan.ahead = 1
     if plan.together == c.channels:
         plan.ahead = max(1, min(plan.groups, NEAR_BYTES // (c.channels * plan.plane * c.item)))
@@ -196,34 +198,32 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Block block
     locate(c, &plan.blocks, task // parts, &block)
     cdef Py_ssize_t plane_bytes = plan.ahead * plan.together * plan.plane * c.item
-    cdef Py_ssize_t sum_bytes = 0 if plan.in_place else c.filters * block.rows * plan.columns * c.item
+    cdef Py_ssize_t sum_bytes = 0 if plan.in_place else plan.ahead * c.filters * block.rows * plan.columns * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
     if memory == NULL:
         return 1
     cdef char *cells = memory + sum_bytes
-    cdef Py_ssize_t end = min(group + plan.groups, c.groups), count, channel, channels, i
+    cdef Py_ssize_t end = min(group + plan.groups, c.groups), count, channel, channels
     cdef fc_planes planes = plan.planes
     planes.rows, planes.columns = block.rows, block.columns
     planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
     planes.out_filter = c.y.stride[1] if plan.in_place else block.rows * plan.columns
+    planes.weight_group, planes.cell_group = c.w.stride[0], c.channels * plan.plane
     for group from group <= group < end by plan.ahead:
         count = min(plan.ahead, end - group)
         for channel from 0 <= channel < c.channels by plan.together:
             channels = min(plan.together, c.channels - channel)
             _pad(plan, &block, group * c.channels + channel, count * channels, cells)
-            for i in range(count):
-                _multiply(
-                    plan, &block, &planes, group + i, channel, channels, cells + i * channels * plan.plane * c.item, memory
-                )
+            _multiply(plan, &block, &planes, group, count, channel, channels, cells, memory)
     return 0
 
 
-cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t channel,
-                    Py_ssize_t channels, const char *cells, char *sums) noexcept nogil:
-    """Add the products of some channels to a group's sums for a block of pixels; store them after the last channels."""
+cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t groups,
+                    Py_ssize_t channel, Py_ssize_t channels, const char *cells, char *sums) noexcept nogil:
+    """Add the products of some channels to some groups' sums for a block of pixels; store them after the last channels."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t first = group * c.filters
+    cdef Py_ssize_t first = group * c.filters, i
     cdef bint last = channel + channels == c.channels
     cdef char *out = y.data + (
         block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
@@ -234,15 +234,17 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
     planes.relu = plan.planes.relu and last
     planes.bias = bias_at(plan.bias, first * c.item) if last else NULL
     if plan.one:
-        c.kernels.planar_one(planes, plan.weights + first * c.w.stride[0] * c.item, cells, target)
+        c.kernels.planar_one(planes, groups, plan.weights + first * c.w.stride[0] * c.item, cells, target)
     else:
         planes.n_taps = channels * c.taps
-        c.kernels.planar(
-            planes, plan.weights + (group * plan.group_weights + channel * c.filters * c.taps) * c.item, c.filters, cells,
-            target,
-        )
+        for i in range(groups):
+            planes.bias = bias_at(plan.bias, (first + i * c.filters) * c.item) if last else NULL
+            c.kernels.planar(
+                planes, plan.weights + ((group + i) * plan.group_weights + channel * c.filters * c.taps) * c.item, c.filters,
+                cells + i * planes.cell_group * c.item, target + i * c.filters * planes.out_filter * c.item,
+            )
     if last and not plan.in_place:
-        _store(plan, block, planes, sums, out)
+        _store(plan, block, planes, groups * c.filters, sums, out)
 
 
 cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil:
@@ -250,29 +252,27 @@ cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_
     cdef const Conv *c = &plan.c
     cdef const View *x = &c.x
     cdef Py_ssize_t left = block.left * c.stride[2] - c.pad[2], top = block.top * c.stride[1] - c.pad[1]
-    cdef Py_ssize_t row = min(max(0, top), x.size[3]), cell = min(max(0, left), x.size[4]), channel, d, z
+    cdef Py_ssize_t row = min(max(0, top), x.size[3]), cell = min(max(0, left), x.size[4]), i, d, z
     cdef Py_ssize_t part = plan.high * plan.padding.phases * plan.padding.wide * c.item
-    cdef const char *base
+    cdef const char *base = x.data + (
+        block.image * x.stride[0] + first * x.stride[1] + row * x.stride[3] + cell * x.stride[4]
+    ) * c.item
     cdef fc_padding padding = plan.padding
     padding.above = min(max(0, -top), block.high)
     padding.rows = max(0, min(x.size[3], top + block.high) - row)
     padding.below = block.high - padding.above - padding.rows
     padding.before = min(max(0, -left), block.wide)
     padding.cells = max(0, min(x.size[4], left + block.wide) - cell)
-    for channel in range(first, first + count):
-        base = x.data + (
-            block.image * x.stride[0] + channel * x.stride[1] + row * x.stride[3] + cell * x.stride[4]
-        ) * c.item
-        for d in range(c.kernel[0]):
-            z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-            if 0 <= z < x.size[2]:
-                c.kernels.pad(&padding, base + z * x.stride[2] * c.item, out + d * part)
-            else:
-                memset(out + d * part, 0, <size_t>part)
-        out += plan.plane * c.item
+    for d in range(c.kernel[0]):
+        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
+        if 0 <= z < x.size[2]:
+            c.kernels.pad(&padding, count, base + z * x.stride[2] * c.item, out + d * part)
+        else:
+            for i in range(count):
+                memset(out + d * part + i * plan.plane * c.item, 0, <size_t>part)
 
 
-cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, const char *sums,
+cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, Py_ssize_t filters, const char *sums,
                  char *out) noexcept nogil:
     """Store the sums of a block, [filter][row][pixel], row by row."""
     cdef const Conv *c = &plan.c
@@ -284,6 +284,6 @@ cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, 
     epilogue.channel_stride = c.y.stride[4]
     for row in range(block.rows):
         c.kernels.epilogue(
-            &epilogue, sums + row * planes.out_row * c.item, planes.out_filter, c.filters, block.columns,
+            &epilogue, sums + row * planes.out_row * c.item, planes.out_filter, filters, block.columns,
             out + row * c.y.stride[3] * c.item,
         )

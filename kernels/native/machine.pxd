@@ -38,13 +38,13 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t n_rows, run, plane, depth
 
     ctypedef struct fc_padding:
-        Py_ssize_t row_step, cell_step, above, rows, below, before, cells, phases, wide
+        Py_ssize_t row_step, cell_step, above, rows, below, before, cells, phases, wide, image_step, plane_step
 
     ctypedef struct fc_planes:
         const Py_ssize_t *taps
         Py_ssize_t n_taps, high, tap_row
         const Py_ssize_t *weight_taps
-        Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_filter
+        Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_filter, weight_group, cell_group
         const void *bias
         int accumulate, relu
 
@@ -65,10 +65,10 @@ cdef extern from "ukernels.h" nogil:
                           const void *, Py_ssize_t, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
-        void (*pad)(const fc_padding *, const void *, void *) noexcept nogil
+        void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
         int planar_filters
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
-        void (*planar_one)(const fc_planes *, const void *, const void *, void *) noexcept nogil
+        void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,

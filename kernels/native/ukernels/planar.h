@@ -104,19 +104,25 @@ static FC(lanes) FC(inside)(const fc_padding *p, ptrdiff_t at)
     return FC(between)(p->before - at, p->before + p->cells - at);
 }
 
-/* Rows of neighbouring cells, a vector of all rows at a time; every vector is stored once, whole. */
-static void FC(pad_neighbours)(const fc_padding *p, const T *in, T *out)
+/* Rows of neighbouring cells; every vector is stored once, whole. Narrow rows are copied a vector of each at a time, others row by row, as
+ * memory is fetched ahead. */
+enum { FC(narrow) = 4, FC(strip) = 16 };
+static void FC(pad_neighbours)(const fc_padding *p, const T *image, T *plane)
 {
-    for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
-        const FC(lanes) some = FC(inside)(p, at);
-        const T *from = in + at - p->before;
-        T *to = out + at;
-        if (at >= p->before && at + LANES <= p->before + p->cells)
-            for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += p->wide)
-                *(V *)to = *(const V *)from;
-        else
-            for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += p->wide)
-                *(V *)to = LOAD_LANES(some, from);
+    FC(lanes) some[FC(strip)];
+    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 1 : FC(strip)) * LANES;
+    for (ptrdiff_t first = 0; first < p->wide; first += strip) {
+        const ptrdiff_t end = first + strip < p->wide ? first + strip : p->wide;
+        const T *in = image - p->before;
+        T *out = plane;
+        for (ptrdiff_t at = first; at < end; at += LANES)
+            some[(at - first) / LANES] = FC(inside)(p, at);
+        for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step, out += p->wide)
+            for (ptrdiff_t at = first; at < end; at += LANES)
+                if (at >= p->before && at + LANES <= p->before + p->cells)
+                    *(V *)(out + at) = *(const V *)(in + at);
+                else
+                    *(V *)(out + at) = LOAD_LANES(some[(at - first) / LANES], in + at);
     }
 }
 
@@ -135,17 +141,23 @@ static void FC(pad_neighbours)(const fc_padding *p, const T *in, T *out)
 #else
 #define EVERY_SECOND EVERY_SECOND_2
 #endif
-static void FC(pad_pairs)(const fc_padding *p, const T *in, T *out)
+static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
 {
-    for (ptrdiff_t at = 0; at < p->wide; at += LANES) {
-        const FC(lanes) low = FC(inside)(p, 2 * at), high = FC(inside)(p, 2 * at + LANES);
-        const T *from = in + 2 * at - p->before;
-        T *to = out + at;
-        for (ptrdiff_t r = 0; r < p->rows; r++, from += p->row_step, to += 2 * p->wide) {
-            const V x = LOAD_LANES(low, from), y = LOAD_LANES(high, from + LANES);
-            *(V *)to = SHUFFLE(x, y, EVERY_SECOND(0));
-            *(V *)(to + p->wide) = SHUFFLE(x, y, EVERY_SECOND(1));
-        }
+    FC(lanes) some[FC(strip)];
+    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 2 : FC(strip)) * LANES;
+    for (ptrdiff_t first = 0; first < 2 * p->wide; first += strip) {
+        const ptrdiff_t end = first + strip < 2 * p->wide ? first + strip : 2 * p->wide;
+        const T *in = image - p->before;
+        T *out = plane;
+        for (ptrdiff_t at = first; at < end; at += LANES)
+            some[(at - first) / LANES] = FC(inside)(p, at);
+        for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step, out += 2 * p->wide)
+            for (ptrdiff_t at = first; at < end; at += 2 * LANES) {
+                const FC(lanes) *which = some + (at - first) / LANES;
+                const V x = LOAD_LANES(which[0], in + at), y = LOAD_LANES(which[1], in + at + LANES);
+                *(V *)(out + at / 2) = SHUFFLE(x, y, EVERY_SECOND(0));
+                *(V *)(out + at / 2 + p->wide) = SHUFFLE(x, y, EVERY_SECOND(1));
+            }
     }
 }
 #undef EVERY_SECOND
@@ -167,9 +179,8 @@ static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t
         FC(transpose)(in, step, 0, n, 1, out + before, 0);
 }
 
-static void FC(pad)(const fc_padding *p, const void *image, void *out)
+static void FC(pad_plane)(const fc_padding *p, const T *in, T *out)
 {
-    const T *in = image;
     const ptrdiff_t line = p->phases * p->wide;
     T *row = FC(pad_zeros)(out, p->above * line);
     FC(pad_zeros)(row + p->rows * line, p->below * line);
@@ -188,6 +199,12 @@ static void FC(pad)(const fc_padding *p, const void *image, void *out)
             const ptrdiff_t n = p->cells > first ? (p->cells - first + p->phases - 1) / p->phases : 0;
             FC(pad_row)(in + first * p->cell_step, p->phases * p->cell_step, zeros, n, p->wide, row);
         }
+}
+
+static void FC(pad)(const fc_padding *p, ptrdiff_t planes, const void *image, void *out)
+{
+    for (ptrdiff_t i = 0; i < planes; i++)
+        FC(pad_plane)(p, (const T *)image + i * p->image_step, (T *)out + i * p->plane_step);
 }
 
 /* --------------------------------------------------------------------------------------------------- some filters */
@@ -330,16 +347,14 @@ static inline __attribute__((always_inline)) void FC(column_rows)(const fc_plane
 
 #define COLUMNS_CASE(n)                                            case n:                                                            if (every == 1)                                                    FC(column_rows)(p, weight, n, 1, cells, out);              else                                                               FC(column_rows)(p, weight, n, 2, cells, out);              continue;
 
-static void FC(planar_one)(const fc_planes *planes, const void *weights, const void *plane, void *output)
+static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes *p, const T *weight, const T *plane, T *output)
 {
-    const fc_planes own = *planes, *p = &own;
-    const T *weight = weights;
     const ptrdiff_t together = p->rows >= FC(rows) ? FC(rows) : 1;
     const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
     for (ptrdiff_t row = 0; row < p->rows; row += together) {
         const ptrdiff_t r = row + together <= p->rows ? row : p->rows - together; /* the last rows overlap those before them */
-        const T *cells = (const T *)plane + r * p->cell_row;
-        T *out = (T *)output + r * p->out_row;
+        const T *cells = plane + r * p->cell_row;
+        T *out = output + r * p->out_row;
         if (every && together > 1)
             switch (p->high) {
                 COLUMNS_CASE(1)
@@ -355,6 +370,15 @@ static void FC(planar_one)(const fc_planes *planes, const void *weights, const v
                 FC(columns_any)(p, weight, FC(rows), cells + x, p->columns - x, out + x);
             else
                 FC(columns_any)(p, weight, 1, cells + x, p->columns - x, out + x);
+    }
+}
+
+static void FC(planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out)
+{
+    fc_planes own = *planes, *p = &own; /* which no store changes */
+    for (ptrdiff_t i = 0; i < groups; i++) {
+        FC(one_plane)(p, (const T *)weight + i * p->weight_group, (const T *)cells + i * p->cell_group, (T *)out + i * p->out_filter);
+        p->bias = p->bias ? (const T *)p->bias + 1 : NULL;
     }
 }
 #undef COLUMNS_CASE

@@ -80,6 +80,7 @@ typedef struct {
     ptrdiff_t above, rows, below;  /* rows of zeros, of the image, of zeros */
     ptrdiff_t before, cells;       /* zeros in front of a row, and its cells */
     ptrdiff_t phases, wide;        /* parts of a row, each filled up with zeros to `wide`, a multiple of lanes */
+    ptrdiff_t image_step, plane_step; /* from plane to plane */
 } fc_padding;
 
 /* Rows of pixels, and what they see of padded planes. */
@@ -92,6 +93,7 @@ typedef struct {
     ptrdiff_t rows, columns;
     ptrdiff_t cell_row, out_row; /* from a row of pixels to the next, in the planes and in the output */
     ptrdiff_t out_filter;
+    ptrdiff_t weight_group, cell_group; /* from one group of one filter to the next */
     const void *bias;            /* of each filter, or NULL */
     int accumulate, relu;        /* whether sums are added to the output; the activation comes last */
 } fc_planes;
@@ -141,7 +143,7 @@ typedef struct {
                              ptrdiff_t n_pixels, ptrdiff_t block, void *c);
 
     /* Planes as they are read below: [row][phase][wide]. */
-    void (*pad)(const fc_padding *padding, const void *image, void *out);
+    void (*pad)(const fc_padding *padding, ptrdiff_t planes, const void *image, void *out);
 
     /* out[f][r][x] (+)= sum over taps t of weight[t][f] * cells[r * cell_row + taps[t] + x], neighbouring pixels as lanes; up to
      * lanes - 1 cells beyond the last are read. Weights are packed in tiles, [filter / planar_filters][tap][planar_filters]; the last tile
@@ -149,8 +151,9 @@ typedef struct {
     int planar_filters;
     void (*planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
 
-    /* The same for one filter, whose weights are read where they are. Nothing may be accumulated: the last rows are computed twice. */
-    void (*planar_one)(const fc_planes *planes, const void *weight, const void *cells, void *out);
+    /* The same for groups of one filter, whose weights are read where they are. Nothing may be accumulated: the last rows are
+     * computed twice. */
+    void (*planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out);
 
     /* The maximum of each of runs * n windows that see the same cells, and its number unless winners->item is 0. A greater
      * cell wins, a NaN over everything; without any cell the maximum is -inf, the winner numbers[0].
