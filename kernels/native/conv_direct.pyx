@@ -53,7 +53,7 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.depthwise and input.strides[4] == output.strides[4] == input.itemsize:
+    if dims.depthwise and conv_planar.suits(input, output, dims):
         conv_planar.conv_forward(input, weight, bias, output, dims, options)
     elif dims.depthwise:
         multiplier = weight.shape[0] // dims.groups

@@ -39,11 +39,18 @@ cdef enum:
     TERMS = 384                 # of a sum that are added up by themselves
     ONE_TERMS = 1024            # the same for one filter, whose sums stay in registers
     TASK_PIXELS = 1 << 12       # that are worth a task
+    FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
     _forward(input, weight, bias, output, dims, options)
+
+
+def suits(input, output, dims):
+    """Whether a depthwise convolution had better be done here: pixels of a row are neighbours, and not too few."""
+    near = input.strides[4] == input.itemsize and output.strides[4] in (input.itemsize, 2 * input.itemsize)
+    return near and (dims.stride[2] == 1 or dims.output_size[2] > FEW_PIXELS)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -63,7 +70,7 @@ ctypedef struct Plan:
     fc_padding padding          # what is the same for all planes, ...
     fc_planes planes            # ... and all blocks
     bint one                    # filter in a group, by columns of taps
-    bint in_place               # pixels are neighbours in the output, too
+    bint in_place               # pixels are neighbours in the output, too, or two apart
     Py_ssize_t group_weights    # elements of a group's packed weights
     const char *weights
     const char *bias
@@ -75,7 +82,7 @@ cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Conv *c = &plan.c
     make_conv(c, input, weight, output, dims, options)
     _cut(&plan)
-    plan.in_place = c.y.stride[4] == 1
+    plan.in_place = c.y.stride[4] == 1 or (c.y.stride[4] == 2 and plan.together == c.channels)
     plan.planes.relu = options.activation == "relu"
     _find_weights(&plan, bias)
     cdef Py_ssize_t tasks = c.batch * plan.blocks.count * ceil_div(c.groups, plan.groups)
@@ -207,6 +214,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef fc_planes planes = plan.planes
     planes.rows, planes.columns = block.rows, block.columns
     planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
+    planes.out_column = c.y.stride[4] if plan.in_place else 1
     planes.out_filter = c.y.stride[1] if plan.in_place else block.rows * plan.columns
     planes.weight_group, planes.cell_group = c.w.stride[0], c.channels * plan.plane
     for group from group <= group < end by plan.ahead:

@@ -44,7 +44,7 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *taps
         Py_ssize_t n_taps, high, tap_row
         const Py_ssize_t *weight_taps
-        Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_filter, weight_group, cell_group
+        Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_column, out_filter, weight_group, cell_group
         const void *bias
         int accumulate, relu
 

@@ -54,8 +54,38 @@ static inline void FC(store_lanes)(T *to, FC(lanes) which, V x)
 
 enum { FC(widest) = 4, FC(most) = 8 }; /* vectors and rows of a tile */
 
-/* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector. Each row has a bias of its own,
- * or all have the same. Rows and vectors are constants where this is inlined. */
+/* Rows of n pixels that become every second one of the output: the even lanes of two vectors. */
+#if VECTOR_BYTES / T_BYTES == 16
+#define LOW_TWICE 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7
+#define HIGH_TWICE 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15
+#define EVEN_LANES 0x5555
+#elif VECTOR_BYTES / T_BYTES == 8
+#define LOW_TWICE 0, 0, 1, 1, 2, 2, 3, 3
+#define HIGH_TWICE 4, 4, 5, 5, 6, 6, 7, 7
+#define EVEN_LANES 0x55
+#endif
+static __attribute__((noinline)) void FC(spread)(const T *sums, ptrdiff_t rows, ptrdiff_t pitch, ptrdiff_t n, T *out, ptrdiff_t step)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, sums += pitch, out += step) {
+        ptrdiff_t i = 0;
+#if defined(MASKED_STORE)
+        for (; i < n; i += LANES) {
+            const V x = *(const V *)(sums + i);
+            const unsigned some = n - i >= LANES ? ~0u : (1u << 2 * (n - i)) - 1;
+            MASKED_STORE(out + 2 * i, some & EVEN_LANES, SHUFFLE(x, x, LOW_TWICE));
+            MASKED_STORE(out + 2 * i + LANES, (n - i >= LANES ? some : some >> LANES) & EVEN_LANES, SHUFFLE(x, x, HIGH_TWICE));
+        }
+#endif
+        for (; i < n; i++)
+            out[2 * i] = sums[i];
+    }
+}
+#undef LOW_TWICE
+#undef HIGH_TWICE
+#undef EVEN_LANES
+
+/* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector, or fewer than there are. Each row
+ * has a bias of its own, or all have the same. Rows and vectors are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_planes *p, V acc[][FC(widest)], const int rows,
                                                                   const int vectors, const T *bias, const int own, ptrdiff_t n,
                                                                   T *out, ptrdiff_t step)
@@ -77,7 +107,13 @@ static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_plane
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
                 acc[r][v] = FC(rectified)(acc[r][v]);
-    if (whole)
+    if (p->out_column == 2) {
+        V sums[FC(most)][FC(widest)];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                sums[r][v] = acc[r][v];
+        FC(spread)((const T *)sums, rows, FC(widest) * LANES, whole ? vectors * LANES : n, out, step);
+    } else if (whole)
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
                 *(V *)(out + r * step + v * LANES) = acc[r][v];
@@ -246,13 +282,13 @@ static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes
         const ptrdiff_t vectors = all * tile / tiles - done, x = done * LANES;
         done += vectors;
         if (filters <= 3 && vectors == 4)
-            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, out + x);
+            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, out + x * p->out_column);
         else if (vectors == 3)
-            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, out + x);
+            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, out + x * p->out_column);
         else if (vectors == 2)
-            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, out + x);
+            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, out + x * p->out_column);
         else
-            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, out + x);
+            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, out + x * p->out_column);
     }
 }
 
@@ -340,9 +376,9 @@ static inline __attribute__((always_inline)) void FC(column_rows)(const fc_plane
 {
     ptrdiff_t x = 0;
     for (; FC(across) == 2 && p->columns - x > LANES; x += 2 * LANES)
-        FC(columns)(p, weight, high, every, cells + x, 2, p->columns - x < 2 * LANES ? p->columns - x : 2 * LANES, out + x);
+        FC(columns)(p, weight, high, every, cells + x, 2, p->columns - x, out + x * p->out_column);
     for (; x < p->columns; x += LANES)
-        FC(columns)(p, weight, high, every, cells + x, 1, p->columns - x, out + x);
+        FC(columns)(p, weight, high, every, cells + x, 1, p->columns - x, out + x * p->out_column);
 }
 
 #define COLUMNS_CASE(n)                                            case n:                                                            if (every == 1)                                                    FC(column_rows)(p, weight, n, 1, cells, out);              else                                                               FC(column_rows)(p, weight, n, 2, cells, out);              continue;
@@ -367,9 +403,9 @@ static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes 
             }
         for (ptrdiff_t x = 0; x < p->columns; x += LANES)
             if (together > 1)
-                FC(columns_any)(p, weight, FC(rows), cells + x, p->columns - x, out + x);
+                FC(columns_any)(p, weight, FC(rows), cells + x, p->columns - x, out + x * p->out_column);
             else
-                FC(columns_any)(p, weight, 1, cells + x, p->columns - x, out + x);
+                FC(columns_any)(p, weight, 1, cells + x, p->columns - x, out + x * p->out_column);
     }
 }
 

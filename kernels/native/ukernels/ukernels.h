@@ -92,7 +92,7 @@ typedef struct {
     ptrdiff_t weight_row;
     ptrdiff_t rows, columns;
     ptrdiff_t cell_row, out_row; /* from a row of pixels to the next, in the planes and in the output */
-    ptrdiff_t out_filter;
+    ptrdiff_t out_column, out_filter; /* pixels are neighbours, or, where nothing is accumulated, 2 apart */
     ptrdiff_t weight_group, cell_group; /* from one group of one filter to the next */
     const void *bias;            /* of each filter, or NULL */
     int accumulate, relu;        /* whether sums are added to the output; the activation comes last */
