@@ -26,18 +26,17 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, extent, locate, make_conv, pack_bias, round_up, run_tasks,
+    Block, Blocks, Conv, View, bias_at, ceil_div, divide, extent, locate, make_conv, pack_bias, part_cells, round_up, run_tasks,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_padding, fc_planes,
 )
 
 cdef enum:
-    NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it is to have ...
-    ROWS = 7                    # ... no fewer rows,
+    NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
     PLANE_BYTES = 1 << 18       # else part of L2
+    LONG_ROW = 64               # pixels: longer ones may be cut
     TERMS = 384                 # of a sum that are added up by themselves
-    ONE_TERMS = 1024            # the same for one filter, whose sums stay in registers
     TASK_PIXELS = 1 << 12       # that are worth a task
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
@@ -94,15 +93,11 @@ cdef void _cut(Plan *plan) noexcept nogil:
     cdef Conv *c = &plan.c
     cdef Blocks *blocks = &plan.blocks
     cdef fc_padding *padding = &plan.padding
-    cut(c, c.channels * c.item, NEAR_BYTES, c.out[2], blocks)
-    if blocks.rows < min(<Py_ssize_t>ROWS, c.out[1]):
-        cut(c, c.channels * c.item, PLANE_BYTES, c.out[2], blocks)
-    plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
-    plan.one = c.filters == 1 and c.channels * c.taps <= ONE_TERMS
+    plan.one = c.filters == 1
     plan.together = min(c.channels, max(1, TERMS // c.taps))
-    if plan.one:
-        plan.together = c.channels
-    plan.high = extent(c, 1, blocks.rows)
+    _divide(plan)
+    plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
+    plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)
     plan.columns = round_up(blocks.columns, c.kernels.lanes)
     padding.row_step = c.x.stride[3]
     padding.cell_step = c.x.stride[4]
@@ -117,6 +112,24 @@ cdef void _cut(Plan *plan) noexcept nogil:
         plan.ahead = max(1, min(plan.groups, NEAR_BYTES // (c.channels * plan.plane * c.item)))
     plan.planes.tap_row = c.dilation[1] * padding.phases * padding.wide
     plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
+
+
+cdef void _divide(Plan *plan) noexcept nogil:
+    """Cut the output into blocks of some rows: a multiple of what a tile of one filter has, and of parts of rows only if these are long."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t cell = plan.together * c.item, step = c.kernels.planar_rows
+    cdef Py_ssize_t rows = c.out[1], columns = c.out[2]
+    while rows > step and part_cells(c, rows, columns) * cell > NEAR_BYTES:
+        rows = round_up((rows + 1) // 2, step) if rows > 2 * step else step
+    while columns > LONG_ROW and part_cells(c, rows, columns) * cell > PLANE_BYTES:
+        columns = (columns + 1) // 2
+    while rows > 1 and part_cells(c, rows, columns) * cell > PLANE_BYTES:
+        rows = (rows + 1) // 2
+    divide(c, rows, columns, &plan.blocks)
+    if rows % step == 0:  # not of even size
+        plan.blocks.rows = min(rows, c.out[1])
+        plan.blocks.down = ceil_div(c.out[1], plan.blocks.rows)
+        plan.blocks.count = c.out[0] * plan.blocks.down * plan.blocks.across
 
 
 cdef void _find_weights(Plan *plan, bias):
@@ -134,7 +147,7 @@ cdef void _find_weights(Plan *plan, bias):
     cdef char *weights = memory + 2 * n * sizeof(Py_ssize_t)
     planes.taps, planes.weight_taps = taps, taps + n
     if plan.one:
-        planes.n_taps = _columns(plan, taps, taps + n)
+        _columns(plan, taps, taps + n)
         planes.high, planes.weight_row = c.kernel[1], c.w.stride[3]
         plan.weights = c.w.data
     else:
@@ -163,17 +176,16 @@ cdef void _taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil:
                     taps += 1
 
 
-cdef Py_ssize_t _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
-    """Write where the columns of taps of all channels are in their planes, and among the weights; return how many."""
+cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
+    """Write where the columns of taps of some channels are in their planes, and among the weights."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t channel, d, w, n = 0, line = plan.padding.phases * plan.padding.wide
-    for channel in range(c.channels):
+    for channel in range(plan.together):
         for d in range(c.kernel[0]):
             for w in range(c.kernel[2]):
                 taps[n] = channel * plan.plane + d * plan.high * line + _tap_column(plan, w)
                 weight_taps[n] = channel * c.w.stride[1] + d * c.w.stride[2] + w * c.w.stride[4]
                 n += 1
-    return n
 
 
 cdef void _pack_group(const Plan *plan, Py_ssize_t group, char *out) noexcept nogil:
@@ -242,7 +254,10 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
     planes.relu = plan.planes.relu and last
     planes.bias = bias_at(plan.bias, first * c.item) if last else NULL
     if plan.one:
-        c.kernels.planar_one(planes, groups, plan.weights + first * c.w.stride[0] * c.item, cells, target)
+        planes.n_taps = channels * c.kernel[0] * c.kernel[2]
+        c.kernels.planar_one(
+            planes, groups, plan.weights + (first * c.w.stride[0] + channel * c.w.stride[1]) * c.item, cells, target
+        )
     else:
         planes.n_taps = channels * c.taps
         for i in range(groups):
@@ -266,9 +281,9 @@ cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_
         block.image * x.stride[0] + first * x.stride[1] + row * x.stride[3] + cell * x.stride[4]
     ) * c.item
     cdef fc_padding padding = plan.padding
-    padding.above = min(max(0, -top), block.high)
-    padding.rows = max(0, min(x.size[3], top + block.high) - row)
-    padding.below = block.high - padding.above - padding.rows
+    padding.above = min(max(0, -top), plan.high)
+    padding.rows = max(0, min(x.size[3], top + plan.high) - row)
+    padding.below = plan.high - padding.above - padding.rows
     padding.before = min(max(0, -left), block.wide)
     padding.cells = max(0, min(x.size[4], left + block.wide) - cell)
     for d in range(c.kernel[0]):

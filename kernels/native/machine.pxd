@@ -66,7 +66,7 @@ cdef extern from "ukernels.h" nogil:
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
-        int planar_filters
+        int planar_filters, planar_rows
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,

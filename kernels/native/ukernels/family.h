@@ -589,6 +589,7 @@ static const fc_ukernels FC(table) = {
     .pad = FC(pad),
     .planar_filters = FC(filters),
     .planar = FC(planar),
+    .planar_rows = FC(rows),
     .planar_one = FC(planar_one),
     .max_pool = FC(max_pool),
     .max_pool_grad = FC(max_pool_grad),

@@ -85,16 +85,18 @@ static __attribute__((noinline)) void FC(spread)(const T *sums, ptrdiff_t rows, 
 #undef EVEN_LANES
 
 /* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector, or fewer than there are. Each row
- * has a bias of its own, or all have the same. Rows and vectors are constants where this is inlined. */
+ * has a bias of its own, or all have the same. Not all rows may be wanted. Rows and vectors are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_planes *p, V acc[][FC(widest)], const int rows,
-                                                                  const int vectors, const T *bias, const int own, ptrdiff_t n,
-                                                                  T *out, ptrdiff_t step)
+                                                                  ptrdiff_t wanted, const int vectors, const T *bias,
+                                                                  const int own, ptrdiff_t n, T *out, ptrdiff_t step)
 {
     const ptrdiff_t last = (vectors - 1) * LANES;
     const FC(lanes) some = FC(between)(0, n - last);
     const int whole = n - last >= LANES;
     if (p->accumulate)
         UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
             UNROLL for (int v = 0; v < vectors - 1; v++)
                 acc[r][v] += *(const V *)(out + r * step + v * LANES);
             acc[r][vectors - 1] += LOAD_LANES(some, out + r * step + last);
@@ -112,13 +114,18 @@ static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_plane
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
                 sums[r][v] = acc[r][v];
-        FC(spread)((const T *)sums, rows, FC(widest) * LANES, whole ? vectors * LANES : n, out, step);
+        FC(spread)((const T *)sums, wanted, FC(widest) * LANES, whole ? vectors * LANES : n, out, step);
     } else if (whole)
-        UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
             UNROLL for (int v = 0; v < vectors; v++)
                 *(V *)(out + r * step + v * LANES) = acc[r][v];
+        }
     else
         UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
             UNROLL for (int v = 0; v < vectors - 1; v++)
                 *(V *)(out + r * step + v * LANES) = acc[r][v];
             STORE_LANES(out + r * step + last, some, acc[r][vectors - 1]);
@@ -269,7 +276,7 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
             NEEDED(factor);
         }
     }
-    FC(finish_tile)(p, acc, filters, vectors, bias, 1, n, out, p->out_filter);
+    FC(finish_tile)(p, acc, filters, filters, vectors, bias, 1, n, out, p->out_filter);
 }
 
 /* A row of pixels, in tiles of about the same size. */
@@ -331,10 +338,11 @@ enum { FC(across) = 2 }; /* ... and so many vectors of each */
 enum { FC(across) = 1 };
 #endif
 
-/* Some vectors of each of 7 rows of pixels. A cell is loaded once for all `high` taps of a column: rows of pixels are `every` rows
- * of taps apart. These are constants where this is inlined. */
+/* Some vectors of each of 7 rows of pixels, of which some are wanted. A cell is loaded once for all `high` taps of a column: rows of pixels
+ * are `every` rows of taps apart. These are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p, const T *weight, const int high, const int every,
-                                                              const T *cells, const int vectors, ptrdiff_t n, T *out)
+                                                              const T *cells, const int vectors, ptrdiff_t wanted, ptrdiff_t n,
+                                                              T *out)
 {
     V acc[FC(most)][FC(widest)] = {{{0}}};
     for (ptrdiff_t t = 0; t < p->n_taps; t++) {
@@ -353,59 +361,58 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
                         acc[(j - h) / every][v] += x * w[h];
             }
     }
-    FC(finish_tile)(p, acc, FC(rows), vectors, p->bias, 0, n, out, p->out_row);
+    FC(finish_tile)(p, acc, FC(rows), wanted, vectors, p->bias, 0, n, out, p->out_row);
 }
 
 /* The same for columns of any height, and rows of pixels any distance apart. */
-static inline __attribute__((always_inline)) void FC(columns_any)(const fc_planes *p, const T *weight, const int rows,
-                                                                  const T *cells, ptrdiff_t n, T *out)
+static void FC(columns_any)(const fc_planes *p, const T *weight, const T *cells, ptrdiff_t wanted, ptrdiff_t n, T *out)
 {
     V acc[FC(most)][FC(widest)] = {{{0}}};
     for (ptrdiff_t t = 0; t < p->n_taps; t++)
         for (ptrdiff_t h = 0; h < p->high; h++) {
             const T *cell = cells + p->taps[t] + h * p->tap_row;
             const T factor = weight[p->weight_taps[t] + h * p->weight_row];
-            UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int r = 0; r < FC(rows); r++)
                 acc[r][0] += *(const V *)(cell + r * p->cell_row) * factor;
         }
-    FC(finish_tile)(p, acc, rows, 1, p->bias, 0, n, out, p->out_row);
+    FC(finish_tile)(p, acc, FC(rows), wanted, 1, p->bias, 0, n, out, p->out_row);
 }
 
 static inline __attribute__((always_inline)) void FC(column_rows)(const fc_planes *p, const T *weight, const int high,
-                                                                  const int every, const T *cells, T *out)
+                                                                  const int every, const T *cells, ptrdiff_t wanted, T *out)
 {
     ptrdiff_t x = 0;
     for (; FC(across) == 2 && p->columns - x > LANES; x += 2 * LANES)
-        FC(columns)(p, weight, high, every, cells + x, 2, p->columns - x, out + x * p->out_column);
+        FC(columns)(p, weight, high, every, cells + x, 2, wanted, p->columns - x, out + x * p->out_column);
     for (; x < p->columns; x += LANES)
-        FC(columns)(p, weight, high, every, cells + x, 1, p->columns - x, out + x * p->out_column);
+        FC(columns)(p, weight, high, every, cells + x, 1, wanted, p->columns - x, out + x * p->out_column);
 }
 
-#define COLUMNS_CASE(n)                                            case n:                                                            if (every == 1)                                                    FC(column_rows)(p, weight, n, 1, cells, out);              else                                                               FC(column_rows)(p, weight, n, 2, cells, out);              continue;
+#define COLUMNS_CASE(n)                                            \
+    case n:                                                        \
+        if (every == 1)                                            \
+            FC(column_rows)(p, weight, n, 1, cells, wanted, out);  \
+        else                                                       \
+            FC(column_rows)(p, weight, n, 2, cells, wanted, out);  \
+        break;
 
-static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes *p, const T *weight, const T *plane, T *output)
+static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes *p, const T *weight, const T *cells, T *out)
 {
-    const ptrdiff_t together = p->rows >= FC(rows) ? FC(rows) : 1;
     const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
-    for (ptrdiff_t row = 0; row < p->rows; row += together) {
-        const ptrdiff_t r = row + together <= p->rows ? row : p->rows - together; /* the last rows overlap those before them */
-        const T *cells = plane + r * p->cell_row;
-        T *out = output + r * p->out_row;
-        if (every && together > 1)
-            switch (p->high) {
-                COLUMNS_CASE(1)
-                COLUMNS_CASE(2)
-                COLUMNS_CASE(3)
-                COLUMNS_CASE(4)
-                COLUMNS_CASE(5)
-                COLUMNS_CASE(6)
-                COLUMNS_CASE(7)
-            }
-        for (ptrdiff_t x = 0; x < p->columns; x += LANES)
-            if (together > 1)
-                FC(columns_any)(p, weight, FC(rows), cells + x, p->columns - x, out + x * p->out_column);
-            else
-                FC(columns_any)(p, weight, 1, cells + x, p->columns - x, out + x * p->out_column);
+    for (ptrdiff_t r = 0; r < p->rows; r += FC(rows), cells += FC(rows) * p->cell_row, out += FC(rows) * p->out_row) {
+        const ptrdiff_t wanted = p->rows - r < FC(rows) ? p->rows - r : FC(rows);
+        switch (every ? p->high : 0) {
+            COLUMNS_CASE(1)
+            COLUMNS_CASE(2)
+            COLUMNS_CASE(3)
+            COLUMNS_CASE(4)
+            COLUMNS_CASE(5)
+            COLUMNS_CASE(6)
+            COLUMNS_CASE(7)
+        default:
+            for (ptrdiff_t x = 0; x < p->columns; x += LANES)
+                FC(columns_any)(p, weight, cells + x, wanted, p->columns - x, out + x * p->out_column);
+        }
     }
 }
 

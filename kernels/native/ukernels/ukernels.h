@@ -151,8 +151,9 @@ typedef struct {
     int planar_filters;
     void (*planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
 
-    /* The same for groups of one filter, whose weights are read where they are. Nothing may be accumulated: the last rows are
-     * computed twice. */
+    /* The same for groups of one filter, whose weights are read where they are. What the next rows of pixels see is read, too, up to a
+     * multiple of planar_rows. */
+    int planar_rows;
     void (*planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out);
 
     /* The maximum of each of runs * n windows that see the same cells, and its number unless winners->item is 0. A greater
