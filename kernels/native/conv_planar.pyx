@@ -36,6 +36,7 @@ cdef enum:
     NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
     PLANE_BYTES = 1 << 18       # else part of L2
     LONG_ROW = 64               # pixels: longer ones may be cut
+    FEW_CHANNELS = 4            # that are at least added up before sums go to memory
     TERMS = 384                 # of a sum that are added up by themselves
     TASK_PIXELS = 1 << 12       # that are worth a task
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
@@ -94,7 +95,9 @@ cdef void _cut(Plan *plan) noexcept nogil:
     cdef Blocks *blocks = &plan.blocks
     cdef fc_padding *padding = &plan.padding
     plan.one = c.filters == 1
-    plan.together = min(c.channels, max(1, TERMS // c.taps))
+    cdef Py_ssize_t rows = min(c.out[1], <Py_ssize_t>c.kernels.planar_rows)
+    plan.together = max(FEW_CHANNELS, min(TERMS // c.taps, NEAR_BYTES // (part_cells(c, rows, c.out[2]) * c.item)))
+    plan.together = min(c.channels, max(1, plan.together))
     _divide(plan)
     plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
     plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)

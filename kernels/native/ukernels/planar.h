@@ -283,12 +283,12 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
 static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes *p, const T *weight, const int filters,
                                                                  const T *cells, const T *bias, T *out)
 {
-    const ptrdiff_t most = filters <= 3 ? 4 : 3, all = (p->columns + LANES - 1) / LANES, tiles = (all + most - 1) / most;
+    const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3, all = (p->columns + LANES - 1) / LANES, tiles = (all + most - 1) / most;
     ptrdiff_t done = 0;
     for (ptrdiff_t tile = 1; tile <= tiles; tile++) {
         const ptrdiff_t vectors = all * tile / tiles - done, x = done * LANES;
         done += vectors;
-        if (filters <= 3 && vectors == 4)
+        if (filters <= FC(filters) / 2 && vectors == 4)
             FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, out + x * p->out_column);
         else if (vectors == 3)
             FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, out + x * p->out_column);
