@@ -35,6 +35,7 @@ from fastconv.kernels.native.machine cimport (
 cdef enum:
     NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
     PLANE_BYTES = 1 << 18       # else part of L2
+    AHEAD_BYTES = 1 << 13       # of planes that are copied before any is read
     LONG_ROW = 64               # pixels: longer ones may be cut
     FEW_CHANNELS = 4            # that are at least added up before sums go to memory
     TERMS = 384                 # of a sum that are added up by themselves
@@ -112,7 +113,7 @@ cdef void _cut(Plan *plan) noexcept nogil:
     padding.plane_step = plan.plane
     plan.ahead = 1
     if plan.together == c.channels:
-        plan.ahead = max(1, min(plan.groups, NEAR_BYTES // (c.channels * plan.plane * c.item)))
+        plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
     plan.planes.tap_row = c.dilation[1] * padding.phases * padding.wide
     plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
 
