@@ -19,7 +19,7 @@
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
 loop on other views (``interleave``), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
-microkernel multiplies channel by channel.
+microkernel multiplies channel by channel, where channels are neighbours; where the pixels of a row are, it is ``conv_planar``'s.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing. It
 reads rows that are evenly spaced faster than others, and so a block's pixels are computed as one long row: what they see is
@@ -39,6 +39,7 @@ cimport numpy as cnp
 from libc.string cimport memmove, memset
 
 from fastconv.kernels import interleave
+from fastconv.kernels.native import conv_planar
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, divide, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
@@ -68,7 +69,9 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.groups > 1 and weight.shape[1] == 1:
+    if dims.depthwise and conv_planar.suits(input, output, dims):
+        conv_planar.conv_forward(input, weight, bias, output, dims, options)
+    elif dims.depthwise:
         multiplier = weight.shape[0] // dims.groups
         for j in range(multiplier):  # filters j, j + multiplier, ... are one filter for each channel
             part = None if bias is None else bias[j::multiplier]

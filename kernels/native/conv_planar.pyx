@@ -1,25 +1,24 @@
-"""Convolution with pixels as lanes, for few filters: these would leave most lanes of a panel of filters empty.
+"""Convolution with neighbouring pixels as lanes, for few channels or few filters: nothing is turned.
 
-    output[k][p] = bias[k] + sum over (c, t) of  weight[k, c, t] * planes[c][p + offset of t]
+    output[k][row][x] = bias[k] + sum over (c, t) of  weight[k, c, t] * planes[c][row * stride + rows of t][x + columns of t]
 
-    for image, group, block of output rows:                     in parallel
-        copy the planes that the block sees, padding included   [channel][kernel depth][high][wide]: L2
-        for tile of filters x pixels:
-            sums = bias
-            for block of channels: brgemm over taps, channels   their share of the planes in L1
-              (with few channels: over channels and rows of taps, taps of a row)
-            store: activation, the caller's layout
+    for image, some groups, block of output rows:               in parallel
+        for group: for block of channels:
+            copy the rows that the block sees, padding included [channel][kernel depth][row][phase of the stride]: L1, or L2
+            for tile of filters: for row: for tile of pixels:   sums in registers
+                store: bias, activation                         rows of the output, where they are
 
-                         planes, flattened                      sums
-                       +--------------------+            +----------------+
-     weights, where    |   c: rows of the   |          k |  f f f | h |   |   f: pixels of the block
-     they are     x    |   image, one after |    =       |  f f f | h |   |   h: halo, computed and
-                       |   the other        |            +----------------+      dropped at the store
-                       +--------------------+
+                         a row of a plane, twice                 sums
+                       +------------------------+            +-----------+
+     weights, packed   | c: cells that tap 0    |          k | 3 vectors |
+     for a tile   x    |    sees, ...           |    =       | of pixels |
+     of 4, or 8 k      |    ... that tap 1 sees |            +-----------+
+                       +------------------------+
 
-With stride 1, the output pixels of a block are neighbours wherever their cells are, rows and all: a tile may run from one row
-into the next. Weights are read in place, whatever their strides. The gradient of the input of a network's first layer, with its
-three channels, is such a convolution.
+The cells that a vector of pixels sees through a tap are a vector of cells, anywhere in a row; with a stride, cells a stride apart are
+made neighbours when they are copied. The first layer of a network, from three channels to many filters, is such a convolution, the gradient
+of its input, and groups of few channels. So is a depthwise one. There, and for any single filter, a tile is a vector of pixels in
+each of 7 rows: a cell that was loaded once serves a column of taps, and weights are read where the caller has them.
 """
 
 cimport numpy as cnp
@@ -27,23 +26,32 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, part_cells, run_tasks, start_sums,
-    tap_offsets,
+    Block, Blocks, Conv, View, bias_at, ceil_div, divide, extent, locate, make_conv, pack_bias, part_cells, round_up, run_tasks,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_FLAT_ROWS, arena, fc_epilogue, fc_reduction,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_padding, fc_planes,
 )
 
 cdef enum:
-    PLANE_BYTES = 1 << 18       # of a block: with what else there is, half of L2
-    SHARE_BYTES = 3 << 13       # of the planes that a tile sees, and the next one again: L1
-    LINE_BYTES = 64
-    TILE_BYTES = 2048           # of sums, at most
+    NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
+    PLANE_BYTES = 1 << 18       # else part of L2
+    AHEAD_BYTES = 1 << 13       # of planes that are copied before any is read
+    LONG_ROW = 64               # pixels: longer ones may be cut
+    FEW_CHANNELS = 4            # that are at least added up before sums go to memory
+    TERMS = 384                 # of a sum that are added up by themselves
+    TASK_PIXELS = 1 << 12       # that are worth a task
+    FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
     _forward(input, weight, bias, output, dims, options)
+
+
+def suits(input, output, dims):
+    """Whether a depthwise convolution had better be done here: pixels of a row are neighbours, and not too few."""
+    near = input.strides[4] == input.itemsize and output.strides[4] in (input.itemsize, 2 * input.itemsize)
+    return near and (dims.stride[2] == 1 or dims.output_size[2] > FEW_PIXELS)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -55,166 +63,254 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
 ctypedef struct Plan:
     Conv c
     Blocks blocks
-    Py_ssize_t together         # channels that one brgemm reduces over
-    bint by_rows                # innermost along the taps of a row, not along fewer channels
+    Py_ssize_t groups           # that a task has
+    Py_ssize_t together         # channels whose products are added up by themselves
+    Py_ssize_t ahead            # groups whose planes are copied before any is read: a load waits for what was just stored
+    Py_ssize_t high             # rows of a plane
+    Py_ssize_t plane            # elements from one to the next
+    fc_padding padding          # what is the same for all planes, ...
+    fc_planes planes            # ... and all blocks
+    bint one                    # filter in a group, by columns of taps
+    bint in_place               # pixels are neighbours in the output, too, or two apart
+    Py_ssize_t group_weights    # elements of a group's packed weights
+    const char *weights
     const char *bias
-    int relu
+    Py_ssize_t columns          # pixels of a row of sums that are not in place
 
 
 cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
     cdef Plan plan
     cdef Conv *c = &plan.c
     make_conv(c, input, weight, output, dims, options)
-    cut(c, c.channels * c.item, PLANE_BYTES, c.out[2], &plan.blocks)
-    plan.together = max(1, SHARE_BYTES // (c.kernel[0] * c.kernel[1] * 3 * LINE_BYTES))
-    plan.by_rows = c.channels < c.kernel[2]
-    if plan.by_rows:
-        plan.together = c.channels
-    plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item))
-    plan.relu = options.activation == "relu"
-    run_tasks(_forward_task, &plan, c.batch * c.groups * plan.blocks.count, c.threads)
+    _cut(&plan)
+    plan.in_place = c.y.stride[4] == 1 or (c.y.stride[4] == 2 and plan.together == c.channels)
+    plan.planes.relu = options.activation == "relu"
+    _find_weights(&plan, bias)
+    cdef Py_ssize_t tasks = c.batch * plan.blocks.count * ceil_div(c.groups, plan.groups)
+    run_tasks(_forward_task, &plan, tasks, c.threads)
 
+
+cdef void _cut(Plan *plan) noexcept nogil:
+    """Cut the output into blocks, and lay out the planes that one of them sees."""
+    cdef Conv *c = &plan.c
+    cdef Blocks *blocks = &plan.blocks
+    cdef fc_padding *padding = &plan.padding
+    plan.one = c.filters == 1
+    cdef Py_ssize_t rows = min(c.out[1], <Py_ssize_t>c.kernels.planar_rows)
+    plan.together = max(FEW_CHANNELS, min(TERMS // c.taps, NEAR_BYTES // (part_cells(c, rows, c.out[2]) * c.item)))
+    plan.together = min(c.channels, max(1, plan.together))
+    _divide(plan)
+    plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
+    plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)
+    plan.columns = round_up(blocks.columns, c.kernels.lanes)
+    padding.row_step = c.x.stride[3]
+    padding.cell_step = c.x.stride[4]
+    padding.image_step = c.x.stride[1]
+    padding.phases = c.stride[2]
+    padding.wide = round_up(ceil_div(extent(c, 2, blocks.columns), c.stride[2]), c.kernels.lanes)
+    plan.plane = c.kernel[0] * plan.high * padding.phases * padding.wide
+    plan.plane = (plan.plane // c.kernels.lanes | 1) * c.kernels.lanes  # planes a power of two apart would share few sets of L1
+    padding.plane_step = plan.plane
+    plan.ahead = 1
+    if plan.together == c.channels:
+        plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
+    plan.planes.tap_row = c.dilation[1] * padding.phases * padding.wide
+    plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
+
+
+cdef void _divide(Plan *plan) noexcept nogil:
+    """Cut the output into blocks of some rows: a multiple of what a tile of one filter has, and of parts of rows only if these are long."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t cell = plan.together * c.item, step = c.kernels.planar_rows
+    cdef Py_ssize_t rows = c.out[1], columns = c.out[2]
+    while rows > step and part_cells(c, rows, columns) * cell > NEAR_BYTES:
+        rows = round_up((rows + 1) // 2, step) if rows > 2 * step else step
+    while columns > LONG_ROW and part_cells(c, rows, columns) * cell > PLANE_BYTES:
+        columns = (columns + 1) // 2
+    while rows > 1 and part_cells(c, rows, columns) * cell > PLANE_BYTES:
+        rows = (rows + 1) // 2
+    divide(c, rows, columns, &plan.blocks)
+    if rows % step == 0:  # not of even size
+        plan.blocks.rows = min(rows, c.out[1])
+        plan.blocks.down = ceil_div(c.out[1], plan.blocks.rows)
+        plan.blocks.count = c.out[0] * plan.blocks.down * plan.blocks.across
+
+
+cdef void _find_weights(Plan *plan, bias):
+    """Pack weights and bias, and write where taps are."""
+    cdef Conv *c = &plan.c
+    cdef fc_planes *planes = &plan.planes
+    cdef Py_ssize_t n = plan.together * c.taps, group
+    plan.group_weights = 0 if plan.one else c.filters * c.channels * c.taps
+    cdef char *memory = arena(
+        FC_ARENA_WEIGHTS, 2 * n * sizeof(Py_ssize_t) + c.groups * (plan.group_weights + c.filters) * c.item
+    )
+    if memory == NULL:
+        raise MemoryError("no memory for packed weights")
+    cdef Py_ssize_t *taps = <Py_ssize_t *>memory
+    cdef char *weights = memory + 2 * n * sizeof(Py_ssize_t)
+    planes.taps, planes.weight_taps = taps, taps + n
+    if plan.one:
+        _columns(plan, taps, taps + n)
+        planes.high, planes.weight_row = c.kernel[1], c.w.stride[3]
+        plan.weights = c.w.data
+    else:
+        _taps(plan, taps)
+        for group in range(c.groups):
+            _pack_group(plan, group, weights + group * plan.group_weights * c.item)
+        plan.weights = weights
+    plan.bias = pack_bias(c, bias, weights + c.groups * plan.group_weights * c.item)
+
+
+cdef Py_ssize_t _tap_column(const Plan *plan, Py_ssize_t tap) noexcept nogil:
+    """Where the cell that a tap of a row sees is in a row of a plane."""
+    cdef Py_ssize_t column = tap * plan.c.dilation[2]
+    return column % plan.padding.phases * plan.padding.wide + column // plan.padding.phases
+
+
+cdef void _taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil:
+    """Write where the taps of some channels are in their planes."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channel, d, h, w, line = plan.padding.phases * plan.padding.wide
+    for channel in range(plan.together):
+        for d in range(c.kernel[0]):
+            for h in range(c.kernel[1]):
+                for w in range(c.kernel[2]):
+                    taps[0] = channel * plan.plane + d * plan.high * line + h * plan.planes.tap_row + _tap_column(plan, w)
+                    taps += 1
+
+
+cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
+    """Write where the columns of taps of some channels are in their planes, and among the weights."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channel, d, w, n = 0, line = plan.padding.phases * plan.padding.wide
+    for channel in range(plan.together):
+        for d in range(c.kernel[0]):
+            for w in range(c.kernel[2]):
+                taps[n] = channel * plan.plane + d * plan.high * line + _tap_column(plan, w)
+                weight_taps[n] = channel * c.w.stride[1] + d * c.w.stride[2] + w * c.w.stride[4]
+                n += 1
+
+
+cdef void _pack_group(const Plan *plan, Py_ssize_t group, char *out) noexcept nogil:
+    """Pack a group's weights, [block of channels][tile of filters][channel][tap][filter]."""
+    cdef const Conv *c = &plan.c
+    cdef const View *w = &c.w
+    cdef Py_ssize_t first, channel, filter, filters, d, h
+    cdef const char *base
+    for first from 0 <= first < c.channels by plan.together:
+        for filter from 0 <= filter < c.filters by c.kernels.planar_filters:
+            filters = min(<Py_ssize_t>c.kernels.planar_filters, c.filters - filter)
+            for channel in range(first, min(first + plan.together, c.channels)):
+                base = w.data + ((group * c.filters + filter) * w.stride[0] + channel * w.stride[1]) * c.item
+                for d in range(c.kernel[0]):
+                    for h in range(c.kernel[1]):
+                        c.kernels.transpose(
+                            base + (d * w.stride[2] + h * w.stride[3]) * c.item, w.stride[0], w.stride[4], filters,
+                            c.kernel[2], out, filters,
+                        )
+                        out += c.kernel[2] * filters * c.item
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t group = task % c.groups
+    cdef Py_ssize_t parts = ceil_div(c.groups, plan.groups), group = task % parts * plan.groups
     cdef Block block
-    locate(c, &plan.blocks, task // c.groups, &block)
-
-    cdef Py_ssize_t tap_bytes = (c.taps + 8) // 8 * 64
-    # An odd number of cache lines: planes a power of two apart would fall into the same few sets of L1.
-    cdef Py_ssize_t plane_bytes = (
-        ceil_div(part_cells(c, block.rows, block.columns) * c.item, LINE_BYTES) | 1
-    ) * LINE_BYTES
-    cdef Py_ssize_t over = 2 * TILE_BYTES  # what a last tile reads beyond the last plane
-    cdef char *memory = arena(FC_ARENA_BLOCK, tap_bytes * 2 + TILE_BYTES + c.channels * plane_bytes + over)
+    locate(c, &plan.blocks, task // parts, &block)
+    cdef Py_ssize_t plane_bytes = plan.ahead * plan.together * plan.plane * c.item
+    cdef Py_ssize_t sum_bytes = 0 if plan.in_place else plan.ahead * c.filters * block.rows * plan.columns * c.item
+    cdef char *memory = arena(FC_ARENA_BLOCK, sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
     if memory == NULL:
         return 1
-    cdef Py_ssize_t *a_taps = <Py_ssize_t *>memory
-    cdef Py_ssize_t *b_taps = <Py_ssize_t *>(memory + tap_bytes)
-    cdef char *sums = memory + 2 * tap_bytes
-    cdef char *planes = sums + TILE_BYTES
-    if plan.by_rows:
-        row_offsets(c, &block, plane_bytes // c.item, a_taps, b_taps)
-    else:
-        weight_offsets(c, a_taps)
-        tap_offsets(c, &block, 1, b_taps)
-    pack_planes(c, &block, group * c.channels, plane_bytes // c.item, planes)
-    memset(planes + c.channels * plane_bytes, 0, <size_t>over)
-    cdef Py_ssize_t filter = 0, filters
-    while filter < c.filters:
-        filters = min(c.filters - filter, <Py_ssize_t>c.kernels.tile_rows)
-        _filters(plan, &block, group * c.filters + filter, filters, a_taps, b_taps, planes, plane_bytes, sums)
-        filter += filters
+    cdef char *cells = memory + sum_bytes
+    cdef Py_ssize_t end = min(group + plan.groups, c.groups), count, channel, channels
+    cdef fc_planes planes = plan.planes
+    planes.rows, planes.columns = block.rows, block.columns
+    planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
+    planes.out_column = c.y.stride[4] if plan.in_place else 1
+    planes.out_filter = c.y.stride[1] if plan.in_place else block.rows * plan.columns
+    planes.weight_group, planes.cell_group = c.w.stride[0], c.channels * plan.plane
+    for group from group <= group < end by plan.ahead:
+        count = min(plan.ahead, end - group)
+        for channel from 0 <= channel < c.channels by plan.together:
+            channels = min(plan.together, c.channels - channel)
+            _pad(plan, &block, group * c.channels + channel, count * channels, cells)
+            _multiply(plan, &block, &planes, group, count, channel, channels, cells, memory)
     return 0
 
 
-cdef void weight_offsets(const Conv *c, Py_ssize_t *taps) noexcept nogil:
-    """Write where each tap of a filter is, from the first."""
-    cdef const View *w = &c.w
-    cdef Py_ssize_t i, j, k, t = 0
-    for i in range(c.kernel[0]):
-        for j in range(c.kernel[1]):
-            for k in range(c.kernel[2]):
-                taps[t] = i * w.stride[2] + j * w.stride[3] + k * w.stride[4]
-                t += 1
-
-
-cdef void row_offsets(const Conv *c, const Block *block, Py_ssize_t plane, Py_ssize_t *rows,
-                      Py_ssize_t *lines) noexcept nogil:
-    """Write where each channel's rows of taps are, from a filter's first, and the lines of the planes that they see."""
-    cdef const View *w = &c.w
-    cdef Py_ssize_t channel, d, h, n = 0
-    for channel in range(c.channels):
-        for d in range(c.kernel[0]):
-            for h in range(c.kernel[1]):
-                rows[n] = channel * w.stride[1] + d * w.stride[2] + h * w.stride[3]
-                lines[n] = channel * plane + (d * block.high + h * c.dilation[1]) * block.wide
-                n += 1
-
-
-cdef void pack_planes(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t plane, char *out) noexcept nogil:
-    """Copy what the block sees of a group's channels, from ``first`` on, to [channel][kernel depth][high][wide]."""
-    cdef const View *x = &c.x
-    cdef const char *base = x.data + (block.image * x.stride[0] + first * x.stride[1]) * c.item
-    cdef Py_ssize_t left = block.left - c.pad[2], top = block.top - c.pad[1]
-    cdef Py_ssize_t start = min(max(0, -left), block.wide)
-    cdef Py_ssize_t stop = max(start, min(block.wide, x.size[4] - left))
-    cdef Py_ssize_t d, h, z, y, channel, begin, end
-    for d in range(c.kernel[0]):
-        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-        for h in range(block.high):
-            y = top + h
-            begin, end = start, stop
-            if z < 0 or z >= x.size[2] or y < 0 or y >= x.size[3]:
-                begin = end = block.wide
-            if begin > 0 or end < block.wide:
-                for channel in range(c.channels):
-                    memset(out + channel * plane * c.item, 0, <size_t>(begin * c.item))
-                    memset(out + (channel * plane + end) * c.item, 0, <size_t>((block.wide - end) * c.item))
-            if end > begin:
-                c.kernels.transpose(
-                    base + (z * x.stride[2] + y * x.stride[3] + (left + begin) * x.stride[4]) * c.item,
-                    x.stride[4], x.stride[1], end - begin, c.channels, out + begin * c.item, plane,
-                )
-            out += block.wide * c.item
-
-
-cdef void _filters(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, const Py_ssize_t *a_taps,
-                   const Py_ssize_t *b_taps, const char *planes, Py_ssize_t plane_bytes, char *sums) noexcept nogil:
-    """Compute and store a tile's rows of filters for all pixels of a block."""
-    cdef const Conv *c = &plan.c
-    cdef int vectors = 8 if filters == 1 else 4 if filters <= FC_FLAT_ROWS else 2
-    cdef Py_ssize_t width = vectors * c.kernels.lanes, pixel, channel, row
-    cdef Py_ssize_t pixels = (block.rows - 1) * block.wide + block.columns
-    cdef Py_ssize_t rows[16]
-    cdef bint started
-    cdef fc_reduction reduction
-    for row in range(filters):
-        rows[row] = (first + row) * c.w.stride[0]
-    reduction.apart = 0
-    reduction.taps = a_taps
-    reduction.b_taps = b_taps
-    reduction.n_taps = c.channels * c.kernel[0] * c.kernel[1] if plan.by_rows else c.taps
-    reduction.a_step = c.w.stride[4] if plan.by_rows else c.w.stride[1]
-    reduction.b_tap = 0
-    reduction.b_step = c.dilation[2] if plan.by_rows else plane_bytes // c.item
-    reduction.c_step = width
-    for pixel from 0 <= pixel < pixels by width:
-        started = start_sums(c, bias_at(plan.bias, first * c.item), filters, width, sums, width)
-        for channel from 0 <= channel < c.channels by plan.together:
-            reduction.depth = c.kernel[2] if plan.by_rows else min(plan.together, c.channels - channel)
-            c.kernels.brgemm(
-                &reduction, c.w.data + channel * c.w.stride[1] * c.item, rows, filters,
-                planes + channel * plane_bytes + pixel * c.item, vectors, sums, started or channel > 0,
-            )
-        _store_tile(plan, block, first, filters, pixel, min(pixel + width, pixels), width, sums)
-
-
-cdef void _store_tile(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t pixel,
-                      Py_ssize_t end, Py_ssize_t width, const char *sums) noexcept nogil:
-    """Store a tile's sums, [filter][pixel], through the activation, row by row of the image."""
+cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t groups,
+                    Py_ssize_t channel, Py_ssize_t channels, const char *cells, char *sums) noexcept nogil:
+    """Add the products of some channels to some groups' sums for a block of pixels; store them after the last channels."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef fc_epilogue epilogue
-    cdef Py_ssize_t row, column, run
-    cdef char *base = y.data + (
+    cdef Py_ssize_t first = group * c.filters, i
+    cdef bint last = channel + channels == c.channels
+    cdef char *out = y.data + (
         block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
         + block.top * y.stride[3] + block.left * y.stride[4]
     ) * c.item
-    epilogue.bias = NULL
-    epilogue.relu = plan.relu
-    epilogue.pixel_stride = y.stride[1]  # the roles are exchanged: rows of the tile are filters
-    epilogue.channel_stride = y.stride[4]
-    while pixel < end:
-        row = pixel // block.wide
-        column = pixel % block.wide
-        run = min(end - pixel, block.wide - column)
-        if column < block.columns:
-            c.kernels.epilogue(
-                &epilogue, sums, width, filters, min(run, block.columns - column),
-                base + (row * y.stride[3] + column * y.stride[4]) * c.item,
+    cdef char *target = out if plan.in_place else sums
+    planes.accumulate = channel > 0
+    planes.relu = plan.planes.relu and last
+    planes.bias = bias_at(plan.bias, first * c.item) if last else NULL
+    if plan.one:
+        planes.n_taps = channels * c.kernel[0] * c.kernel[2]
+        c.kernels.planar_one(
+            planes, groups, plan.weights + (first * c.w.stride[0] + channel * c.w.stride[1]) * c.item, cells, target
+        )
+    else:
+        planes.n_taps = channels * c.taps
+        for i in range(groups):
+            planes.bias = bias_at(plan.bias, (first + i * c.filters) * c.item) if last else NULL
+            c.kernels.planar(
+                planes, plan.weights + ((group + i) * plan.group_weights + channel * c.filters * c.taps) * c.item, c.filters,
+                cells + i * planes.cell_group * c.item, target + i * c.filters * planes.out_filter * c.item,
             )
-        sums += run * c.item
-        pixel += run
+    if last and not plan.in_place:
+        _store(plan, block, planes, groups * c.filters, sums, out)
+
+
+cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil:
+    """Copy what a block sees of ``count`` channels, from ``first`` on."""
+    cdef const Conv *c = &plan.c
+    cdef const View *x = &c.x
+    cdef Py_ssize_t left = block.left * c.stride[2] - c.pad[2], top = block.top * c.stride[1] - c.pad[1]
+    cdef Py_ssize_t row = min(max(0, top), x.size[3]), cell = min(max(0, left), x.size[4]), i, d, z
+    cdef Py_ssize_t part = plan.high * plan.padding.phases * plan.padding.wide * c.item
+    cdef const char *base = x.data + (
+        block.image * x.stride[0] + first * x.stride[1] + row * x.stride[3] + cell * x.stride[4]
+    ) * c.item
+    cdef fc_padding padding = plan.padding
+    padding.above = min(max(0, -top), plan.high)
+    padding.rows = max(0, min(x.size[3], top + plan.high) - row)
+    padding.below = plan.high - padding.above - padding.rows
+    padding.before = min(max(0, -left), block.wide)
+    padding.cells = max(0, min(x.size[4], left + block.wide) - cell)
+    for d in range(c.kernel[0]):
+        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
+        if 0 <= z < x.size[2]:
+            c.kernels.pad(&padding, count, base + z * x.stride[2] * c.item, out + d * part)
+        else:
+            for i in range(count):
+                memset(out + d * part + i * plan.plane * c.item, 0, <size_t>part)
+
+
+cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, Py_ssize_t filters, const char *sums,
+                 char *out) noexcept nogil:
+    """Store the sums of a block, [filter][row][pixel], row by row."""
+    cdef const Conv *c = &plan.c
+    cdef fc_epilogue epilogue
+    cdef Py_ssize_t row
+    epilogue.bias = NULL
+    epilogue.relu = False
+    epilogue.pixel_stride = c.y.stride[1]  # the roles are exchanged: rows of the sums are filters
+    epilogue.channel_stride = c.y.stride[4]
+    for row in range(block.rows):
+        c.kernels.epilogue(
+            &epilogue, sums + row * planes.out_row * c.item, planes.out_filter, filters, block.columns,
+            out + row * c.y.stride[3] * c.item,
+        )

@@ -34,6 +34,17 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *rows
         Py_ssize_t n_rows, run, plane, depth
 
+    ctypedef struct fc_padding:
+        Py_ssize_t row_step, cell_step, above, rows, below, before, cells, phases, wide, image_step, plane_step
+
+    ctypedef struct fc_planes:
+        const Py_ssize_t *taps
+        Py_ssize_t n_taps, high, tap_row
+        const Py_ssize_t *weight_taps
+        Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_column, out_filter, weight_group, cell_group
+        const void *bias
+        int accumulate, relu
+
     ctypedef struct fc_tiles:
         int rows, columns, high, wide
         Py_ssize_t count
@@ -51,6 +62,10 @@ cdef extern from "ukernels.h" nogil:
                           const void *, Py_ssize_t, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
+        void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
+        int planar_filters, planar_rows
+        void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,

@@ -156,8 +156,30 @@ def _im2col(op: str, dims: ConvDims) -> str:
 def _planar(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad":
         return "has no gradient of the weights"
+    channels, filters = dims.group_in_channels, dims.group_out_channels
+    if op == "conv_input_grad":
+        channels, filters = filters, channels
+    if dims.depthwise and channels == 1:
+        return "slower than direct, which is the same for depthwise convolution of contiguous rows"
+    pixels = math.prod(dims.output_size)
+    if op == "conv_input_grad" and dims.stride[2] > 2 and pixels <= 256:
+        return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
+    if filters <= 6:
+        return ""
+    if op == "conv_input_grad" or channels > 4:
+        return f"slower than direct, which has {filters} filters to fill its lanes"
+    if dims.output_size[2] < {"amx": 12, "avx512": 12, "avx2": 6}.get(isa(), 3):
+        return f"slower than direct: rows of {dims.output_size[2]} pixels leave lanes empty"
+    if dims.stride[2] > 2:
+        return f"slower than direct or im2col: cells that are {dims.stride[2]} apart are made neighbours one by one"
+    return ""
+
+
+def _planar_numba(op: str, dims: ConvDims) -> str:
     if op == "conv_forward" and dims.stride[1:] != (1, 1):
         return "only for stride 1 along height and width"
+    if op == "conv_weight_grad":
+        return "has no gradient of the weights"
     if dims.depthwise:
         return "slower than direct for depthwise convolution"
     filters = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
@@ -214,7 +236,7 @@ CONVOLUTIONS = (
     Row("direct", "cython", _direct),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd_numba),
-    Row("planar", "numba", _planar),
+    Row("planar", "numba", _planar_numba),
     Row("direct", "numba", _direct_numba),
     Row("im2col", "numba", _im2col),
     Row("im2col", "numpy", _always),

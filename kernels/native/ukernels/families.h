@@ -39,11 +39,25 @@
 #define NEEDED(x) (void)(x)
 #endif
 
+/* A vector that is loaded once, for all that use it: GCC would rather load it again for each. This is no instruction, either. */
+#ifdef __AVX512F__
+#define HELD(x) __asm__("" : "+v"(x))
+#else
+#define HELD(x) (void)(x)
+#endif
+
 /* Loads and stores of some lanes, where there are such. */
 #ifdef __AVX512F__
 #define MASKED_LOAD(mask, from) PASTE(_mm512_maskz_loadu_, SUFFIX)(mask, from)
 #define MASKED_STORE(to, mask, from) PASTE(_mm512_mask_storeu_, SUFFIX)(to, mask, from)
 #define SPREAD_LOAD(mask, from) PASTE(_mm512_maskz_expandloadu_, SUFFIX)(mask, from) /* neighbours, to lanes that are apart */
+#endif
+
+/* The same under a vector of masks, all ones or all zeros for each lane. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES_LOAD(mask, from) PASTE(_mm256_maskload_, SUFFIX)(from, (__m256i)(mask))
+#define LANES_STORE(to, mask, from) PASTE(_mm256_maskstore_, SUFFIX)(to, (__m256i)(mask), from)
 #endif
 
 /* Vectors of several parts of 16 bytes: the first from memory, and one with part number n from memory. */

@@ -392,6 +392,10 @@ static void FC(add_apart)(void *total, ptrdiff_t step, const void *more, ptrdiff
         sums[i * step] += x[i];
 }
 
+/* ---------------------------------------------------------------------------------------------------------- planar */
+
+#include "planar.h"
+
 /* -------------------------------------------------------------------------------------------------------- Winograd */
 
 #include "winograd.h"
@@ -615,6 +619,11 @@ static const fc_ukernels FC(table) = {
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
+    .pad = FC(pad),
+    .planar_filters = FC(filters),
+    .planar = FC(planar),
+    .planar_rows = FC(rows),
+    .planar_one = FC(planar_one),
     .max_pool = FC(max_pool),
     .max_pool_grad = FC(max_pool_grad),
     .winograd_transform = FC(winograd_transform),

@@ -68,6 +68,31 @@ typedef struct {
     ptrdiff_t n_rows, run, plane, depth;
 } fc_patches;
 
+/* How rows of an image become rows of cells, padding included: with more than one phase, cell i of a row goes to the
+ * row's part number i % phases, so that cells a stride apart become neighbours. */
+typedef struct {
+    ptrdiff_t row_step, cell_step; /* of the image */
+    ptrdiff_t above, rows, below;  /* rows of zeros, of the image, of zeros */
+    ptrdiff_t before, cells;       /* zeros in front of a row, and its cells */
+    ptrdiff_t phases, wide;        /* parts of a row, each filled up with zeros to `wide`, a multiple of lanes */
+    ptrdiff_t image_step, plane_step; /* from plane to plane */
+} fc_padding;
+
+/* Rows of pixels, and what they see of padded planes. */
+typedef struct {
+    const ptrdiff_t *taps;       /* from the first cell that a pixel sees */
+    ptrdiff_t n_taps;
+    ptrdiff_t high, tap_row;     /* of one filter: a tap is a column of so many, that far apart; where the columns' weights */
+    const ptrdiff_t *weight_taps; /* are, from the first, and how far apart those of a column */
+    ptrdiff_t weight_row;
+    ptrdiff_t rows, columns;
+    ptrdiff_t cell_row, out_row; /* from a row of pixels to the next, in the planes and in the output */
+    ptrdiff_t out_column, out_filter; /* pixels are neighbours, or, where nothing is accumulated, 2 apart */
+    ptrdiff_t weight_group, cell_group; /* from one group of one filter to the next */
+    const void *bias;            /* of each filter, or NULL */
+    int accumulate, relu;        /* whether sums are added to the output; the activation comes last */
+} fc_planes;
+
 /* Tiles of Winograd's convolution. A side is a number of three digits, its stride, outputs and taps: 143 is F(4, 3). A tile
  * whose rows have the greater one has its axes exchanged. */
 typedef struct {
@@ -111,6 +136,20 @@ typedef struct {
     /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * block + i] for i < block. */
     void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
                              ptrdiff_t n_pixels, ptrdiff_t block, void *c);
+
+    /* Planes as they are read below: [row][phase][wide]. */
+    void (*pad)(const fc_padding *padding, ptrdiff_t planes, const void *image, void *out);
+
+    /* out[f][r][x] (+)= sum over taps t of weight[t][f] * cells[r * cell_row + taps[t] + x], neighbouring pixels as lanes; up to
+     * lanes - 1 cells beyond the last are read. Weights are packed in tiles, [filter / planar_filters][tap][planar_filters]; the last tile
+     * is as narrow as there are filters. */
+    int planar_filters;
+    void (*planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
+
+    /* The same for groups of one filter, whose weights are read where they are. What the next rows of pixels see is read, too, up to a
+     * multiple of planar_rows. */
+    int planar_rows;
+    void (*planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out);
 
     /* The maximum of each of runs * n windows that see the same cells, and its number unless winners->item is 0. A greater
      * cell wins, a NaN over everything; without any cell the maximum is -inf, the winner numbers[0].

@@ -1,0 +1,429 @@
+/* Convolution with neighbouring pixels as lanes; family.h includes this. Nothing is turned: rows of planes are read, and rows of
+ * the output are stored, as they lie there.
+ */
+
+static inline V FC(rectified)(V value)
+{
+    return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
+}
+
+/* Which lanes of a vector are meant: those from `first` on, up to `end`, where both may lie anywhere. */
+#if defined(MASKED_LOAD)
+typedef unsigned FC(lanes);
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
+{
+    const unsigned below = first > 0 ? first < LANES ? (1u << first) - 1 : ~0u : 0;
+    return (end > 0 ? end < LANES ? (1u << end) - 1 : (1u << LANES) - 1 : 0) & ~below;
+}
+#define LOAD_LANES(lanes, from) (V)MASKED_LOAD(lanes, from)
+#define STORE_LANES(to, lanes, x) MASKED_STORE(to, lanes, x)
+#elif defined(LANES_LOAD)
+typedef T_INT FC(lanes) __attribute__((vector_size(VECTOR_BYTES)));
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
+{
+    FC(lanes) which;
+    for (T_INT i = 0; i < LANES; i++)
+        which[i] = -(i >= first && i < end);
+    return which;
+}
+#define LOAD_LANES(lanes, from) (V)LANES_LOAD(lanes, from)
+#define STORE_LANES(to, lanes, x) LANES_STORE(to, lanes, x)
+#else
+typedef struct {
+    ptrdiff_t first, end;
+} FC(lanes);
+static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
+{
+    return (FC(lanes)){first > 0 ? first : 0, end < LANES ? end : LANES};
+}
+static inline V FC(load_lanes)(FC(lanes) which, const T *from)
+{
+    V x = {0};
+    for (ptrdiff_t i = which.first; i < which.end; i++)
+        x[i] = from[i];
+    return x;
+}
+static inline void FC(store_lanes)(T *to, FC(lanes) which, V x)
+{
+    for (ptrdiff_t i = which.first; i < which.end; i++)
+        to[i] = x[i];
+}
+#define LOAD_LANES(lanes, from) FC(load_lanes)(lanes, from)
+#define STORE_LANES(to, lanes, x) FC(store_lanes)(to, lanes, x)
+#endif
+
+enum { FC(widest) = 4, FC(most) = 8 }; /* vectors and rows of a tile */
+
+/* Rows of n pixels that become every second one of the output: the even lanes of two vectors. */
+#if VECTOR_BYTES / T_BYTES == 16
+#define LOW_TWICE 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7
+#define HIGH_TWICE 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15
+#define EVEN_LANES 0x5555
+#elif VECTOR_BYTES / T_BYTES == 8
+#define LOW_TWICE 0, 0, 1, 1, 2, 2, 3, 3
+#define HIGH_TWICE 4, 4, 5, 5, 6, 6, 7, 7
+#define EVEN_LANES 0x55
+#endif
+static __attribute__((noinline)) void FC(spread)(const T *sums, ptrdiff_t rows, ptrdiff_t pitch, ptrdiff_t n, T *out, ptrdiff_t step)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, sums += pitch, out += step) {
+        ptrdiff_t i = 0;
+#if defined(MASKED_STORE)
+        for (; i < n; i += LANES) {
+            const V x = *(const V *)(sums + i);
+            const unsigned some = n - i >= LANES ? ~0u : (1u << 2 * (n - i)) - 1;
+            MASKED_STORE(out + 2 * i, some & EVEN_LANES, SHUFFLE(x, x, LOW_TWICE));
+            MASKED_STORE(out + 2 * i + LANES, (n - i >= LANES ? some : some >> LANES) & EVEN_LANES, SHUFFLE(x, x, HIGH_TWICE));
+        }
+#endif
+        for (; i < n; i++)
+            out[2 * i] = sums[i];
+    }
+}
+#undef LOW_TWICE
+#undef HIGH_TWICE
+#undef EVEN_LANES
+
+/* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector, or fewer than there are. Each row
+ * has a bias of its own, or all have the same. Not all rows may be wanted. Rows and vectors are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_planes *p, V acc[][FC(widest)], const int rows,
+                                                                  ptrdiff_t wanted, const int vectors, const T *bias,
+                                                                  const int own, ptrdiff_t n, T *out, ptrdiff_t step)
+{
+    const ptrdiff_t last = (vectors - 1) * LANES;
+    const FC(lanes) some = FC(between)(0, n - last);
+    const int whole = n - last >= LANES;
+    if (p->accumulate)
+        UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
+            UNROLL for (int v = 0; v < vectors - 1; v++)
+                acc[r][v] += *(const V *)(out + r * step + v * LANES);
+            acc[r][vectors - 1] += LOAD_LANES(some, out + r * step + last);
+        }
+    if (bias)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[r][v] += bias[own * r];
+    if (p->relu)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[r][v] = FC(rectified)(acc[r][v]);
+    if (p->out_column == 2) {
+        V sums[FC(most)][FC(widest)];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                sums[r][v] = acc[r][v];
+        FC(spread)((const T *)sums, wanted, FC(widest) * LANES, whole ? vectors * LANES : n, out, step);
+    } else if (whole)
+        UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
+            UNROLL for (int v = 0; v < vectors; v++)
+                *(V *)(out + r * step + v * LANES) = acc[r][v];
+        }
+    else
+        UNROLL for (int r = 0; r < rows; r++) {
+            if (r >= wanted)
+                break;
+            UNROLL for (int v = 0; v < vectors - 1; v++)
+                *(V *)(out + r * step + v * LANES) = acc[r][v];
+            STORE_LANES(out + r * step + last, some, acc[r][vectors - 1]);
+        }
+}
+
+/* -------------------------------------------------------------------------------------------------------- padding */
+
+static T *FC(pad_zeros)(T *out, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += LANES)
+        *(V *)(out + i) = (V){0};
+    return out + n;
+}
+
+/* The lanes that are cells in a vector that starts `at` cells behind the start of a padded row. */
+static FC(lanes) FC(inside)(const fc_padding *p, ptrdiff_t at)
+{
+    return FC(between)(p->before - at, p->before + p->cells - at);
+}
+
+/* Rows of neighbouring cells; every vector is stored once, whole. Narrow rows are copied a vector of each at a time, others row by row, as
+ * memory is fetched ahead. */
+enum { FC(narrow) = 4, FC(strip) = 16 };
+static void FC(pad_neighbours)(const fc_padding *p, const T *image, T *plane)
+{
+    FC(lanes) some[FC(strip)];
+    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 1 : FC(strip)) * LANES;
+    for (ptrdiff_t first = 0; first < p->wide; first += strip) {
+        const ptrdiff_t end = first + strip < p->wide ? first + strip : p->wide;
+        const T *in = image - p->before;
+        T *out = plane;
+        for (ptrdiff_t at = first; at < end; at += LANES)
+            some[(at - first) / LANES] = FC(inside)(p, at);
+        for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step, out += p->wide)
+            for (ptrdiff_t at = first; at < end; at += LANES)
+                if (at >= p->before && at + LANES <= p->before + p->cells)
+                    *(V *)(out + at) = *(const V *)(in + at);
+                else
+                    *(V *)(out + at) = LOAD_LANES(some[(at - first) / LANES], in + at);
+    }
+}
+
+/* The same where every row becomes two. */
+#define FOUR(i) i, i + 2, i + 4, i + 6
+#define EVERY_SECOND_2(i) i, i + 2
+#define EVERY_SECOND_4(i) FOUR(i)
+#define EVERY_SECOND_8(i) FOUR(i), FOUR(i + 8)
+#define EVERY_SECOND_16(i) FOUR(i), FOUR(i + 8), FOUR(i + 16), FOUR(i + 24)
+#if VECTOR_BYTES / T_BYTES == 16
+#define EVERY_SECOND EVERY_SECOND_16
+#elif VECTOR_BYTES / T_BYTES == 8
+#define EVERY_SECOND EVERY_SECOND_8
+#elif VECTOR_BYTES / T_BYTES == 4
+#define EVERY_SECOND EVERY_SECOND_4
+#else
+#define EVERY_SECOND EVERY_SECOND_2
+#endif
+static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
+{
+    FC(lanes) some[FC(strip)];
+    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 2 : FC(strip)) * LANES;
+    for (ptrdiff_t first = 0; first < 2 * p->wide; first += strip) {
+        const ptrdiff_t end = first + strip < 2 * p->wide ? first + strip : 2 * p->wide;
+        const T *in = image - p->before;
+        T *out = plane;
+        for (ptrdiff_t at = first; at < end; at += LANES)
+            some[(at - first) / LANES] = FC(inside)(p, at);
+        for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step, out += 2 * p->wide)
+            for (ptrdiff_t at = first; at < end; at += 2 * LANES) {
+                const FC(lanes) *which = some + (at - first) / LANES;
+                const V x = LOAD_LANES(which[0], in + at), y = LOAD_LANES(which[1], in + at + LANES);
+                *(V *)(out + at / 2) = SHUFFLE(x, y, EVERY_SECOND(0));
+                *(V *)(out + at / 2 + p->wide) = SHUFFLE(x, y, EVERY_SECOND(1));
+            }
+    }
+}
+#undef EVERY_SECOND
+#undef EVERY_SECOND_2
+#undef EVERY_SECOND_4
+#undef EVERY_SECOND_8
+#undef EVERY_SECOND_16
+#undef FOUR
+
+/* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
+static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
+{
+    const ptrdiff_t after = (before + n) / LANES * LANES;
+    FC(pad_zeros)(out, before);
+    FC(pad_zeros)(out + after, wide - after);
+    if (step == 1)
+        FC(copy_row)(in, n, out + before);
+    else
+        FC(transpose)(in, step, 0, n, 1, out + before, 0);
+}
+
+static void FC(pad_plane)(const fc_padding *p, const T *in, T *out)
+{
+    const ptrdiff_t line = p->phases * p->wide;
+    T *row = FC(pad_zeros)(out, p->above * line);
+    FC(pad_zeros)(row + p->rows * line, p->below * line);
+    if (p->cell_step == 1 && p->phases == 1) {
+        FC(pad_neighbours)(p, in, row);
+        return;
+    }
+    if (p->cell_step == 1 && p->phases == 2) {
+        FC(pad_pairs)(p, in, row);
+        return;
+    }
+    for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step)
+        for (ptrdiff_t phase = 0; phase < p->phases; phase++, row += p->wide) {
+            const ptrdiff_t zeros = p->before > phase ? (p->before - phase + p->phases - 1) / p->phases : 0;
+            const ptrdiff_t first = zeros * p->phases + phase - p->before;
+            const ptrdiff_t n = p->cells > first ? (p->cells - first + p->phases - 1) / p->phases : 0;
+            FC(pad_row)(in + first * p->cell_step, p->phases * p->cell_step, zeros, n, p->wide, row);
+        }
+}
+
+static void FC(pad)(const fc_padding *p, ptrdiff_t planes, const void *image, void *out)
+{
+    for (ptrdiff_t i = 0; i < planes; i++)
+        FC(pad_plane)(p, (const T *)image + i * p->image_step, (T *)out + i * p->plane_step);
+}
+
+/* --------------------------------------------------------------------------------------------------- some filters */
+
+#if VECTOR_BYTES == 64
+enum { FC(filters) = 8 }; /* x 3 vectors of pixels: 24 sums, 3 vectors of cells and a weight are in 32 registers */
+#else
+enum { FC(filters) = 4 };
+#endif
+
+/* filters and vectors are constants where this is inlined; n pixels are wanted, one at least of the last vector. */
+static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_planes *p, const T *weight, const int filters,
+                                                                  const T *cells, const int vectors, const T *bias,
+                                                                  ptrdiff_t n, T *out)
+{
+    V acc[FC(most)][FC(widest)] = {{{0}}};
+    for (ptrdiff_t t = 0; t < p->n_taps; t++, weight += filters) {
+        const T *at = cells + p->taps[t];
+        V cell[FC(widest)];
+        UNROLL for (int v = 0; v < vectors; v++)
+            cell[v] = *(const V *)(at + v * LANES);
+        UNROLL for (int f = 0; f < filters; f++) {
+            const V factor = weight[f] - (V){0};
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[f][v] += factor * cell[v];
+            NEEDED(factor);
+        }
+    }
+    FC(finish_tile)(p, acc, filters, filters, vectors, bias, 1, n, out, p->out_filter);
+}
+
+/* A row of pixels, in tiles of about the same size. */
+static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes *p, const T *weight, const int filters,
+                                                                 const T *cells, const T *bias, T *out)
+{
+    const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3, all = (p->columns + LANES - 1) / LANES, tiles = (all + most - 1) / most;
+    ptrdiff_t done = 0;
+    for (ptrdiff_t tile = 1; tile <= tiles; tile++) {
+        const ptrdiff_t vectors = all * tile / tiles - done, x = done * LANES;
+        done += vectors;
+        if (filters <= FC(filters) / 2 && vectors == 4)
+            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, out + x * p->out_column);
+        else if (vectors == 3)
+            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, out + x * p->out_column);
+        else if (vectors == 2)
+            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, out + x * p->out_column);
+        else
+            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, out + x * p->out_column);
+    }
+}
+
+#define FILTERS_CASE(n)                                                                            \
+    case n:                                                                                        \
+        for (ptrdiff_t r = 0; r < p->rows && n <= FC(filters); r++)                                 \
+            FC(planar_row)(p, w, n <= FC(filters) ? n : 1, a + r * p->cell_row, bias, c + r * p->out_row); \
+        break;
+
+static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out)
+{
+    const fc_planes own = *planes, *p = &own; /* which no store changes */
+    const T *w = weight, *a = cells, *bias = p->bias;
+    T *c = out;
+    for (ptrdiff_t n; filters > 0; filters -= n) {
+        n = filters < FC(filters) ? filters : FC(filters);
+        switch (n) {
+            FILTERS_CASE(1)
+            FILTERS_CASE(2)
+            FILTERS_CASE(3)
+            FILTERS_CASE(4)
+            FILTERS_CASE(5)
+            FILTERS_CASE(6)
+            FILTERS_CASE(7)
+            FILTERS_CASE(8)
+        }
+        w += n * p->n_taps;
+        bias = bias ? bias + n : bias;
+        c += n * p->out_filter;
+    }
+}
+#undef FILTERS_CASE
+
+/* ----------------------------------------------------------------------------------------------------- one filter */
+
+enum { FC(rows) = 7 }; /* of pixels, whose sums are in registers beside a column of 7 weights, ... */
+#if VECTOR_BYTES == 64
+enum { FC(across) = 2 }; /* ... and so many vectors of each */
+#else
+enum { FC(across) = 1 };
+#endif
+
+/* Some vectors of each of 7 rows of pixels, of which some are wanted. A cell is loaded once for all `high` taps of a column: rows of pixels
+ * are `every` rows of taps apart. These are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p, const T *weight, const int high, const int every,
+                                                              const T *cells, const int vectors, ptrdiff_t wanted, ptrdiff_t n,
+                                                              T *out)
+{
+    V acc[FC(most)][FC(widest)] = {{{0}}};
+    for (ptrdiff_t t = 0; t < p->n_taps; t++) {
+        const T *cell = cells + p->taps[t], *factor = weight + p->weight_taps[t];
+        V w[7];
+        UNROLL for (int h = 0; h < high; h++, factor += p->weight_row) {
+            w[h] = *factor - (V){0};
+            HELD(w[h]);
+        }
+        UNROLL for (int j = 0; j < (FC(rows) - 1) * every + high; j++, cell += p->tap_row)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                V x = *(const V *)(cell + v * LANES);
+                HELD(x);
+                UNROLL for (int h = 0; h < high; h++)
+                    if (j >= h && (j - h) % every == 0 && (j - h) / every < FC(rows))
+                        acc[(j - h) / every][v] += x * w[h];
+            }
+    }
+    FC(finish_tile)(p, acc, FC(rows), wanted, vectors, p->bias, 0, n, out, p->out_row);
+}
+
+/* The same for columns of any height, and rows of pixels any distance apart. */
+static void FC(columns_any)(const fc_planes *p, const T *weight, const T *cells, ptrdiff_t wanted, ptrdiff_t n, T *out)
+{
+    V acc[FC(most)][FC(widest)] = {{{0}}};
+    for (ptrdiff_t t = 0; t < p->n_taps; t++)
+        for (ptrdiff_t h = 0; h < p->high; h++) {
+            const T *cell = cells + p->taps[t] + h * p->tap_row;
+            const T factor = weight[p->weight_taps[t] + h * p->weight_row];
+            UNROLL for (int r = 0; r < FC(rows); r++)
+                acc[r][0] += *(const V *)(cell + r * p->cell_row) * factor;
+        }
+    FC(finish_tile)(p, acc, FC(rows), wanted, 1, p->bias, 0, n, out, p->out_row);
+}
+
+static inline __attribute__((always_inline)) void FC(column_rows)(const fc_planes *p, const T *weight, const int high,
+                                                                  const int every, const T *cells, ptrdiff_t wanted, T *out)
+{
+    ptrdiff_t x = 0;
+    for (; FC(across) == 2 && p->columns - x > LANES; x += 2 * LANES)
+        FC(columns)(p, weight, high, every, cells + x, 2, wanted, p->columns - x, out + x * p->out_column);
+    for (; x < p->columns; x += LANES)
+        FC(columns)(p, weight, high, every, cells + x, 1, wanted, p->columns - x, out + x * p->out_column);
+}
+
+#define COLUMNS_CASE(n)                                            \
+    case n:                                                        \
+        if (every == 1)                                            \
+            FC(column_rows)(p, weight, n, 1, cells, wanted, out);  \
+        else                                                       \
+            FC(column_rows)(p, weight, n, 2, cells, wanted, out);  \
+        break;
+
+static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes *p, const T *weight, const T *cells, T *out)
+{
+    const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
+    for (ptrdiff_t r = 0; r < p->rows; r += FC(rows), cells += FC(rows) * p->cell_row, out += FC(rows) * p->out_row) {
+        const ptrdiff_t wanted = p->rows - r < FC(rows) ? p->rows - r : FC(rows);
+        switch (every ? p->high : 0) {
+            COLUMNS_CASE(1)
+            COLUMNS_CASE(2)
+            COLUMNS_CASE(3)
+            COLUMNS_CASE(4)
+            COLUMNS_CASE(5)
+            COLUMNS_CASE(6)
+            COLUMNS_CASE(7)
+        default:
+            for (ptrdiff_t x = 0; x < p->columns; x += LANES)
+                FC(columns_any)(p, weight, cells + x, wanted, p->columns - x, out + x * p->out_column);
+        }
+    }
+}
+
+static void FC(planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out)
+{
+    fc_planes own = *planes, *p = &own; /* which no store changes */
+    for (ptrdiff_t i = 0; i < groups; i++) {
+        FC(one_plane)(p, (const T *)weight + i * p->weight_group, (const T *)cells + i * p->cell_group, (T *)out + i * p->out_filter);
+        p->bias = p->bias ? (const T *)p->bias + 1 : NULL;
+    }
+}
+#undef COLUMNS_CASE
+#undef LOAD_LANES
+#undef STORE_LANES
