@@ -18,13 +18,12 @@ static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
 #define LOAD_LANES(lanes, from) (V)MASKED_LOAD(lanes, from)
 #define STORE_LANES(to, lanes, x) MASKED_STORE(to, lanes, x)
 #elif defined(LANES_LOAD)
-typedef T_INT FC(lanes) __attribute__((vector_size(VECTOR_BYTES)));
+typedef T_INT FC(lanes) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 static inline FC(lanes) FC(between)(ptrdiff_t first, ptrdiff_t end)
 {
-    FC(lanes) which;
-    for (T_INT i = 0; i < LANES; i++)
-        which[i] = -(i >= first && i < end);
-    return which;
+    static const T_INT numbers[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    const FC(lanes) number = *(const FC(lanes) *)numbers;
+    return (FC(lanes))(number >= (T_INT)first) & (FC(lanes))(number < (T_INT)end);
 }
 #define LOAD_LANES(lanes, from) (V)LANES_LOAD(lanes, from)
 #define STORE_LANES(to, lanes, x) LANES_STORE(to, lanes, x)
@@ -263,7 +262,10 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
                                                                   const T *cells, const int vectors, const T *bias,
                                                                   ptrdiff_t n, T *out)
 {
-    V acc[FC(most)][FC(widest)] = {{{0}}};
+    V acc[FC(most)][FC(widest)];
+    UNROLL for (int r = 0; r < filters; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
     for (ptrdiff_t t = 0; t < p->n_taps; t++, weight += filters) {
         const T *at = cells + p->taps[t];
         V cell[FC(widest)];
@@ -344,7 +346,10 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
                                                               const T *cells, const int vectors, ptrdiff_t wanted, ptrdiff_t n,
                                                               T *out)
 {
-    V acc[FC(most)][FC(widest)] = {{{0}}};
+    V acc[FC(most)][FC(widest)];
+    UNROLL for (int r = 0; r < FC(rows); r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
     for (ptrdiff_t t = 0; t < p->n_taps; t++) {
         const T *cell = cells + p->taps[t], *factor = weight + p->weight_taps[t];
         V w[7];
@@ -367,7 +372,10 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
 /* The same for columns of any height, and rows of pixels any distance apart. */
 static void FC(columns_any)(const fc_planes *p, const T *weight, const T *cells, ptrdiff_t wanted, ptrdiff_t n, T *out)
 {
-    V acc[FC(most)][FC(widest)] = {{{0}}};
+    V acc[FC(most)][FC(widest)];
+    UNROLL for (int r = 0; r < FC(rows); r++)
+        UNROLL for (int v = 0; v < 1; v++)
+            acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
     for (ptrdiff_t t = 0; t < p->n_taps; t++)
         for (ptrdiff_t h = 0; h < p->high; h++) {
             const T *cell = cells + p->taps[t] + h * p->tap_row;
