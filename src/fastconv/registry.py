@@ -65,9 +65,10 @@ def _fills_pieces(dims: ConvDims) -> bool:
 def _weights_weigh(dims: ConvDims) -> bool:
     """Whether few pixels use the weights: on AMX im2col, which splits them where they are, then beats direct.
 
-    Measured. A stride leaves cells of the image apart, which direct gathers for each tap.
+    Measured. With a stride direct packs more cells than there are pixels, and phase by phase.
     """
-    pixels, most = math.prod(dims.output_size), dims.group_out_channels // (4 if set(dims.stride) == {1} else 1)
+    pixels, filters = math.prod(dims.output_size), dims.group_out_channels
+    most = filters // 8 if set(dims.stride) == {1} else min(100, filters)
     return isa() == "amx" and dims.group_in_channels >= 16 and 32 <= pixels <= most
 
 
