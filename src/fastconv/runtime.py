@@ -232,8 +232,8 @@ WAITING = {"GOMP_SPINCOUNT": "4000", "OMP_WAIT_POLICY": "passive"}
 def _patient_openmp() -> Iterator[None]:
     """Load OpenMP so that its threads soon sleep when they wait, unless the user has set how they wait.
 
-    By default they spin for milliseconds, and on a busy machine they keep from the processor the very thread that they wait
-    for. OpenMP reads these settings once, when it is loaded.
+    By default they spin for milliseconds, and on a busy machine they keep from the processor the very thread that they
+    wait for. OpenMP reads these settings once, when it is loaded.
     """
     if any(name in os.environ for name in WAITING):
         yield
