@@ -83,9 +83,7 @@ def _columns(op: str, dims: ConvDims) -> str:
     if dims.taps * dims.output_size[2] > 2**20:  # columns of one row of pixels
         return ""
     pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
-    if (pixels <= 100 and 2 * cells >= 3 * pixels and filters >= 64) or (
-        isa() == "amx" and 100 < pixels <= min(256, filters // 2)  # whose weights it splits where they are
-    ):
+    if pixels <= 100 and 2 * cells >= 3 * pixels and filters >= 64:
         return f"{pixels} pixels that see {cells}"
     channels, lanes = dims.group_in_channels, 16 if isa() in ("amx", "avx512") else 8
     empty = math.ceil(channels / lanes) * lanes * cells / (channels * math.prod(dims.stride) * pixels)
