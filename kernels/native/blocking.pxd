@@ -72,7 +72,7 @@ cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil
 cdef void split_numbers(Conv *c, str precision)
 cdef const fc_ukernels *piece_tile(const Conv *c, str precision, Py_ssize_t summed=*)
 cdef bint split_pays(const fc_ukernels *kernels, double padded)
-cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, int threads) noexcept nogil
+cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing, int threads) noexcept nogil
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil

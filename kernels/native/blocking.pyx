@@ -98,18 +98,18 @@ cdef bint split_pays(const fc_ukernels *kernels, double padded):
     return kernels.pieces * (kernels.pieces + 1) // 2 * padded <= SPLIT_RATE
 
 
-cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, int threads) noexcept nogil:
+cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing, int threads) noexcept nogil:
     """Return into how many shares of its parts to cut each task, so that the last thread is done first.
 
-    Shares say who computes, never what. Each packs its task's part of the image again, as long as a quarter of a part takes,
-    about; and another thread may be a quarter of a share late.
+    Shares say who computes, never what. Each packs its task's part of the image again, as long as ``packing`` quarters of a
+    part take; and another thread may be a quarter of a share late.
     """
     cdef Py_ssize_t shares, most, time, best = 1, least = 0
     if threads == 1:
         return 1
     for shares in range(1, min(parts, <Py_ssize_t>4 * threads) + 1):
         most = ceil_div(parts, shares)
-        time = ceil_div(tasks * shares, threads) * (4 * most + 1) + most
+        time = ceil_div(tasks * shares, threads) * (4 * most + packing) + most
         if shares == 1 or time < least:
             best, least = shares, time
     return best

@@ -128,7 +128,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, step, part_bytes
+    cdef Py_ssize_t tasks, step, part_bytes, packing
     cdef unsigned char[::1] refused
     make_conv(&plan.of, input, weight, output, dims, options)
     plan.of.folded = plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
@@ -154,7 +154,8 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.refused = &refused[0]
     _pack_weights(&plan, bias, options.packed)
     tasks = c.batch * c.groups * plan.blocks.count
-    plan.shares = share_out(tasks, c.panels, c.threads)
+    packing = 1 + 7 * c.stride[1] * c.stride[2] // c.taps if c.kernels.pieces else 1  # a split number: 54 products
+    plan.shares = share_out(tasks, c.panels, packing, c.threads)
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]

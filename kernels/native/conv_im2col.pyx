@@ -147,7 +147,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, pixels, most
+    cdef Py_ssize_t tasks, pixels, most, products, packing
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     plan.in_place = sees_one_cell(c) and c.stride[2] * c.x.stride[4] == 1
@@ -172,7 +172,9 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     plan.refused = &refused[0]
     _prepare_weights(&plan, bias, options.packed)
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
-    plan.shares = share_out(tasks, ceil_div(c.filters, plan.chunk), c.threads)
+    products = c.kernels.pieces * (c.kernels.pieces + 1) // 2
+    packing = 4 * SPLIT_PATCH * SPLIT_RATE // (products * plan.chunk) if products else 1  # quarters of a chunk
+    plan.shares = share_out(tasks, ceil_div(c.filters, plan.chunk), packing, c.threads)
     if plan.together < c.channels:
         plan.shares = max(plan.shares, ceil_div(c.filters * plan.pixels * c.item, <Py_ssize_t>SUM_BYTES))
     run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)

@@ -177,7 +177,7 @@ cdef void _run_pass(Plan *plan) except *:
     cdef Py_ssize_t panels = 0 if plan.once or plan.ready else c.groups * (plan.end_panel - plan.first_panel)
     cdef Py_ssize_t tasks = c.batch * c.groups * plan.blocks.count
     run_tasks(_transform_panel, plan, panels, c.threads)
-    plan.shares = share_out(tasks, ceil_div(plan.end_panel - plan.first_panel, PANELS), c.threads)
+    plan.shares = share_out(tasks, ceil_div(plan.end_panel - plan.first_panel, PANELS), 1, c.threads)
     run_tasks(_forward_task, plan, tasks * plan.shares, c.threads)
 
 
