@@ -64,7 +64,8 @@ typedef struct {
 static void place(tile_rows *tile, const ptrdiff_t *rows, ptrdiff_t n_rows, ptrdiff_t scale)
 {
     const ptrdiff_t n = n_rows < ROWS ? n_rows : ROWS, first = rows[0], step = n > 1 ? rows[1] - first : 0;
-    ptrdiff_t uneven = 0;
+    const ptrdiff_t beyond = (ROWS - n) * step * scale;
+    ptrdiff_t uneven = beyond < 0 || beyond > FC_BEYOND; /* rows of nobody's are read no further than that */
     for (ptrdiff_t m = 2; m < n; m++)
         uneven |= rows[m] - first - m * step;
     tile->first = first * scale;
