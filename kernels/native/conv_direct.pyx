@@ -108,6 +108,7 @@ ctypedef struct Plan:
 ctypedef struct Grid:
     Py_ssize_t high, wide       # rows and columns of each phase of its part of the image
     Py_ssize_t cells            # of all phases, for one channel block
+    Py_ssize_t beyond           # cells of padding that no row follows
     Py_ssize_t pitch            # pixels from one row to the next ...
     Py_ssize_t pixels           # ... and in all
     Py_ssize_t chunk            # of them, whose sums for ...
@@ -180,13 +181,22 @@ cdef void _choose_phases(Plan *plan) noexcept nogil:
     """Let pixels be one long row, unless there is a single row, or most of it would be dropped."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t rows = plan.blocks.rows, columns = plan.blocks.columns, unit = c.kernels.tile_rows
-    cdef Py_ssize_t pitch = ceil_div(extent(c, 2, columns), c.stride[2])
+    cdef Py_ssize_t pitch = ceil_div(_row_cells(plan, columns), c.stride[2])
     plan.phases[0] = plan.phases[1] = 0
     if not c.kernels.pieces or plan.patches or rows == 1:
         return
     if 2 * ceil_div(rows * pitch, unit) > 3 * ceil_div(rows * columns, unit):
         return
     plan.phases[0], plan.phases[1] = c.stride[1], c.stride[2]
+
+
+cdef Py_ssize_t _row_cells(const Plan *plan, Py_ssize_t columns) noexcept nogil:
+    """Cells from a row of a part to the next: what its pixels see, without the padding that the next row begins with."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t seen = extent(c, 2, columns), right = seen - c.pad[2] - c.x.size[4]
+    if columns < c.out[2] or c.stride[1] * c.stride[2] > 1 or right <= 0 or right > c.pad[2] or seen - right < columns:
+        return seen
+    return seen - right
 
 
 cdef bint _multiply_patches(Plan *plan, str precision):
@@ -403,10 +413,14 @@ cdef void first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
         taps[row] = taps[row * c.kernel[2]]
 
 
-cdef void _lay_grid(const Plan *plan, const Block *block, Grid *grid) noexcept nogil:
+cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     """Size the phases of what a block sees, its long row of pixels, and the chunks of it."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1]), rows
+    grid.beyond = block.wide
+    if plan.phases[0]:
+        block.wide = _row_cells(plan, block.columns)
+    grid.beyond -= block.wide
     grid.high, grid.wide = ceil_div(block.high, down), ceil_div(block.wide, across)
     grid.cells = c.kernel[0] * down * across * grid.high * grid.wide
     grid.pitch = block.columns
@@ -437,13 +451,13 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t offset_bytes = (grid.pixels + plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
     cdef Py_ssize_t part_bytes = plan.channel_blocks * plan.width * grid.cells * c.packed
-    cdef Py_ssize_t float_bytes = 0
+    cdef Py_ssize_t beyond_bytes = grid.beyond * plan.width * c.packed, float_bytes = 0
     if plan.patches:
         float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
     elif c.kernels.pieces:
         float_bytes = plan.width * max(c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + weight_bytes + grid.panels * grid.sum_bytes + part_bytes + float_bytes
+        FC_ARENA_BLOCK, offset_bytes + weight_bytes + grid.panels * grid.sum_bytes + part_bytes + beyond_bytes + float_bytes
     )
     if memory == NULL:
         return 1
@@ -455,7 +469,8 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     space.weights = memory + offset_bytes
     space.sums = space.weights + weight_bytes
     space.part = space.sums + grid.panels * grid.sum_bytes
-    space.floats = space.part + part_bytes
+    space.floats = space.part + part_bytes + beyond_bytes
+    memset(space.part + part_bytes, 0, <size_t>beyond_bytes)
     cdef Py_ssize_t p, panel, end = c.panels * (share + 1) // plan.shares
     if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, space.part):
         plan.refused[block.image] = 1
