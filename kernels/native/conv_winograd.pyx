@@ -58,7 +58,7 @@ cdef enum:
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
     WEIGHT_BYTES = 5 << 17      # transformed weights of those panels, where they are used once: mostly in L2
     FEW_TILES = 6               # that are transformed, and split while they are in L1
-    SPARE_BYTES = 4 << 20       # that transformed weights may take more than the weights
+    SPARE_BYTES = 5 << 20       # that transformed weights may take more than the weights
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -142,7 +142,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     _plan_blocks(&plan)
     _plan_weights(&plan)
     kept = None if plan.once else options.packed
-    passes = 1 if plan.once or kept is not None else _count_passes(&plan)
+    passes = 1 if plan.once or kept is not None else _count_passes(&plan, plan.c.panels * plan.panel_bytes)
     bias_bytes = c.groups * c.filters * c.item
     most = 0 if plan.once or kept is not None else c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
@@ -181,12 +181,14 @@ cdef void _run_pass(Plan *plan) except *:
     run_tasks(_forward_task, plan, tasks * plan.shares, c.threads)
 
 
-cdef Py_ssize_t _count_passes(const Plan *plan) noexcept nogil:
-    """Return in how many parts the weights are transformed, for that takes up to four times their memory."""
+cdef Py_ssize_t _count_passes(const Plan *plan, Py_ssize_t group_bytes) noexcept nogil:
+    """Return in how many parts the weights of a group are transformed, for that takes up to six times their memory."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t bytes = c.groups * c.panels * plan.panel_bytes
-    cdef Py_ssize_t most = c.groups * c.filters * c.channels * c.taps * c.item + SPARE_BYTES
-    return min(c.panels, ceil_div(bytes, most))
+    return min(c.panels, ceil_div(c.groups * group_bytes, _weight_bytes(c) + SPARE_BYTES))
+
+
+cdef Py_ssize_t _weight_bytes(const Conv *c) noexcept nogil:
+    return c.groups * c.filters * c.channels * c.taps * c.item
 
 
 cdef void _plan_blocks(Plan *plan) noexcept nogil:
@@ -208,7 +210,10 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
         weight_bytes = g.tap_points * g.count * c.depth * c.panels * c.panel * c.packed
         sum_bytes = g.points * min(<Py_ssize_t>PANELS, c.panels) * c.panel * c.item
         tiles = SPLIT_TILES if weight_bytes > SPLIT_BYTES else TILES
-        tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes), max(<Py_ssize_t>TILES, all_tiles // 2))
+        if _count_passes(plan, weight_bytes) == 1:
+            tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes), max(<Py_ssize_t>TILES, all_tiles // 2))
+        else:  # each pass transforms the inputs anew
+            tiles = min(tiles, (SPACE_BYTES + _weight_bytes(c)) // (tile_bytes + sum_bytes))
     cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), tiles), &plan.blocks)
 
 
