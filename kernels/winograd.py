@@ -91,11 +91,11 @@ class Split(NamedTuple):
     Fitted to 20 shapes of 32 to 512 channels (docs/performance.md).
     """
 
-    product: float = 1.8  #: one of a tile: they are many small matrices
+    product: float = 1.9  #: one of a tile: they are many small matrices
     transform: int = 60  #: of a number of the image
     back: int = 12  #: of an output
     tap: int = 110  #: of a transformed weight
-    number: int = 54  #: in ``direct``, one of the image or of the output
+    number: int = 45  #: in ``direct``, one of the image or of the output
     weight: int = 80
 
 

@@ -213,7 +213,9 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
-    gain = 1.15 if op == "conv_input_grad" else 1.0  # its weights are packed in shorter runs
+    gain = 1.0  # of gradients of the input, the weights are packed in shorter runs
+    if op == "conv_input_grad":
+        gain = 1.03 if products == "split" else 1.15
     reason = _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return reason or "slower than direct, which multiplies pieces of numbers"
