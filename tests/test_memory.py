@@ -49,7 +49,7 @@ def calls(x, w, y, groups):
     return dict((op, everything[op]) for op in {ops})
 
 (n, c, h, width), filters, k, groups = {problem}
-for call in calls(*arrays((1, c, 64, 64), filters, k, groups), groups).values():
+for call in calls(*arrays((1, c, 24, 24), filters, k, groups), groups).values():
     call()
 measured = calls(*arrays((n, c, h, width), filters, k, groups), groups)
 print(json.dumps(dict((op, rise(call)) for op, call in measured.items())))
@@ -57,6 +57,7 @@ print(json.dumps(dict((op, rise(call)) for op, call in measured.items())))
 
 PROBLEMS = [
     ConvCase("a large plane", (1, 64, 224, 224), (64, 64, 3, 3), 1, 1),
+    ConvCase("many channels", (1, 256, 56, 56), (256, 256, 3, 3), 1, 1),
     ConvCase("few channels", (1, 3, 320, 320), (32, 3, 7, 7), 1, 3),
     ConvCase("a batch", (12, 32, 64, 64), (32, 32, 3, 3), 1, 1),
     ConvCase("depthwise", (2, 64, 224, 224), (64, 1, 3, 3), 1, 1, 1, 64),

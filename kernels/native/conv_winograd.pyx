@@ -58,7 +58,8 @@ cdef enum:
     PANELS = 4                  # panels that one pass over the transformed inputs multiplies
     WEIGHT_BYTES = 5 << 17      # transformed weights of those panels, where they are used once: mostly in L2
     FEW_TILES = 6               # that are transformed, and split while they are in L1
-    SPARE_BYTES = 5 << 20       # that transformed weights may take more than the weights
+    SPARE_BYTES = 7 << 19       # that transformed weights may take more than the weights
+    FEW_TASKS = 2               # that transform the weights anew, each for itself, rather than the inputs in each pass
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -89,12 +90,13 @@ ctypedef struct Plan:
     Py_ssize_t run              # channel blocks that are summed in a row; what is cut otherwise is cut between runs
     Py_ssize_t most_taps        # channel blocks that one brgemm reduces over
     bint ready                  # the weights were kept from an earlier call
-    bint once                   # each panel's weights are used by one task: it transforms them itself
+    bint once                   # each panel's weights are used by one task, or few: they transform them themselves
     Py_ssize_t together         # channel blocks whose weights are transformed together
     Py_ssize_t first_panel      # of a pass: the panels whose weights are transformed
     Py_ssize_t end_panel
     Py_ssize_t shares           # tasks that share the panels of one block
     Py_ssize_t panel_bytes      # of transformed weights
+    Py_ssize_t space            # of a block's inputs and sums, in bytes
     char *weights               # [group][panel of the pass][tap point][channel block][slice][channel][filter]
     const char *bias
     int relu
@@ -140,9 +142,9 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
         return list(range(c.batch))
     cut_taps(c, tile, &plan.g)
     _plan_blocks(&plan)
-    _plan_weights(&plan)
-    kept = None if plan.once else options.packed
-    passes = 1 if plan.once or kept is not None else _count_passes(&plan, plan.c.panels * plan.panel_bytes)
+    kept = options.packed
+    _plan_weights(&plan, kept is None)
+    passes = 1 if plan.once or kept is not None else _count_passes(&plan)
     bias_bytes = c.groups * c.filters * c.item
     most = 0 if plan.once or kept is not None else c.groups * ceil_div(c.panels, passes) * plan.panel_bytes
     plan.weights = arena(FC_ARENA_WEIGHTS, most + bias_bytes + LINE_BYTES)
@@ -181,10 +183,11 @@ cdef void _run_pass(Plan *plan) except *:
     run_tasks(_forward_task, plan, tasks * plan.shares, c.threads)
 
 
-cdef Py_ssize_t _count_passes(const Plan *plan, Py_ssize_t group_bytes) noexcept nogil:
-    """Return in how many parts the weights of a group are transformed, for that takes up to six times their memory."""
+cdef Py_ssize_t _count_passes(const Plan *plan) noexcept nogil:
+    """Return in how many parts the weights are transformed, for that takes up to six times their memory."""
     cdef const Conv *c = &plan.c
-    return min(c.panels, ceil_div(c.groups * group_bytes, _weight_bytes(c) + SPARE_BYTES))
+    cdef Py_ssize_t bytes = c.groups * plan.g.tap_points * plan.g.count * c.depth * c.panels * c.panel * c.packed
+    return min(c.panels, ceil_div(bytes, max(<Py_ssize_t>1, _weight_bytes(c) + SPARE_BYTES + SPACE_BYTES - plan.space)))
 
 
 cdef Py_ssize_t _weight_bytes(const Conv *c) noexcept nogil:
@@ -204,27 +207,31 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     plan.most_taps = REDUCTION // plan.width // plan.run * plan.run
     tile_bytes = g.points * g.count * plan.channel_blocks * plan.width * c.packed
     all_tiles = ceil_div(c.out[1], g.rows) * ceil_div(c.out[2], g.columns)
+    plan.space = SPACE_BYTES
     if c.kernels.pieces == 0:
         tiles = min(<Py_ssize_t>TILES, INPUT_BYTES // tile_bytes)
     else:
         weight_bytes = g.tap_points * g.count * c.depth * c.panels * c.panel * c.packed
         sum_bytes = g.points * min(<Py_ssize_t>PANELS, c.panels) * c.panel * c.item
         tiles = SPLIT_TILES if weight_bytes > SPLIT_BYTES else TILES
-        if _count_passes(plan, weight_bytes) == 1:
-            tiles = min(tiles, SPACE_BYTES // (tile_bytes + sum_bytes), max(<Py_ssize_t>TILES, all_tiles // 2))
-        else:  # each pass transforms the inputs anew
-            tiles = min(tiles, (SPACE_BYTES + _weight_bytes(c)) // (tile_bytes + sum_bytes))
+        tile_bytes += sum_bytes
+        if _count_passes(plan) == 1:
+            tiles = min(tiles, SPACE_BYTES // tile_bytes, max(<Py_ssize_t>TILES, all_tiles // 2))
+        else:  # each pass transforms the inputs anew, or each block the weights
+            tiles = min(tiles, (SPACE_BYTES + _weight_bytes(c)) // tile_bytes)
     cut_tiles(c, g, max(<Py_ssize_t>min(c.kernels.tile_rows, 16), tiles), &plan.blocks)
+    if c.kernels.pieces:
+        plan.space = max(plan.space, plan.blocks.rows // g.rows * (plan.blocks.columns // g.columns) * tile_bytes)
 
 
-cdef void _plan_weights(Plan *plan) noexcept nogil:
-    """Choose where weights are transformed: of one block of tiles, each panel is used by one task.
+cdef void _plan_weights(Plan *plan, bint anew) noexcept nogil:
+    """Choose where weights are transformed, if they are ``anew`` for each call: of one block of tiles, each panel is used by one task.
 
     This may look at the batch, for sums are added up in the order of the channels, however the weights are cut.
     """
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t row_bytes = plan.g.tap_points * plan.g.count * c.panel * c.packed  # of a channel
-    plan.once = c.batch * plan.blocks.count == 1
+    plan.once = anew and c.batch * plan.blocks.count <= (1 if _count_passes(plan) == 1 else FEW_TASKS)
     plan.together = plan.channel_blocks
     if plan.once:
         plan.together = min(

@@ -46,12 +46,12 @@ void *fc_arena(int slot, size_t bytes)
     if (a->bytes[slot] < bytes || !a->memory[slot]) {
         free(a->memory[slot]);
         const size_t alignment = bytes < HUGE_PAGE ? ALIGNMENT : HUGE_PAGE;
-        size_t rounded = (bytes + alignment) / alignment * alignment;
-        a->memory[slot] = aligned_alloc(alignment, rounded);
-        a->bytes[slot] = a->memory[slot] ? rounded : 0;
+        if (posix_memalign(&a->memory[slot], alignment, bytes))
+            a->memory[slot] = NULL;
+        a->bytes[slot] = a->memory[slot] ? bytes : 0;
 #ifdef MADV_HUGEPAGE
         if (a->memory[slot] && alignment == HUGE_PAGE)
-            madvise(a->memory[slot], rounded, MADV_HUGEPAGE); /* advice: without them all works as well */
+            madvise(a->memory[slot], bytes, MADV_HUGEPAGE); /* advice: without them all works as well */
 #endif
     }
     return a->memory[slot];
