@@ -539,6 +539,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps = space.taps
     reduction.b_taps = NULL
     reduction.a_step = 1

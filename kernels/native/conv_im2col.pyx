@@ -46,6 +46,7 @@ from fastconv.kernels.native.machine cimport (
     fc_ukernels, ukernels,
 )
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
+from fastconv.kernels.native.pointwise cimport convolve_rows, suits_rows
 
 from fastconv.kernels.native.weight_im2col import conv_weight_grad
 
@@ -155,6 +156,9 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     if split and _split_numbers(&plan, options.precision):
         if not rows[0].flags.c_contiguous:
             rows = np.ascontiguousarray(rows)
+    elif suits_rows(c):
+        convolve_rows(c, bias, options.activation == "relu")
+        return []
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
@@ -316,6 +320,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
     cdef Panel panel
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps = t.channel_offsets
     reduction.b_taps = NULL
     reduction.n_taps = channels

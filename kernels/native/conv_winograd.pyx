@@ -468,6 +468,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     cdef Py_ssize_t whole = plan.whole * plan.g.count  # slices of full channel blocks; the others are less deep
     cdef fc_reduction reduction
     reduction.apart = <int>plan.run
+    reduction.ahead = 0
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_step = width

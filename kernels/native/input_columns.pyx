@@ -4,7 +4,7 @@
     grad_input[channel][the cell that p sees by tap] += columns[channel, tap][p]
 
     for some of the images, or for a band of one's rows:
-        copy their gradients                                      [group][filter][image][pixel]
+        copy their gradients, unless few channels use them        [group][filter][image][pixel]
         for group, some channels (a task):                        in parallel
             turn the channels' weights                            [channel][tap][filter]: L2
             for panel of all images' pixels: brgemm               columns of some channels: L2
@@ -40,6 +40,7 @@ cdef enum:
     SPLIT_ROWS = 288            # and ...
     SPLIT_PIXELS = 128          # ... the same where numbers are split: whole panels of 32 rows for 1, 4, and 9 taps
     SPLIT_DEPTH = 256           # filters whose weights are split at a time: 442 KB of pieces, where L2 has 2 MB
+    FEW_ROWS = 32               # (channel, tap): gradients that so few use are read where they are
     USES = 32                   # of a number in products that make up for splitting it, about
 
 # What all tasks of one call share.
@@ -52,7 +53,9 @@ ctypedef struct Plan:
     Py_ssize_t row, rows        # of an image's output that are done together: a band
     Py_ssize_t pixels           # of a band
     Py_ssize_t first, images    # whose bands are done together: several if a band is all of an image
-    Py_ssize_t pitch            # from filter to filter, and from column to column
+    Py_ssize_t pitch            # from column to column, ...
+    Py_ssize_t grad_pitch       # ... and from filter to filter
+    bint in_place               # gradients are read where they are
     Py_ssize_t depth            # from pixel to pixel of split gradients
     char *grads
     const char *bias
@@ -96,8 +99,10 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     plan.pixels = band * c.out[2]
     plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
     plan.depth = round_up(c.filters, c.kernels.depth_step)
+    plan.in_place = c.kernels.pieces == 0 and most == 1 and c.channels * c.taps <= FEW_ROWS and _whole_vectors(c, band)
+    plan.grad_pitch = c.y.stride[1] if plan.in_place else plan.pitch
     bias_bytes = round_up(c.groups * c.channels * c.item, 64)
-    grad_bytes = c.groups * c.filters * plan.pitch * c.item
+    grad_bytes = 0 if plan.in_place else c.groups * c.filters * plan.pitch * c.item
     if c.kernels.pieces:
         grad_bytes = c.groups * plan.depth * most * plan.pixels * c.packed
     plan.grads = arena(FC_ARENA_WEIGHTS, bias_bytes + grad_bytes)
@@ -115,10 +120,21 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
             plan.pixels = plan.rows * c.out[2]
             if c.kernels.pieces:
                 run_tasks(_split_grads_task, &plan, plan.images, c.threads)
-            else:
+            elif not plan.in_place:
                 _copy_grads(&plan)
             run_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef bint _whole_vectors(const Conv *c, Py_ssize_t band) noexcept nogil:
+    """Whether the pixels of every band are neighbours, and fill whole vectors."""
+    cdef const View *y = &c.y
+    cdef Py_ssize_t rows = c.out[0] * c.out[1], lanes = c.kernels.lanes
+    return (
+        y.stride[4] == 1 and (c.out[1] == 1 or y.stride[3] == c.out[2])
+        and (c.out[0] == 1 or y.stride[2] == c.out[1] * c.out[2])
+        and band * c.out[2] % lanes == 0 and rows * c.out[2] % lanes == 0
+    )
 
 
 cdef void _split_numbers(Plan *plan, str precision):
@@ -224,15 +240,18 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_s
     cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
     cdef char *weights = memory + round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef const char *grads = plan.grads + group * c.filters * plan.pitch * c.item
+    if plan.in_place:
+        grads = _grad_row(plan, 0, 0) + group * c.filters * plan.grad_pitch * c.item
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = c.panel if plan.in_place else 0
     reduction.taps = &zero
     reduction.b_taps = NULL
     reduction.n_taps = 1
     reduction.depth = c.filters
     reduction.a_step = 1
     reduction.b_tap = 0
-    reduction.b_step = reduction.c_step = plan.pitch
+    reduction.b_step, reduction.c_step = plan.grad_pitch, plan.pitch
     for m in range(rows):
         offsets[m] = m * depth
     _turn_weights(plan, group, channel, channels, depth, weights)
@@ -257,6 +276,7 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     cdef int sizes = 0
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps = &zero
     reduction.b_taps = NULL
     reduction.n_taps = 1

@@ -3,6 +3,7 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *taps
         const Py_ssize_t *b_taps
         Py_ssize_t n_taps, depth, a_step, b_tap, b_step, c_step
+        Py_ssize_t ahead
         int apart
 
     ctypedef struct fc_epilogue:
@@ -44,6 +45,9 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t weight_row, rows, columns, cell_row, out_row, out_column, out_filter, weight_group, cell_group
         const void *bias
         int accumulate, relu
+        void *laid
+        const Py_ssize_t *laid_taps
+        Py_ssize_t ahead
 
     ctypedef struct fc_tiles:
         int rows, columns, high, wide
@@ -65,6 +69,8 @@ cdef extern from "ukernels.h" nogil:
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
         int planar_filters, planar_rows
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*planar_weight)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
+        void (*sum_lanes)(const void *, Py_ssize_t, void *) noexcept nogil
         void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil

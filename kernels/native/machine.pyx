@@ -137,6 +137,7 @@ def run_tile(int pieces, Py_ssize_t calls) -> int:
     memset(taps, 0, sizeof(taps))
     memset(&reduction, 0, sizeof(reduction))
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps, reduction.n_taps, reduction.depth = taps, TAPS, DEPTH
     reduction.a_step, reduction.b_step, reduction.c_step = 1, width, width
     for m in range(height):

@@ -155,6 +155,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     cdef Py_ssize_t rows = c.taps * plan.base.width, width = vectors * c.kernels.lanes, line, together
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.depth = block.columns
     reduction.a_step = c.stride[2] * plan.base.width
     reduction.b_taps = NULL

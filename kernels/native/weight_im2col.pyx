@@ -31,10 +31,29 @@ from fastconv.kernels.native.weight_chunks cimport (
 
 cdef enum:
     PIXELS = 256        # that the gradient of 1x1 weights reduces over at a time: a panel's gradients are 16 KB, half of L1
+    NARROW_PIXELS = 1024  # the same for a panel of one vector: rows of the image are read in longer runs, gradients from L2
+    LANES = 16          # of a vector, at most
+    TURN = 14           # products that are made while a number is turned
 
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
-    """See ``fastconv.kernels``."""
+    """See ``fastconv.kernels``.
+
+    Through 1x1 filters each pixel sees itself: image and gradients are alike, and what takes less to be turned is.
+    """
+    channels, filters = dims.group_in_channels, dims.group_out_channels
+    alike = input.shape[2:] == grad_output.shape[2:] and dims.taps == dims.groups == max(dims.stride) == 1 and grad_bias is None
+    if alike and 5 * _turning(channels, filters) < 4 * _turning(filters, channels):
+        input, grad_output, grad_weight = grad_output, input, grad_weight.swapaxes(0, 1)
+    _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
+
+
+cdef Py_ssize_t _turning(Py_ssize_t turned, Py_ssize_t others) noexcept nogil:
+    """Return the time for a pixel, in products: lanes are filled up."""
+    return round_up(turned, LANES) * others + TURN * turned
+
+
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options) except *:
     cdef WeightPlan plan
     cdef Conv *c = &plan.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
@@ -42,7 +61,7 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     plan.width = ceil_div(c.channels, ceil_div(c.channels, max(1, WEIGHT_ROWS // c.taps)))  # even parts
     plan.channel_blocks = 1
     if sees_one_cell(c):
-        c.chunk = PIXELS
+        c.chunk = PIXELS if c.filters > c.kernels.lanes else NARROW_PIXELS
     divide(c, max(1, c.chunk // c.out[2]), min(c.chunk, c.out[2]), &plan.blocks)
     plan.task_panels = even_panels(c)
     plan_chunks(&plan, c.batch * plan.blocks.count, grad_bias)
@@ -94,6 +113,7 @@ cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block 
     cdef const char *patches = space.patches
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps = space.lines
     reduction.b_taps = NULL
     _row_offsets(plan, channels, c.x.stride[1] if in_place else pixels, space.offsets)

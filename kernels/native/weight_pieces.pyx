@@ -398,6 +398,7 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     cdef int vectors = 1 if c.channels - t.channel - b * c.panel <= c.kernels.lanes else 2
     cdef fc_reduction reduction
     reduction.apart = 0
+    reduction.ahead = 0
     reduction.taps, reduction.b_taps = space.grad_units, space.image_units
     reduction.n_taps, reduction.depth, reduction.a_step = units, plan.pixels, 1
     reduction.b_tap = reduction.b_step = 0

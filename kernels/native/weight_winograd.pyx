@@ -217,6 +217,7 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
     cdef char *sums
     cdef fc_reduction reduction
     reduction.apart = 1
+    reduction.ahead = 0
     reduction.taps = t.parts
     reduction.n_taps = parts
     reduction.depth = depth

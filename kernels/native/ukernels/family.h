@@ -14,7 +14,7 @@ typedef T FC(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)
 /* n_rows and vectors are constants where this is inlined: the accumulators live in registers. */
 static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
                                                            const int n_rows, const T *b, const int vectors, T *c,
-                                                           int accumulate)
+                                                           int accumulate, ptrdiff_t ahead)
 {
     V acc[TILE_ROWS][8] = {{{0}}};
     ptrdiff_t end = r->apart ? r->apart : r->n_taps;
@@ -28,6 +28,9 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
             V weight[8];
             UNROLL for (int v = 0; v < vectors; v++)
                 weight[v] = *(const V *)(panel + v * LANES);
+            if (vectors == 2 && ahead)
+                UNROLL for (int v = 0; v < vectors; v++)
+                    __builtin_prefetch(panel + ahead + v * LANES);
             UNROLL for (int m = 0; m < n_rows; m++) {
                 const V cell = row[m][step] - (V){0};
                 UNROLL for (int v = 0; v < vectors; v++)
@@ -52,7 +55,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
-#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate)
+#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate, ahead)
 #define TILE_CASE(n)                                    \
     case n:                                             \
         if (n <= TILE_ROWS) {                           \
@@ -69,7 +72,7 @@ static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r
 
 static inline __attribute__((always_inline)) void FC(one_tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
                                                                ptrdiff_t n_rows, const T *b, int vectors, T *c,
-                                                               int accumulate)
+                                                               int accumulate, ptrdiff_t ahead)
 {
     switch (n_rows) {
         TILE_CASE(1)
@@ -86,9 +89,11 @@ static inline __attribute__((always_inline)) void FC(one_tile)(const fc_reductio
 static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                        int vectors, void *c, int accumulate)
 {
-    for (ptrdiff_t m = 0; m < n_rows; m += TILE_ROWS)
-        FC(one_tile)(r, a, rows + m, n_rows - m < TILE_ROWS ? n_rows - m : TILE_ROWS, b, vectors,
-                     (T *)c + m * r->c_step, accumulate);
+    for (ptrdiff_t m = 0, n; m < n_rows; m += n) {
+        const ptrdiff_t left = n_rows - m; /* the last two tiles are of about the same size: a low one waits for its sums */
+        n = left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left;
+        FC(one_tile)(r, a, rows + m, n, b, vectors, (T *)c + m * r->c_step, accumulate, m ? 0 : r->ahead);
+    }
 }
 #undef TILE_CASE
 #undef TILE
@@ -622,6 +627,8 @@ static const fc_ukernels FC(table) = {
     .pad = FC(pad),
     .planar_filters = FC(filters),
     .planar = FC(planar),
+    .planar_weight = FC(planar_weight),
+    .sum_lanes = FC(sum_lanes),
     .planar_rows = FC(rows),
     .planar_one = FC(planar_one),
     .max_pool = FC(max_pool),

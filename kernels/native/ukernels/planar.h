@@ -257,12 +257,27 @@ enum { FC(filters) = 8 }; /* x 3 vectors of pixels: 24 sums, 3 vectors of cells 
 enum { FC(filters) = 4 };
 #endif
 
-/* filters and vectors are constants where this is inlined; n pixels are wanted, one at least of the last vector. */
+/* What a tile fetches of later pixels' cells while it computes: of each tap, some vectors from `cells` on. */
+typedef struct {
+    const T *cells;
+    const ptrdiff_t *taps;
+    ptrdiff_t first, end;
+} FC(fetched);
+
+/* filters and vectors are constants where this is inlined; n pixels are wanted, one at least of the last vector. Cells are laid where
+ * `laid` is not NULL, and the output's next lines are fetched before they are stored to: where there are few taps, that takes longest. */
 static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_planes *p, const T *weight, const int filters,
                                                                   const T *cells, const int vectors, const T *bias,
-                                                                  ptrdiff_t n, T *out)
+                                                                  ptrdiff_t n, T *laid, const FC(fetched) *next, T *out)
 {
     V acc[FC(most)][FC(widest)];
+    const ptrdiff_t last = (vectors - 1) * LANES;
+    const FC(lanes) some = FC(between)(0, n - last);
+    const int whole = n - last >= LANES;
+    if (p->out_column == 1)
+        UNROLL for (int f = 0; f < filters; f++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                __builtin_prefetch(out + f * p->out_filter + (vectors + v) * LANES, 1);
     UNROLL for (int r = 0; r < filters; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
@@ -273,7 +288,12 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
         const T *at = cells + p->taps[t];
         V cell[FC(widest)];
         UNROLL for (int v = 0; v < vectors; v++)
-            cell[v] = *(const V *)(at + v * LANES);
+            cell[v] = laid && v == vectors - 1 && !whole ? LOAD_LANES(some, at + last) : *(const V *)(at + v * LANES);
+        if (laid)
+            UNROLL for (int v = 0; v < vectors; v++)
+                *(V *)(laid + p->laid_taps[t] + v * LANES) = cell[v];
+        for (ptrdiff_t v = next->first; v < next->end; v++)
+            __builtin_prefetch(next->cells + next->taps[t] + v * LANES);
         UNROLL for (int f = 0; f < filters; f++) {
             const V factor = weight[f] - (V){0};
             UNROLL for (int v = 0; v < vectors; v++)
@@ -286,37 +306,61 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
 
 /* A row of pixels, in tiles of about the same size. */
 static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes *p, const T *weight, const int filters,
-                                                                 const T *cells, const T *bias, T *out)
+                                                                 const T *cells, const T *bias, const int lay,
+                                                                 const FC(fetched) *later, T *out)
 {
+    T *const laid = lay ? p->laid : NULL;
+    FC(fetched) next = *later;
     const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3, all = (p->columns + LANES - 1) / LANES, tiles = (all + most - 1) / most;
     ptrdiff_t done = 0;
     for (ptrdiff_t tile = 1; tile <= tiles; tile++) {
         const ptrdiff_t vectors = all * tile / tiles - done, x = done * LANES;
         done += vectors;
+        next.cells = later->cells + x;
         if (filters <= FC(filters) / 2 && vectors == 4)
-            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, lay ? laid + x : NULL, &next,
+                            out + x * p->out_column);
         else if (vectors == 3)
-            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, lay ? laid + x : NULL, &next,
+                            out + x * p->out_column);
         else if (vectors == 2)
-            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, lay ? laid + x : NULL, &next,
+                            out + x * p->out_column);
         else
-            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, lay ? laid + x : NULL, &next,
+                            out + x * p->out_column);
     }
 }
 
 #define FILTERS_CASE(n)                                                                            \
     case n:                                                                                        \
         for (ptrdiff_t r = 0; r < p->rows && n <= FC(filters); r++)                                 \
-            FC(planar_row)(p, w, n <= FC(filters) ? n : 1, a + r * p->cell_row, bias, c + r * p->out_row); \
+            FC(planar_row)(p, w, n <= FC(filters) ? n : 1, a + r * p->cell_row, bias, 0, &next, \
+                           c + r * p->out_row);                                                                  \
         break;
 
 static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out)
 {
-    const fc_planes own = *planes, *p = &own; /* which no store changes */
+    fc_planes own = *planes;
+    const fc_planes *const p = &own; /* which no store changes */
     const T *w = weight, *a = cells, *bias = p->bias;
     T *c = out;
-    for (ptrdiff_t n; filters > 0; filters -= n) {
+    ptrdiff_t n = FC(filters);
+    const ptrdiff_t each = p->ahead ? (3 + filters / n - 1) / (filters / n) : 0; /* vectors of 3: all tiles share in fetching them */
+    FC(fetched) next = {a + p->ahead, p->taps, 0, each};
+    if (p->laid) {
+        FC(planar_row)(p, w, FC(filters), a, bias, 1, &next, c);
+        next.first = each;
+        own.taps = p->laid_taps;
+        a = p->laid;
+        filters -= n;
+        w += n * p->n_taps;
+        bias = bias ? bias + n : bias;
+        c += n * p->out_filter;
+    }
+    for (; filters > 0; filters -= n, next.first += each) {
         n = filters < FC(filters) ? filters : FC(filters);
+        next.end = next.first + each < 3 ? next.first + each : 3;
         switch (n) {
             FILTERS_CASE(1)
             FILTERS_CASE(2)
@@ -333,6 +377,124 @@ static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t fi
     }
 }
 #undef FILTERS_CASE
+
+/* ---------------------------------------------------------------------------------------- gradient of the weights */
+
+#if VECTOR_BYTES == 64
+enum { FC(grads) = 6, FC(cells) = 4 }; /* filters x taps: 24 sums, 6 vectors of gradients and one of cells are in 32 registers */
+#else
+enum { FC(grads) = 3, FC(cells) = 4 };
+#endif
+enum { FC(cells_of_one) = 9 }; /* taps of a single filter */
+
+/* Products of one vector of pixels, or of some of its lanes. filters, taps and all are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(add_products)(const int filters, const int taps, const T *grad, ptrdiff_t step,
+                                                                   const T *const *cells, ptrdiff_t x, const int all,
+                                                                   FC(lanes) some, const T *later, ptrdiff_t n_later,
+                                                                   V acc[][FC(cells_of_one)])
+{
+    V g[FC(grads)];
+    for (; n_later > 0; n_later--, later += step)
+        __builtin_prefetch(later + x);
+    UNROLL for (int f = 0; f < filters; f++) {
+        const T *from = grad + f * step + x;
+        g[f] = all ? *(const V *)from : LOAD_LANES(some, from);
+        HELD(g[f]);
+    }
+    UNROLL for (int t = 0; t < taps; t++) {
+        const T *from = cells[t] + x;
+        V cell = all ? *(const V *)from : LOAD_LANES(some, from);
+        HELD(cell);
+        UNROLL for (int f = 0; f < filters; f++)
+            acc[f][t] += g[f] * cell;
+        NEEDED(cell);
+    }
+    UNROLL for (int f = 0; f < filters; f++)
+        NEEDED(g[f]);
+}
+
+/* All pixels of some filters and taps, of which the last may not be wanted: these are the last wanted one again. Meanwhile gradients of
+ * some `later` filters are fetched. */
+static inline __attribute__((always_inline)) void FC(weight_tile)(const fc_planes *p, const int filters, const int taps,
+                                                                  ptrdiff_t wanted, const ptrdiff_t *at, const T *grad,
+                                                                  const T *image, const T *later, ptrdiff_t n_later, T *sums)
+{
+    V acc[FC(grads)][FC(cells_of_one)];
+    const T *cells[FC(cells_of_one)];
+    const ptrdiff_t whole = p->columns / LANES * LANES, row = p->n_taps * LANES, columns = p->columns;
+    const FC(lanes) some = FC(between)(0, columns - whole);
+    UNROLL for (int t = 0; t < taps; t++) {
+        cells[t] = image + at[t < wanted ? t : wanted - 1];
+        UNROLL for (int f = 0; f < filters; f++)
+            acc[f][t] = *(const V *)(sums + f * row + (t < wanted ? t : wanted - 1) * LANES);
+    }
+    for (ptrdiff_t r = 0; r < p->rows; r++, grad += p->out_row, later += p->out_row) {
+        for (ptrdiff_t x = 0; x < whole; x += LANES)
+            FC(add_products)(filters, taps, grad, p->out_filter, cells, x, 1, some, later, n_later, acc);
+        if (whole < columns)
+            FC(add_products)(filters, taps, grad, p->out_filter, cells, whole, 0, some, later, n_later, acc);
+        UNROLL for (int t = 0; t < taps; t++)
+            cells[t] += p->cell_row;
+    }
+    UNROLL for (int t = 0; t < taps; t++)
+        if (t < wanted)
+            UNROLL for (int f = 0; f < filters; f++)
+                *(V *)(sums + f * row + t * LANES) = acc[f][t];
+}
+
+#define GRADS_CASE(n)                                                                                                              \
+    case n:                                                                                                                        \
+        for (ptrdiff_t t = 0, first = 0; t < p->n_taps && n <= FC(grads); t += FC(cells), first += each) {                         \
+            const ptrdiff_t n_later = first + each < n ? each : first < n ? n - first : 0;                                         \
+            FC(weight_tile)(p, n <= FC(grads) ? n : 1, FC(cells), p->n_taps - t < FC(cells) ? p->n_taps - t : FC(cells),           \
+                            p->taps + t, g, a, later + first * p->out_filter, n_later, c + t * LANES);                             \
+        }                                                                                                                          \
+        break;
+
+static void FC(planar_weight)(const fc_planes *planes, ptrdiff_t filters, const void *grad, const void *cells, void *sums)
+{
+    const fc_planes own = *planes, *p = &own; /* which no store changes */
+    const T *g = grad, *a = cells;
+    T *c = sums;
+    if (filters == 1 && p->n_taps > FC(cells)) {
+        for (ptrdiff_t t = 0; t < p->n_taps; t += FC(cells_of_one))
+            FC(weight_tile)(p, 1, FC(cells_of_one), p->n_taps - t < FC(cells_of_one) ? p->n_taps - t : FC(cells_of_one),
+                            p->taps + t, g, a, g, 0, c + t * LANES);
+        return;
+    }
+    const ptrdiff_t tiles = (filters + FC(grads) - 1) / FC(grads); /* of about the same size */
+    const ptrdiff_t steps = (p->n_taps + FC(cells) - 1) / FC(cells), each = p->ahead ? (FC(grads) + steps - 1) / steps : 0;
+    for (ptrdiff_t tile = 1, done = 0, n; tile <= tiles; tile++, done += n) {
+        n = filters * tile / tiles - done;
+        const T *later = tile < tiles ? g + n * p->out_filter : (const T *)grad + p->ahead;
+        switch (n) {
+            GRADS_CASE(1)
+            GRADS_CASE(2)
+            GRADS_CASE(3)
+            GRADS_CASE(4)
+            GRADS_CASE(5)
+            GRADS_CASE(6)
+        }
+        g += n * p->out_filter;
+        c += n * p->n_taps * LANES;
+    }
+}
+#undef GRADS_CASE
+
+/* As many vectors as there are lanes are turned, and added up. */
+static void FC(sum_lanes)(const void *vectors, ptrdiff_t n, void *sums)
+{
+    const T *in = vectors;
+    T *out = sums;
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        V lanes[LANES] = {{0}};
+        FC(transpose)(in + i * LANES, LANES, 1, n - i < LANES ? n - i : LANES, LANES, lanes, LANES);
+        UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+            UNROLL for (int lane = 0; lane < half; lane++)
+                lanes[lane] += lanes[lane + half];
+        memcpy(out + i, lanes, (size_t)(n - i < LANES ? n - i : LANES) * sizeof(T));
+    }
+}
 
 /* ----------------------------------------------------------------------------------------------------- one filter */
 

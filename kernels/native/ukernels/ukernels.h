@@ -25,6 +25,7 @@ typedef struct {
     const ptrdiff_t *taps, *b_taps;
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
     ptrdiff_t c_step; /* between rows of c */
+    ptrdiff_t ahead;  /* 0, or how far on the b is that is needed next, and had better be fetched; a tile of pieces doesn't */
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
@@ -91,6 +92,9 @@ typedef struct {
     ptrdiff_t weight_group, cell_group; /* from one group of one filter to the next */
     const void *bias;            /* of each filter, or NULL */
     int accumulate, relu;        /* whether sums are added to the output; the activation comes last */
+    void *laid;                  /* NULL, or where the first filters, a whole tile, lay what the taps show to the only row of pixels, and the */
+    const ptrdiff_t *laid_taps;  /* others read it: no cell is read beyond the last then */
+    ptrdiff_t ahead;             /* 0, or how far on the cells are that are needed next, and had better be fetched */
 } fc_planes;
 
 /* Tiles of Winograd's convolution. A side is a number of three digits, its stride, outputs and taps: 143 is F(4, 3). A tile
@@ -146,7 +150,12 @@ typedef struct {
     int planar_filters;
     void (*planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
 
-    /* The same for groups of one filter, whose weights are read where they are. What the next rows of pixels see is read, too, up to a
+    /* sums[f][t][lane] += sum over rows r, and pixels x that are in this lane, of grad[f * out_filter + r * out_row + x]
+     * * cells[taps[t] + r * cell_row + x]; nothing is read beyond the last pixel. And the lanes of n such sums, added up. */
+    void (*planar_weight)(const fc_planes *planes, ptrdiff_t filters, const void *grad, const void *cells, void *sums);
+    void (*sum_lanes)(const void *vectors, ptrdiff_t n, void *sums);
+
+    /* planar for groups of one filter, whose weights are read where they are. What the next rows of pixels see is read, too, up to a
      * multiple of planar_rows. */
     int planar_rows;
     void (*planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out);
