@@ -47,7 +47,7 @@ cdef enum:
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
     # The gradient of the weights:
-    UNIT_PIXELS = 1024          # of a unit: the gradients of some filters are in L1
+    UNIT_PIXELS = 1 << 10       # of a unit: the gradients of some filters are in L1
     UNIT_BYTES = 1 << 21        # of the planes that it sees, at most: what has more is left to other algorithms
     SUM_BYTES = 3 << 18         # of sums, each a vector, that a task has: they stay in L2
     CHUNK_PIXELS = 1 << 12      # of a chunk of the reduction, at least: adding up the lanes takes as long as a few hundred

@@ -158,7 +158,7 @@ def _planar_weights(dims: ConvDims) -> str:
         return "has the gradient of the weights for sums of few products only"
     columns = dims.output_size[2]
     if isa() not in ("amx", "avx512"):
-        return "slower than direct, which has more sums in registers"
+        return "slower than direct or im2col: too few sums are in registers"
     if dims.taps == 1:
         return "slower than im2col, which turns the smaller part of 1x1 layers"
     if columns < (48 if dims.depthwise else 24) or max(dims.stride) > 2:
