@@ -281,9 +281,6 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
     UNROLL for (int r = 0; r < filters; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
-    UNROLL for (int r = 0; r < filters; r++) /* the lines come while the sums are made: of a large output from afar */
-        UNROLL for (int v = 0; v < vectors; v++)
-            __builtin_prefetch(out + r * p->out_filter + v * LANES, 1);
     for (ptrdiff_t t = 0; t < p->n_taps; t++, weight += filters) {
         const T *at = cells + p->taps[t];
         V cell[FC(widest)];
