@@ -2,6 +2,9 @@
 
 grad_input = sum over the phases of the stride of conv(grad_output, rotated and channel-swapped weight)
 
+``input_grad`` convolves phase by phase; ``merge`` describes all phases as one convolution, for an engine that packs
+gradients and weights once and lets each phase see some of the taps.
+
 The algebra, which taps and which positions make a phase, is that of ``dims``; here are only the views. No zero is
 inserted, no array is copied but the weights of a grouped convolution (whose swapped channels are no view).
 """
@@ -9,7 +12,8 @@ inserted, no array is copied but the weights of a grouped convolution (whose swa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +25,8 @@ def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
     k, c, *kernel = weight.shape
     if groups == 1:
         return weight.swapaxes(0, 1)
+    if c == 1:
+        return weight.reshape(groups, k // groups, *kernel)
     split = weight.reshape(groups, k // groups, c, *kernel)  # (g, K/g, C/g, ...)
     # In memory channels must follow groups, for both to be one axis; what is contiguous stays so: a fast copy.
     axes, n = range(3, split.ndim), len(kernel)
@@ -48,6 +54,51 @@ def input_grad(
         if part.dims is not None:
             source, target = grad_output[(..., *part.output_slices)], grad_input[(..., *part.input_slices)]
             forward(source, swapped[(..., *part.kernel_slices)], bias, target, part.dims, options)
+
+
+class Merged(NamedTuple):
+    """All phases as one stride-1 convolution: where they lie, and which cells and taps they multiply."""
+
+    kernel: tuple[int, ...]  #: cells that all phases at one position see, (depth, height, width) ...
+    pad: tuple[int, ...]  #: ... and how many of them come before the position: zeros at the borders
+    positions: tuple[int, ...]  #: of the phases that have most
+    along: tuple[int, ...]  #: phases along each axis
+    phases: np.ndarray  #: a row for each, (depth, height, width) in order: its first tap, and how many, (d, h, w)
+    taps: np.ndarray  #: a row for each tap of each: the cell that it sees, (d, h, w), and its number in the filter
+
+
+@lru_cache(maxsize=512)
+def merge(dims: Any) -> Merged:
+    """Merge the phases of a stride; a phase without taps is a sum of nothing."""
+    parts = dims.input_grad_parts()
+    seen = [p for p in parts if p.dims is not None]
+    first = [_first_cells(p) for p in seen]
+    low = [min((f[axis] for f in first), default=0) for axis in range(3)]
+    kernel = [1, 1, 1]
+    taps: list[tuple[int, ...]] = []
+    phases = []
+    for part in parts:
+        size = (0, 0, 0) if part.dims is None else part.dims.kernel_size
+        phases.append((len(taps), *size))
+        if part.dims is not None:
+            begin = [f - lowest for f, lowest in zip(_first_cells(part), low, strict=True)]
+            ranges = [range(*s.indices(n)) for s, n in zip(part.kernel_slices, dims.kernel_size, strict=True)]
+            for d, h, w in np.ndindex(*size):
+                cell = [b + i * step for b, i, step in zip(begin, (d, h, w), part.dims.dilation, strict=True)]
+                kernel = [max(n, i + 1) for n, i in zip(kernel, cell, strict=True)]
+                row = ranges[0][d] * dims.kernel_size[1] + ranges[1][h]
+                taps.append((*cell, row * dims.kernel_size[2] + ranges[2][w]))
+    along = tuple(min(s, n) for s, n in zip(dims.stride, dims.input_size, strict=True))
+    positions = tuple(-(-n // s) for s, n in zip(dims.stride, dims.input_size, strict=True))
+    return Merged(
+        tuple(kernel), tuple(-n for n in low), positions, along,
+        np.array(phases, np.intp), np.array(taps, np.intp).reshape(-1, 4),
+    )  # fmt: skip
+
+
+def _first_cells(part: Any) -> list[int]:
+    """Return which cells of the output's gradient the first tap of a phase sees at its first position, one per axis."""
+    return [s.start - pad for s, pad in zip(part.output_slices, part.dims.pad_before, strict=True)]
 
 
 def fill(target: np.ndarray, bias: np.ndarray | None, activation: str | None) -> None:

@@ -68,6 +68,7 @@ cdef inline const char *bias_at(const char *bias, Py_ssize_t offset) noexcept no
 
 cdef void make_view(View *view, cnp.ndarray array)
 cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options)
+cdef void choose_threads(Conv *c, threads)
 cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil
 cdef void split_numbers(Conv *c, str precision)
 cdef const fc_ukernels *piece_tile(const Conv *c, str precision, Py_ssize_t summed=*)

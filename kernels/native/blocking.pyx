@@ -59,8 +59,13 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     c.taps = c.kernel[0] * c.kernel[1] * c.kernel[2]
     c.folded = False
     use_tile(c, ukernels(c.item))
+    choose_threads(c, options.threads)
+
+
+cdef void choose_threads(Conv *c, threads):
+    """Take several threads where that is worth waking them."""
     cdef double flops = 2.0 * c.reduction * c.y.size[0] * c.y.size[1] * c.out[0] * c.out[1] * c.out[2]
-    c.threads = usable_threads(options.threads) if flops > SERIAL_FLOPS else 1
+    c.threads = usable_threads(threads) if flops > SERIAL_FLOPS else 1
 
 
 cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:

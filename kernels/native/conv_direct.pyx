@@ -18,7 +18,7 @@
 
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
-loop on other views (``interleave``), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
+loop on other views (``interleave``; with a stride see below), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
 microkernel multiplies channel by channel, where channels are neighbours; where the pixels of a row are, it is ``conv_planar``'s.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing. It
@@ -31,6 +31,10 @@ pixel of a row after some that only the halo's width comes to, which are compute
        a b a b a b   ->   c c c d d d             p p p p . q q q q . p p p p         . is dropped
        c d c d c d        c c c d d d
 
+In the gradient of the input, with a stride, each phase of the input's cells has taps of its own, and all see the same part of the
+output's gradient. That is packed once, and a chunk has sums for each phase; when a panel is done they are stored together, for
+a cell's neighbours are of other phases.
+
 Few channels would not fill its reduction: the patch of each pixel, all taps and channels, is laid out, and convolved with 1x1
 filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 """
@@ -41,13 +45,14 @@ from libc.string cimport memmove, memset
 from fastconv.kernels import interleave
 from fastconv.kernels.native import conv_planar
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, divide, extent, locate,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, cut, divide, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_patches, fc_reduction, fc_ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
+    fc_ukernels,
 )
 
 from fastconv.kernels.native.weight_direct import conv_weight_grad
@@ -64,6 +69,7 @@ cdef enum:
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
     PATCH_FILTERS = 48          # ... that make up for laying it out, about
+    STRANDS = 16                # phases of a stride whose sums for a chunk share L2
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
 
@@ -84,7 +90,19 @@ def conv_forward(input, weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
+    if dims.depthwise and grad_output.strides[4] == grad_input.strides[4] == grad_input.itemsize:
+        conv_planar.conv_input_grad(grad_output, weight, bias, grad_input, dims, options)
+        return
+    merged = None
+    if not dims.depthwise and 1 < dims.stride[0] * dims.stride[1] * dims.stride[2] <= STRANDS:
+        merged = interleave.merge(dims)
+    if merged is None or not len(merged.taps) or merged.kernel[0] > 2 * dims.kernel_size[0]:  # of depths, all are packed
+        interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
+        return
+    swapped = interleave.swap_channels(weight, dims.groups)
+    for image in _forward(grad_output, swapped, bias, grad_input, dims, options, True, merged):
+        one = slice(image, image + 1)
+        _forward(grad_output[one], swapped, bias, grad_input[one], dims, options, False, merged)
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -98,6 +116,11 @@ ctypedef struct Plan:
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
     Py_ssize_t phases[2]        # of rows and columns, that a part is taken apart by; 0: its pixels are no long row
+    Py_ssize_t slots            # phases of the output that have taps, each its own; 0: all of the output has the same
+    Py_ssize_t strands[3]       # phases along each axis, with taps or without, ...
+    Py_ssize_t step[3]          # ... and cells from one of a phase to the next
+    const Py_ssize_t *phase     # of each phase: its first tap, and how many, (d, h, w)
+    const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in a filter
     Py_ssize_t shares           # tasks that share the panels of one block
     char *weights               # packed; NULL: each task packs what it uses
     const char *bias
@@ -113,38 +136,46 @@ ctypedef struct Grid:
     Py_ssize_t pixels           # ... and in all
     Py_ssize_t chunk            # of them, whose sums for ...
     Py_ssize_t panels           # ... so many panels share L2 with the rest
-    Py_ssize_t sum_bytes        # of one panel
+    Py_ssize_t sum_bytes        # of one panel, or of a strand of it
+    Py_ssize_t zero_bytes       # the same for strands without taps, if there are any
 
 # The memory of one task.
 ctypedef struct Workspace:
     Py_ssize_t *offsets         # of each pixel's first tap in the part
     Py_ssize_t *taps
+    Py_ssize_t *weight_taps     # where the weights of each tap are in a panel, if there are strands
+    char *zeros                 # sums of a strand without taps
     char *weights               # of a panel and a channel block, where they are used once
     char *sums
     char *part
     char *floats                # numbers that are yet to be split
 
 
-cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, bint split):
+cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, bint split, merged=None):
     """Convolve; return the images that were left out for their numbers can't be split."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, step, part_bytes, packing
+    cdef int axis
+    cdef Py_ssize_t tasks, step, taps, part_bytes, packing
     cdef unsigned char[::1] refused
     make_conv(&plan.of, input, weight, output, dims, options)
-    plan.of.folded = plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
+    _set_strands(&plan, merged, options.threads)
+    plan.of.folded = plan.slots == 0 and plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
     plan.patches = split and _multiply_patches(&plan, options.precision)
     if not plan.patches:
         if split:
             split_numbers(&plan.of, options.precision)
         c[0] = plan.of
+    for axis in range(3 if plan.slots else 0):
+        c.kernel[axis], c.pad[axis] = merged.kernel[axis], merged.pad[axis]
     step = max(<Py_ssize_t>CHANNELS, c.kernels.depth_step)
+    taps = ceil_div(c.taps, max(<Py_ssize_t>1, plan.slots))
     if plan.patches:
         plan.width = c.depth
     elif c.kernels.pieces:
-        plan.width = round_up(ceil_div(c.depth, max(1, c.reduction // SPLIT_REDUCTION)), step)
+        plan.width = round_up(ceil_div(c.depth, max(1, c.depth * taps // SPLIT_REDUCTION)), step)
     else:
-        plan.width = min(c.depth, max(step, round_up(REDUCTION // c.taps, step)))
+        plan.width = min(c.depth, max(step, round_up(REDUCTION // taps, step)))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
     part_bytes = SPLIT_BYTES if c.kernels.pieces and not plan.patches else DIRECT_BYTES
     cut(c, plan.channel_blocks * plan.width * c.packed, part_bytes, c.out[2], &plan.blocks)
@@ -160,6 +191,32 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _set_strands(Plan *plan, merged, threads):
+    """Let a gradient of the input be a convolution with stride 1, whose output has a strand for each phase of the stride."""
+    cdef Conv *of = &plan.of
+    cdef Py_ssize_t[:, ::1] phases, seen
+    cdef Py_ssize_t s
+    cdef int axis
+    plan.slots = 0
+    if merged is None:
+        return
+    phases, seen = merged.phases, merged.taps  # which ``merged`` keeps
+    plan.phase, plan.seen = &phases[0, 0], &seen[0, 0]
+    for s in range(phases.shape[0]):
+        plan.slots += _strand_taps(plan, s) > 0
+    for axis in range(3):
+        plan.step[axis] = of.stride[axis]
+        plan.strands[axis] = merged.along[axis]
+        of.out[axis] = merged.positions[axis]
+        of.stride[axis] = of.dilation[axis] = 1
+    choose_threads(of, threads)
+
+
+cdef Py_ssize_t _strand_taps(const Plan *plan, Py_ssize_t s) noexcept nogil:
+    """Taps of a strand."""
+    return plan.phase[4 * s + 1] * plan.phase[4 * s + 2] * plan.phase[4 * s + 3]
 
 
 cdef void _cut_large_blocks(Plan *plan) noexcept nogil:
@@ -278,7 +335,7 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
     cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
     if pieces == 0:
-        pack_panel(c, group, panel, b * plan.width, channels, out)
+        pack_panel(&plan.of, group, panel, b * plan.width, channels, out)
         return True
     pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
     return c.kernels.split_weights(
@@ -293,15 +350,22 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, con
     Write where each pixel's first tap and each tap, or row of taps, are in it, too.
     """
     cdef const Conv *c = &plan.c
+    cdef Py_ssize_t t
     cdef int sizes
     if plan.patches:
         sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
     else:
         sizes = _pack_channels(plan, block, group, grid, floats, part)
     if plan.phases[0]:
-        _grid_offsets(plan, grid, offsets, taps)
+        for t in range(grid.pixels):
+            offsets[t] = t * plan.width
     else:
         pixel_offsets(c, block, plan.width, offsets)
+    if plan.slots:
+        _strand_offsets(plan, grid, taps)
+    elif plan.phases[0]:
+        _grid_offsets(plan, grid, taps)
+    else:
         tap_offsets(c, block, plan.width, taps)
     if c.folded:
         first_of_rows(c, taps)
@@ -356,13 +420,10 @@ cdef Py_ssize_t band_rows(const Plan *plan, const Block *block) noexcept nogil:
     return max(<Py_ssize_t>1, min(block.high, BAND_BYTES // (block.wide * plan.width * plan.c.item)))
 
 
-cdef void _grid_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *offsets, Py_ssize_t *taps) noexcept nogil:
-    """Write where the pixels of a long row and the taps are in a part that is taken apart."""
+cdef void _grid_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *taps) noexcept nogil:
+    """Write where the taps are in a part that is taken apart."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t d, h, w, y, x, plane, t = 0
-    for t in range(grid.pixels):
-        offsets[t] = t * plan.width
-    t = 0
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             for w in range(c.kernel[2]):
@@ -370,6 +431,15 @@ cdef void _grid_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *offsets,
                 plane = (d * plan.phases[0] + y % plan.phases[0]) * plan.phases[1] + x % plan.phases[1]
                 taps[t] = ((plane * grid.high + y // plan.phases[0]) * grid.wide + x // plan.phases[1]) * plan.width
                 t += 1
+
+
+cdef void _strand_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *taps) noexcept nogil:
+    """Write where the cell is that each tap of each strand sees."""
+    cdef const Py_ssize_t *cell = plan.seen
+    cdef Py_ssize_t t
+    for t in range(plan.c.taps):
+        taps[t] = ((cell[0] * grid.high + cell[1]) * grid.wide + cell[2]) * plan.width
+        cell += 4
 
 
 cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
@@ -417,6 +487,9 @@ cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     """Size the phases of what a block sees, its long row of pixels, and the chunks of it."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1]), rows
+    cdef Py_ssize_t slots = max(<Py_ssize_t>1, plan.slots), chunk = c.chunk
+    if plan.slots and c.kernels.pieces:
+        chunk = min(chunk, max(<Py_ssize_t>c.kernels.tile_rows, SUM_BYTES // (slots * c.panel * c.item)))
     grid.beyond = block.wide
     if plan.phases[0]:
         block.wide = _row_cells(plan, block.columns)
@@ -428,14 +501,15 @@ cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     if plan.phases[0]:
         grid.pitch = grid.wide
         grid.pixels = (block.rows - 1) * grid.wide + block.columns
-        rows = max(<Py_ssize_t>1, c.chunk // block.columns)
+        rows = max(<Py_ssize_t>1, chunk // block.columns)
         grid.chunk = ceil_div(block.rows, ceil_div(block.rows, rows)) * grid.pitch
     else:
-        grid.chunk = round_up(ceil_div(grid.pixels, ceil_div(grid.pixels, c.chunk)), c.kernels.tile_rows)
+        grid.chunk = round_up(ceil_div(grid.pixels, ceil_div(grid.pixels, chunk)), c.kernels.tile_rows)
     grid.sum_bytes = round_up(grid.chunk, c.kernels.tile_rows) * c.panel * c.item
     grid.panels = min(c.panels, <Py_ssize_t>PANELS)
     if c.kernels.pieces:
-        grid.panels = min(grid.panels, max(<Py_ssize_t>1, SUM_BYTES // grid.sum_bytes))
+        grid.panels = min(grid.panels, max(<Py_ssize_t>1, SUM_BYTES // (slots * grid.sum_bytes)))
+    grid.zero_bytes = grid.sum_bytes if plan.slots and plan.slots < plan.strands[0] * plan.strands[1] * plan.strands[2] else 0
 
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -448,7 +522,8 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     locate(c, &plan.blocks, task // (plan.shares * c.groups), &block)
     _lay_grid(plan, &block, &grid)
 
-    cdef Py_ssize_t offset_bytes = (grid.pixels + plan.of.taps + 8) // 8 * 64
+    cdef Py_ssize_t offset_bytes = (grid.pixels + 2 * plan.of.taps + 8) // 8 * 64
+    cdef Py_ssize_t all_sums = grid.panels * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
     cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
     cdef Py_ssize_t part_bytes = plan.channel_blocks * plan.width * grid.cells * c.packed
     cdef Py_ssize_t beyond_bytes = grid.beyond * plan.width * c.packed, float_bytes = 0
@@ -457,7 +532,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     elif c.kernels.pieces:
         float_bytes = plan.width * max(c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
     cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + weight_bytes + grid.panels * grid.sum_bytes + part_bytes + beyond_bytes + float_bytes
+        FC_ARENA_BLOCK, offset_bytes + weight_bytes + all_sums + grid.zero_bytes + part_bytes + beyond_bytes + float_bytes
     )
     if memory == NULL:
         return 1
@@ -466,15 +541,18 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Workspace space
     space.offsets = <Py_ssize_t *>memory
     space.taps = space.offsets + grid.pixels
+    space.weight_taps = space.taps + plan.of.taps
     space.weights = memory + offset_bytes
     space.sums = space.weights + weight_bytes
-    space.part = space.sums + grid.panels * grid.sum_bytes
+    space.zeros = space.sums + all_sums
+    space.part = space.zeros + grid.zero_bytes
     space.floats = space.part + part_bytes + beyond_bytes
     memset(space.part + part_bytes, 0, <size_t>beyond_bytes)
     cdef Py_ssize_t p, panel, end = c.panels * (share + 1) // plan.shares
     if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, space.part):
         plan.refused[block.image] = 1
         return 0
+    memset(space.zeros, 0, <size_t>grid.zero_bytes)
     if c.kernels.pieces:
         c.kernels.enter()
     for p from 0 <= p < grid.pixels by grid.chunk:
@@ -499,13 +577,19 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
     cdef char *sums
     for b in range(plan.channel_blocks):
         for panel in range(first, end):
-            sums = space.sums + (panel - first) * grid.sum_bytes
+            sums = space.sums + (panel - first) * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
             if plan.weights != NULL:
                 weights = _packed_block(plan, group, panel, b)
             elif not _pack_block(plan, group, panel, b, space.floats, space.weights):
                 plan.refused[c.batch] = 1
-            _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
+            if plan.slots:
+                _multiply_strands(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
+            else:
+                _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
             if b < plan.channel_blocks - 1:
+                continue
+            if plan.slots:
+                _store_strands(plan, block, group, grid, panel, first_pixel, end_pixel, sums, space.zeros)
                 continue
             filter = group * c.filters + panel * c.panel
             width = panel_vectors(c, panel) * c.kernels.lanes
@@ -558,6 +642,87 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
         &reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
         end_pixel - first_pixel, weights, vectors, sums, b > 0,
     )
+
+
+cdef void _multiply_strands(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid *grid, const Workspace *space,
+                            Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, char *sums) noexcept nogil:
+    """The same for each strand: by its taps."""
+    cdef const Conv *c = &plan.c
+    cdef int vectors = panel_vectors(c, panel)
+    cdef Py_ssize_t width = vectors * c.kernels.lanes, channels = min(plan.width, c.depth - b * plan.width)
+    cdef Py_ssize_t tap = channels * width if c.kernels.pieces else width, s, t
+    cdef fc_reduction reduction
+    reduction.apart = 0
+    reduction.depth = channels
+    reduction.a_step = 1
+    reduction.b_step = width if c.kernels.pieces else c.taps * width
+    reduction.c_step = width
+    for t in range(c.taps):
+        space.weight_taps[t] = plan.seen[4 * t + 3] * tap
+    for s in range(plan.strands[0] * plan.strands[1] * plan.strands[2]):
+        t = plan.phase[4 * s]
+        reduction.taps, reduction.b_taps, reduction.n_taps = space.taps + t, space.weight_taps + t, _strand_taps(plan, s)
+        if reduction.n_taps == 0:
+            continue
+        c.kernels.brgemm(
+            &reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+            end_pixel - first_pixel, weights, vectors, sums, b > 0,
+        )
+        sums += grid.sum_bytes
+
+
+cdef void _store_strands(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, Py_ssize_t panel,
+                         Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *sums, const char *zeros) noexcept nogil:
+    """Finish a panel's sums for a chunk of pixels of all strands, and store them where these lie, row by row."""
+    cdef const Conv *c = &plan.c
+    cdef const View *y = &c.y
+    cdef Py_ssize_t width = panel_vectors(c, panel) * c.kernels.lanes, filter = group * c.filters + panel * c.panel
+    cdef Py_ssize_t pixel = first_pixel, end, row, column, d, h, s, z, x
+    cdef const char *strands[STRANDS]
+    cdef const char *rows[STRANDS]
+    cdef fc_epilogue epilogue
+    epilogue.bias = bias_at(plan.bias, filter * c.item)
+    epilogue.relu = plan.relu
+    epilogue.pixel_stride = plan.step[2] * y.stride[4]
+    epilogue.channel_stride = y.stride[1]
+    for s in range(plan.strands[0] * plan.strands[1] * plan.strands[2]):
+        strands[s] = zeros
+        if _strand_taps(plan, s):
+            strands[s] = sums
+            sums += grid.sum_bytes
+    while pixel < end_pixel:
+        row, column = pixel // grid.pitch, pixel % grid.pitch
+        end = min(end_pixel, pixel + grid.pitch - column)
+        for d in range(plan.strands[0]):
+            for h in range(plan.strands[1]):
+                z, x = block.depth * plan.step[0] + d, (block.top + row) * plan.step[1] + h
+                if column >= block.columns or z >= y.size[2] or x >= y.size[3]:
+                    continue
+                for s in range(plan.strands[2]):
+                    rows[s] = strands[(d * plan.strands[1] + h) * plan.strands[2] + s]
+                    rows[s] += (pixel - first_pixel) * width * c.item
+                _store_row(
+                    plan, &epilogue, rows, width, block.left + column, min(end - pixel, block.columns - column),
+                    min(width, c.filters - panel * c.panel), y.data + (
+                        block.image * y.stride[0] + filter * y.stride[1] + z * y.stride[2] + x * y.stride[3]
+                    ) * c.item,
+                )
+        pixel = end
+
+
+cdef void _store_row(const Plan *plan, const fc_epilogue *epilogue, const char **strands, Py_ssize_t width, Py_ssize_t first,
+                     Py_ssize_t pixels, Py_ssize_t filters, char *out) noexcept nogil:
+    """Store some pixels of the strands of a row, from ``first`` on."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t left = first * plan.step[2], cells = min(pixels * plan.step[2], c.y.size[4] - left), s
+    out += left * c.y.stride[4] * c.item
+    if c.y.stride[4] == 1 and plan.step[2] > 1 and plan.strands[2] == plan.step[2]:
+        c.kernels.weave(epilogue, <const void **>strands, plan.step[2], width, cells, filters, out)
+        return
+    for s in range(plan.strands[2]):
+        c.kernels.epilogue(
+            epilogue, strands[s], width, ceil_div(cells - s, plan.step[2]), filters, out + s * c.y.stride[4] * c.item
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- depthwise

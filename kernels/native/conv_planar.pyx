@@ -16,7 +16,8 @@
                        +------------------------+
 
 The cells that a vector of pixels sees through a tap are a vector of cells, anywhere in a row; with a stride, cells a stride apart are
-made neighbours when they are copied. The first layer of a network, from three channels to many filters, is such a convolution, the gradient
+made neighbours when they are copied. In the gradient of the input, with a stride, it is the output whose neighbours are of different
+phases: where there is a single filter, their sums stay in L1 until they are interleaved, row by row. The first layer of a network, from three channels to many filters, is such a convolution, the gradient
 of its input, and groups of few channels. So is a depthwise one. There, and for any single filter, a tile is a vector of pixels in
 each of 7 rows: a cell that was loaded once serves a column of taps, and weights are read where the caller has them.
 """
@@ -26,8 +27,8 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, divide, extent, locate, make_conv, pack_bias, part_cells, round_up, run_tasks,
-    taps_continue,
+    Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, divide, extent, locate, make_conv, pack_bias, part_cells, round_up,
+    run_tasks, taps_continue,
 )
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_padding, fc_planes,
@@ -40,10 +41,12 @@ cdef enum:
     NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
     PLANE_BYTES = 1 << 18       # else part of L2
     AHEAD_BYTES = 1 << 13       # of planes that are copied before any is read
+    STRAND_BYTES = 3 << 12      # of sums that are interleaved while L1 has them
     LONG_ROW = 64               # pixels: longer ones may be cut
     FEW_CHANNELS = 4            # that are at least added up before sums go to memory
     TERMS = 384                 # of a sum that are added up by themselves
     TASK_PIXELS = 1 << 12       # that are worth a task
+    STRANDS = 16                # phases of a stride whose sums are interleaved
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
     # The gradient of the weights:
@@ -68,6 +71,13 @@ def suits(input, output, dims):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
+    cdef Py_ssize_t phases = dims.stride[0] * dims.stride[1] * dims.stride[2]
+    if dims.group_in_channels == 1 and 1 < phases <= STRANDS and grad_input.strides[4] == grad_input.itemsize:
+        merged = interleave.merge(dims)
+        if len(merged.taps) and merged.kernel[0] <= 2 * dims.kernel_size[0]:  # of depths, all are copied
+            swapped = interleave.swap_channels(weight, dims.groups)
+            _forward(grad_output, swapped, bias, grad_input, dims, options, merged)
+            return
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
 
@@ -88,18 +98,42 @@ ctypedef struct Plan:
     const char *weights
     const char *bias
     Py_ssize_t columns          # pixels of a row of sums that are not in place
+    Py_ssize_t strands          # phases of the output, each with taps of its own; 0: there is but one
+    Py_ssize_t count[3]         # the same along each axis, ...
+    Py_ssize_t step[3]          # ... and cells from one of a phase to the next
+    const Py_ssize_t *phase     # of each: its first tap, and how many, (d, h, w)
+    const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in the filter
 
 
-cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
+cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, merged=None):
     cdef Plan plan
     cdef Conv *c = &plan.c
     make_conv(c, input, weight, output, dims, options)
+    _set_strands(&plan, merged, options.threads)
     _cut(&plan)
-    plan.in_place = c.y.stride[4] == 1 or (c.y.stride[4] == 2 and plan.together == c.channels)
+    plan.in_place = plan.strands == 0 and (c.y.stride[4] == 1 or (c.y.stride[4] == 2 and plan.together == c.channels))
     plan.planes.relu = options.activation == "relu"
     _find_weights(&plan, bias)
     cdef Py_ssize_t tasks = c.batch * plan.blocks.count * ceil_div(c.groups, plan.groups)
     run_tasks(_forward_task, &plan, tasks, c.threads)
+
+
+cdef void _set_strands(Plan *plan, merged, threads):
+    """Let a gradient of the input be a convolution with stride 1, whose output has a strand for each phase of the stride."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t[:, ::1] phases, seen
+    cdef int axis
+    plan.strands = 0
+    if merged is None:
+        return
+    phases, seen = merged.phases, merged.taps  # which ``merged`` keeps
+    plan.phase, plan.seen, plan.strands = &phases[0, 0], &seen[0, 0], phases.shape[0]
+    for axis in range(3):
+        plan.step[axis] = c.stride[axis]
+        plan.count[axis] = merged.along[axis]
+        c.out[axis], c.kernel[axis], c.pad[axis] = merged.positions[axis], merged.kernel[axis], merged.pad[axis]
+        c.stride[axis] = c.dilation[axis] = 1
+    choose_threads(c, threads)
 
 
 cdef void _cut(Plan *plan) noexcept nogil:
@@ -117,6 +151,8 @@ cdef void _cut(Plan *plan) noexcept nogil:
     plan.ahead = 1
     if plan.together == c.channels:
         plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
+        if plan.strands:
+            plan.ahead = min(plan.ahead, max(1, STRAND_BYTES // (plan.strands * blocks.rows * plan.columns * c.item)))
 
 
 cdef void _lay_out(Plan *plan) noexcept nogil:
@@ -168,7 +204,10 @@ cdef void _find_weights(Plan *plan, bias):
     cdef Py_ssize_t *taps = <Py_ssize_t *>memory
     cdef char *weights = memory + 2 * n * sizeof(Py_ssize_t)
     planes.taps, planes.weight_taps = taps, taps + n
-    if plan.one:
+    if plan.strands:
+        _strand_columns(plan, taps, taps + n)
+        plan.weights = c.w.data
+    elif plan.one:
         _columns(plan, taps, taps + n)
         planes.high, planes.weight_row = c.kernel[1], c.w.stride[3]
         plan.weights = c.w.data
@@ -210,6 +249,32 @@ cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) 
                 n += 1
 
 
+cdef void _strand_columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
+    """The same for each strand, one after another."""
+    cdef const Conv *c = &plan.c
+    cdef const View *filter = &c.w
+    cdef const Py_ssize_t *phase
+    cdef const Py_ssize_t *cell
+    cdef Py_ssize_t s, channel, d, w, n, line = plan.padding.wide
+    for s in range(plan.strands):
+        phase = plan.phase + 4 * s
+        n = plan.together * phase[0]
+        for channel in range(plan.together):
+            for d in range(phase[1]):
+                for w in range(phase[3]):
+                    cell = plan.seen + 4 * (phase[0] + d * phase[2] * phase[3] + w)
+                    taps[n] = channel * plan.plane + (cell[0] * plan.high + cell[1]) * line + cell[2]
+                    weight_taps[n] = channel * filter.stride[1] + _weight(plan, cell[3])
+                    n += 1
+
+
+cdef Py_ssize_t _weight(const Plan *plan, Py_ssize_t tap) noexcept nogil:
+    """Where tap number ``tap`` is in a filter."""
+    cdef const View *w = &plan.c.w
+    cdef Py_ssize_t row = tap // w.size[4]
+    return row // w.size[3] * w.stride[2] + row % w.size[3] * w.stride[3] + tap % w.size[4] * w.stride[4]
+
+
 cdef void _pack_group(const Plan *plan, Py_ssize_t group, char *out) noexcept nogil:
     """Pack a group's weights, [block of channels][tile of filters][channel][tap][filter]."""
     cdef const Conv *c = &plan.c
@@ -239,7 +304,8 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Block block
     locate(c, &plan.blocks, task // parts, &block)
     cdef Py_ssize_t plane_bytes = plan.ahead * plan.together * plan.plane * c.item
-    cdef Py_ssize_t sum_bytes = 0 if plan.in_place else plan.ahead * c.filters * block.rows * plan.columns * c.item
+    cdef Py_ssize_t strands = max(<Py_ssize_t>1, plan.strands)
+    cdef Py_ssize_t sum_bytes = 0 if plan.in_place else plan.ahead * c.filters * strands * block.rows * plan.columns * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
     if memory == NULL:
         return 1
@@ -249,7 +315,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     planes.rows, planes.columns = block.rows, block.columns
     planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
     planes.out_column = c.y.stride[4] if plan.in_place else 1
-    planes.out_filter = c.y.stride[1] if plan.in_place else block.rows * plan.columns
+    planes.out_filter = c.y.stride[1] if plan.in_place else strands * block.rows * plan.columns
     planes.laid, planes.ahead = NULL, 0
     planes.weight_group, planes.cell_group = c.w.stride[0], c.channels * plan.plane
     for group from group <= group < end by plan.ahead:
@@ -276,6 +342,14 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
     planes.accumulate = channel > 0
     planes.relu = plan.planes.relu and last
     planes.bias = bias_at(plan.bias, first * c.item) if last else NULL
+    if plan.strands:
+        _multiply_strands(
+            plan, block, planes, groups, channels, plan.weights + (first * c.w.stride[0] + channel * c.w.stride[1]) * c.item,
+            cells, sums,
+        )
+        if last:
+            _interleave(plan, block, planes, first, groups, sums)
+        return
     if plan.one:
         planes.n_taps = channels * c.kernel[0] * c.kernel[2]
         c.kernels.planar_one(
@@ -291,6 +365,48 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
             )
     if last and not plan.in_place:
         _store(plan, block, planes, groups * c.filters, sums, out)
+
+
+cdef void _multiply_strands(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t groups, Py_ssize_t channels,
+                            const char *weights, const char *cells, char *sums) noexcept nogil:
+    """Add the products of some channels to the sums of each strand, [group][strand][row][pixel]."""
+    cdef const Conv *c = &plan.c
+    cdef const Py_ssize_t *phase
+    cdef const Py_ssize_t *cell
+    cdef Py_ssize_t s
+    for s in range(plan.strands):
+        phase = plan.phase + 4 * s
+        cell = plan.seen + 4 * phase[0]
+        planes.taps = plan.planes.taps + plan.together * phase[0]
+        planes.weight_taps = plan.planes.weight_taps + plan.together * phase[0]
+        planes.n_taps = channels * phase[1] * phase[3]
+        planes.high = phase[2]
+        planes.tap_row, planes.weight_row = planes.cell_row, 0
+        if planes.high > 1:
+            planes.tap_row = (cell[4 * phase[3] + 1] - cell[1]) * plan.padding.wide
+            planes.weight_row = _weight(plan, cell[4 * phase[3] + 3]) - _weight(plan, cell[3])
+        c.kernels.planar_one(planes, groups, weights, cells, sums + s * block.rows * plan.columns * c.item)
+
+
+cdef void _interleave(const Plan *plan, const Block *block, const fc_planes *planes, Py_ssize_t first, Py_ssize_t groups,
+                      const char *sums) noexcept nogil:
+    """Store rows of some channels, whose cells are from one strand after another."""
+    cdef const Conv *c = &plan.c
+    cdef const View *y = &c.y
+    cdef Py_ssize_t group, d, h, z, rows, plane = block.rows * plan.columns, left = block.left * plan.step[2]
+    cdef Py_ssize_t cells = min(block.columns * plan.step[2], y.size[4] - left), across = plan.count[2]
+    for group in range(groups):
+        for d in range(plan.count[0]):
+            z = block.depth * plan.step[0] + d
+            for h in range(plan.count[1] if z < y.size[2] else 0):
+                rows = min(block.rows, ceil_div(y.size[3] - h, plan.step[1]) - block.top)
+                c.kernels.zip(
+                    sums + (group * planes.out_filter + (d * plan.count[1] + h) * across * plane) * c.item, across, plane,
+                    rows, plan.columns, cells, y.data + (
+                        block.image * y.stride[0] + (first + group) * y.stride[1] + z * y.stride[2]
+                        + (block.top * plan.step[1] + h) * y.stride[3] + left
+                    ) * c.item, plan.step[1] * y.stride[3],
+                )
 
 
 cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil:

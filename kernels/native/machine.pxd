@@ -61,6 +61,8 @@ cdef extern from "ukernels.h" nogil:
                        int) noexcept nogil
         Py_ssize_t (*saturate)(Py_ssize_t, void *) noexcept nogil
         void (*epilogue)(const fc_epilogue *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        void (*weave)(const fc_epilogue *, const void *const *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                      void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*depthwise)(const Py_ssize_t *, Py_ssize_t, int, const void *, const Py_ssize_t *, Py_ssize_t,
                           const void *, Py_ssize_t, void *) noexcept nogil
@@ -72,6 +74,7 @@ cdef extern from "ukernels.h" nogil:
         void (*planar_weight)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*sum_lanes)(const void *, Py_ssize_t, void *) noexcept nogil
         void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
+        void (*zip)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,

@@ -83,17 +83,25 @@ def _columns(op: str, dims: ConvDims) -> str:
     if dims.taps * dims.output_size[2] > 2**20:  # columns of one row of pixels
         return ""
     pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
-    if pixels <= 100 and 2 * cells >= 3 * pixels and filters >= 64:
+    phases = math.prod(dims.stride)
+    few = _few_pixels(dims) if phases > 1 else pixels <= 100 and filters >= 64
+    if few and 2 * cells >= 3 * pixels:
         return f"{pixels} pixels that see {cells}"
     channels, lanes = dims.group_in_channels, 16 if isa() in ("amx", "avx512") else 8
-    empty = math.ceil(channels / lanes) * lanes * cells / (channels * math.prod(dims.stride) * pixels)
-    if filters >= 16 and empty >= 1.7:
+    empty = math.ceil(channels / lanes) * lanes * cells / (channels * phases * pixels)
+    if filters >= 16 and empty >= (1.7 if phases == 1 else 3 if isa() == "amx" else 1.9):
         return f"{channels} channels would leave lanes empty"
-    if set(dims.stride) != {1} and filters >= 128:
-        return f"each of {math.prod(dims.stride)} phases has weights of its own to pack"
-    if _apart(dims):
-        return "no two taps see the same cell"
+    if phases > 16 and (filters >= 128 or _apart(dims)):
+        return f"each of {phases} phases has weights of its own to pack"
     return ""
+
+
+def _few_pixels(dims: ConvDims) -> bool:
+    """Whether, with a stride, so few pixels use the weights that it pays to read them where they are. (Measured.)"""
+    pixels, filters = math.prod(dims.output_size), dims.group_out_channels
+    if pixels <= 32:
+        return filters >= 64
+    return isa() == "amx" and filters >= 512 and pixels <= (256 if dims.taps == 1 else 100)
 
 
 def _apart(dims: ConvDims) -> bool:
@@ -107,7 +115,7 @@ def _direct(op: str, dims: ConvDims) -> str:
     if dims.depthwise:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    few = (weights <= 2**16 and set(dims.stride) == {1}) or isa() == "amx"  # whose channels im2col must turn
+    few = weights <= 2**16 or isa() == "amx" if set(dims.stride) == {1} else _few_pixels(dims)  # that im2col must turn
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return ""
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
@@ -231,7 +239,9 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.0  # of gradients of the input, the weights are packed in shorter runs
-    if op == "conv_input_grad":
+    if op == "conv_input_grad" and set(dims.stride) != {1} and isa() in ("amx", "avx512"):
+        gain = 1.4  # direct packs and stores once for all phases
+    elif op == "conv_input_grad":
         gain = 1.03 if products == "split" else 1.15
     reason = _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
     if op == "conv_weight_grad" and _fills_pieces(dims):

@@ -264,6 +264,31 @@ static void FC(epilogue)(const fc_epilogue *e, const void *tile, ptrdiff_t c_str
             out[i * cs + p * ps] = FC(finish)(c[p * c_stride + i], e->bias, i, e->relu);
 }
 
+static void FC(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tiles, ptrdiff_t c_stride, ptrdiff_t pixels,
+                      ptrdiff_t channels, void *output)
+{
+    T *out = output;
+#ifdef MASKED_STORE
+    const ptrdiff_t least = channels;
+#else
+    const ptrdiff_t least = channels < pixels ? channels : pixels;
+#endif
+#ifdef WIDE
+    if (least >= WIDE) {
+        SQUARES(weave, WIDE)(e, c, tiles, c_stride, pixels, channels, out);
+        return;
+    }
+#endif
+    if (least >= 4 && pixels >= 4) {
+        SQUARES(weave, 4)(e, c, tiles, c_stride, pixels, channels, out);
+        return;
+    }
+    for (ptrdiff_t p = 0; p < pixels; p++)
+        for (ptrdiff_t i = 0; i < channels; i++)
+            out[i * e->channel_stride + p] =
+                FC(finish)(((const T *)c[p % tiles])[p / tiles * c_stride + i], e->bias, i, e->relu);
+}
+
 /* ------------------------------------------------------------------------------------------------------- depthwise */
 
 enum { FC(pixels) = 8 }; /* whose sums are in registers, beside a row of 7 weights */
@@ -621,6 +646,7 @@ static const fc_ukernels FC(table) = {
     .brgemm = FC(brgemm),
     .saturate = FC(saturate),
     .epilogue = FC(epilogue),
+    .weave = FC(weave),
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
@@ -631,6 +657,7 @@ static const fc_ukernels FC(table) = {
     .sum_lanes = FC(sum_lanes),
     .planar_rows = FC(rows),
     .planar_one = FC(planar_one),
+    .zip = FC(zip),
     .max_pool = FC(max_pool),
     .max_pool_grad = FC(max_pool_grad),
     .winograd_transform = FC(winograd_transform),

@@ -51,7 +51,11 @@ static inline void FC(store_lanes)(T *to, FC(lanes) which, V x)
 #define STORE_LANES(to, lanes, x) FC(store_lanes)(to, lanes, x)
 #endif
 
-enum { FC(widest) = 4, FC(most) = 8 }; /* vectors and rows of a tile */
+#if VECTOR_BYTES == 64
+enum { FC(widest) = 4, FC(most) = 14 }; /* vectors and rows of a tile */
+#else
+enum { FC(widest) = 4, FC(most) = 8 };
+#endif
 
 /* Rows of n pixels that become every second one of the output: the even lanes of two vectors. */
 #if VECTOR_BYTES / T_BYTES == 16
@@ -497,19 +501,19 @@ static void FC(sum_lanes)(const void *vectors, ptrdiff_t n, void *sums)
 
 enum { FC(rows) = 7 }; /* of pixels, whose sums are in registers beside a column of 7 weights, ... */
 #if VECTOR_BYTES == 64
-enum { FC(across) = 2 }; /* ... and so many vectors of each */
+enum { FC(across) = 2 }; /* ... and so many vectors of each, or of twice as many rows one vector */
 #else
 enum { FC(across) = 1 };
 #endif
 
-/* Some vectors of each of 7 rows of pixels, of which some are wanted. A cell is loaded once for all `high` taps of a column: rows of pixels
- * are `every` rows of taps apart. These are constants where this is inlined. */
+/* Some vectors of each of some rows of pixels, of which some are wanted. A cell is loaded once for all `high` taps of a column: rows of
+ * pixels are `every` rows of taps apart. These are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p, const T *weight, const int high, const int every,
-                                                              const T *cells, const int vectors, ptrdiff_t wanted, ptrdiff_t n,
-                                                              T *out)
+                                                              const T *cells, const int rows, const int vectors, ptrdiff_t wanted,
+                                                              ptrdiff_t n, T *out)
 {
     V acc[FC(most)][FC(widest)];
-    UNROLL for (int r = 0; r < FC(rows); r++)
+    UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
     for (ptrdiff_t t = 0; t < p->n_taps; t++) {
@@ -519,16 +523,16 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
             w[h] = *factor - (V){0};
             HELD(w[h]);
         }
-        UNROLL for (int j = 0; j < (FC(rows) - 1) * every + high; j++, cell += p->tap_row)
+        UNROLL_MORE for (int j = 0; j < (rows - 1) * every + high; j++, cell += p->tap_row)
             UNROLL for (int v = 0; v < vectors; v++) {
                 V x = *(const V *)(cell + v * LANES);
                 HELD(x);
                 UNROLL for (int h = 0; h < high; h++)
-                    if (j >= h && (j - h) % every == 0 && (j - h) / every < FC(rows))
+                    if (j >= h && (j - h) % every == 0 && (j - h) / every < rows)
                         acc[(j - h) / every][v] += x * w[h];
             }
     }
-    FC(finish_tile)(p, acc, FC(rows), wanted, vectors, p->bias, 0, n, out, p->out_row);
+    FC(finish_tile)(p, acc, rows, wanted, vectors, p->bias, 0, n, out, p->out_row);
 }
 
 /* The same for columns of any height, and rows of pixels any distance apart. */
@@ -552,10 +556,14 @@ static inline __attribute__((always_inline)) void FC(column_rows)(const fc_plane
                                                                   const int every, const T *cells, ptrdiff_t wanted, T *out)
 {
     ptrdiff_t x = 0;
+    if (FC(across) == 2 && every == 1 && wanted > FC(rows)) { /* a single vector of each */
+        FC(columns)(p, weight, high, every, cells, FC(across) * FC(rows), 1, wanted, p->columns, out);
+        return;
+    }
     for (; FC(across) == 2 && p->columns - x > LANES; x += 2 * LANES)
-        FC(columns)(p, weight, high, every, cells + x, 2, wanted, p->columns - x, out + x * p->out_column);
+        FC(columns)(p, weight, high, every, cells + x, FC(rows), 2, wanted, p->columns - x, out + x * p->out_column);
     for (; x < p->columns; x += LANES)
-        FC(columns)(p, weight, high, every, cells + x, 1, wanted, p->columns - x, out + x * p->out_column);
+        FC(columns)(p, weight, high, every, cells + x, FC(rows), 1, wanted, p->columns - x, out + x * p->out_column);
 }
 
 #define COLUMNS_CASE(n)                                            \
@@ -569,8 +577,11 @@ static inline __attribute__((always_inline)) void FC(column_rows)(const fc_plane
 static inline __attribute__((always_inline)) void FC(one_plane)(const fc_planes *p, const T *weight, const T *cells, T *out)
 {
     const int every = p->cell_row == p->tap_row ? 1 : p->cell_row == 2 * p->tap_row ? 2 : 0;
-    for (ptrdiff_t r = 0; r < p->rows; r += FC(rows), cells += FC(rows) * p->cell_row, out += FC(rows) * p->out_row) {
-        const ptrdiff_t wanted = p->rows - r < FC(rows) ? p->rows - r : FC(rows);
+    const int known = p->high >= 1 && p->high <= 7; /* columns_any takes FC(rows) at a time */
+    const ptrdiff_t most = known && every == 1 && p->columns <= LANES ? FC(across) * FC(rows) : FC(rows);
+    for (ptrdiff_t r = 0, rows; r < p->rows; r += rows, cells += rows * p->cell_row, out += rows * p->out_row) {
+        rows = p->rows - r > FC(rows) ? most : FC(rows);
+        const ptrdiff_t wanted = p->rows - r < rows ? p->rows - r : rows;
         switch (every ? p->high : 0) {
             COLUMNS_CASE(1)
             COLUMNS_CASE(2)
@@ -595,5 +606,52 @@ static void FC(planar_one)(const fc_planes *planes, ptrdiff_t groups, const void
     }
 }
 #undef COLUMNS_CASE
+
+/* ------------------------------------------------------------------------------------------------------ interleaving */
+
+/* Lanes of two vectors in turns: those of the lower halves, or (from `half` on) of the upper ones. */
+#define TURNS_4(half) (half), (half) + ZIPPED, (half) + 1, (half) + 1 + ZIPPED
+#define TURNS_8(half) TURNS_4(half), TURNS_4((half) + 2)
+#define TURNS_16(half) TURNS_8(half), TURNS_8((half) + 4)
+#if VECTOR_BYTES / T_BYTES == 16
+#define ZIPPED 16
+#define TURNS TURNS_16
+#elif VECTOR_BYTES / T_BYTES == 8
+#define ZIPPED 8
+#define TURNS TURNS_8
+#elif VECTOR_BYTES / T_BYTES == 4
+#define ZIPPED 4
+#define TURNS TURNS_4
+#endif
+static void FC(zip)(const void *input, ptrdiff_t tiles, ptrdiff_t tile_step, ptrdiff_t rows, ptrdiff_t in_row, ptrdiff_t n,
+                    void *output, ptrdiff_t out_row)
+{
+    const T *in = input;
+    T *out = output;
+#ifdef ZIPPED
+    if (tiles == 2) { /* a strip of two vectors after another */
+        for (ptrdiff_t i = 0; i < n; i += 2 * LANES) {
+            const FC(lanes) some = FC(between)(0, n - i), more = FC(between)(0, n - i - LANES);
+            const T *x = in + i / 2, *y = x + tile_step;
+            T *to = out + i;
+            for (ptrdiff_t r = 0; r < rows; r++, x += in_row, y += in_row, to += out_row) {
+                STORE_LANES(to, some, SHUFFLE(*(const V *)x, *(const V *)y, TURNS(0)));
+                if (n - i > LANES)
+                    STORE_LANES(to + LANES, more, SHUFFLE(*(const V *)x, *(const V *)y, TURNS(ZIPPED / 2)));
+            }
+        }
+        return;
+    }
+#endif
+    for (ptrdiff_t r = 0; r < rows; r++, in += in_row, out += out_row)
+        for (ptrdiff_t t = 0; t < tiles; t++)
+            for (ptrdiff_t k = 0; k * tiles + t < n; k++)
+                out[k * tiles + t] = in[t * tile_step + k];
+}
+#undef TURNS_4
+#undef TURNS_8
+#undef TURNS_16
+#undef TURNS
+#undef ZIPPED
 #undef LOAD_LANES
 #undef STORE_LANES

@@ -41,40 +41,48 @@ static inline __attribute__((always_inline)) void SQ(turn)(ROW x[SIDE])
 #endif
 }
 
-/* x = rows of the input, turned. The steps that exchange parts of 16 bytes or more are done by loading such parts where they belong:
- * a load takes no turn of the unit that shuffles. The parts of a line are loaded one after another, while L1 has it. */
+/* x = the rows that AT points to, turned. The steps that exchange parts of 16 bytes or more are done by loading such parts where they
+ * belong: a load takes no turn of the unit that shuffles. The parts of a line are loaded one after another, while L1 has it. */
 #if defined(__AVX__) && SIDE > 4
-#define EACH_PART(j, READ)                                                  \
+#define PARTS(j, AT, READ)                                                                   \
     UNROLL for (int r = 0; r < PART; r++) UNROLL for (int n = r; n < SIDE; n += PART) \
-        x[n] = (ROW)READ(in + (PART * (j) + r) * i_stride + n - r);
-static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
-{
-    enum { PART = 16 / sizeof(T) };
-#define NEXT(from) PUT_PART(x[n], from, 1)
-    EACH_PART(0, FIRST_PART)
-    EACH_PART(1, NEXT)
-#undef NEXT
+        x[n] = (ROW)READ(AT(PART * (j) + r) + n - r);
+#define SECOND_PART(from) PUT_PART(x[n], from, 1)
+#define THIRD_PART(from) PUT_PART(x[n], from, 2)
+#define FOURTH_PART(from) PUT_PART(x[n], from, 3)
 #ifdef __AVX512F__
-#define NEXT(from) PUT_PART(x[n], from, 2)
-    EACH_PART(2, NEXT)
-#undef NEXT
-#define NEXT(from) PUT_PART(x[n], from, 3)
-    EACH_PART(3, NEXT)
-#undef NEXT
-#endif
-    STEP(1)
-    if (PART == 4)
-        STEP(2)
-}
-#undef EACH_PART
+#define LAST_PARTS(AT) PARTS(2, AT, THIRD_PART) PARTS(3, AT, FOURTH_PART)
 #else
+#define LAST_PARTS(AT)
+#endif
+#define READ_TURNED(AT)                    \
+    enum { PART = 16 / sizeof(T) };        \
+    PARTS(0, AT, FIRST_PART)               \
+    PARTS(1, AT, SECOND_PART)              \
+    LAST_PARTS(AT)                         \
+    STEP(1)                                \
+    if (PART == 4)                         \
+        STEP(2)
+#else
+#define READ_TURNED(AT)                    \
+    UNROLL for (int n = 0; n < SIDE; n++)  \
+        x[n] = *(const ROW *)AT(n);        \
+    SQ(turn)(x);
+#endif
+
 static inline __attribute__((always_inline)) void SQ(read_turned)(const T *in, ptrdiff_t i_stride, ROW x[SIDE])
 {
-    UNROLL for (int n = 0; n < SIDE; n++)
-        x[n] = *(const ROW *)(in + n * i_stride);
-    SQ(turn)(x);
+#define EVENLY(m) (in + (m) * i_stride)
+    READ_TURNED(EVENLY)
+#undef EVENLY
 }
-#endif
+
+static inline __attribute__((always_inline)) void SQ(read_anywhere)(const T *const rows[SIDE], ptrdiff_t i, ROW x[SIDE])
+{
+#define ANYWHERE(m) (rows[m] + i)
+    READ_TURNED(ANYWHERE)
+#undef ANYWHERE
+}
 
 /* out[j * out_stride + i] = in[i * i_stride + j]; ni, nj >= SIDE. A few cache lines of a row at a time: enough to be fetched ahead,
  * and few enough for L1, where rows that are a power of two apart share a set. The last squares overlap those before them. */
@@ -238,6 +246,49 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
     }
 }
 
+/* The epilogue for pixels that take turns: neighbours come from one tile of sums after another. SIDE channels at least, and SIDE
+ * pixels unless lanes can be masked. */
+static void SQ(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tiles, ptrdiff_t c_stride, ptrdiff_t pixels,
+                      ptrdiff_t channels, T *out)
+{
+    const T *bias = e->bias;
+    const ptrdiff_t cs = e->channel_stride;
+    for (ptrdiff_t pixel = 0; pixel < pixels; pixel += SIDE) {
+        const ptrdiff_t p = pixel + SIDE <= pixels || pixels < SIDE ? pixel : pixels - SIDE;
+        const T *rows[SIDE];
+        for (ptrdiff_t m = 0, row = p / tiles, tile = p % tiles; m < SIDE; m++) {
+            rows[m] = m < pixels ? (const T *)c[tile] + row * c_stride : rows[0];
+            tile = tile + 1 < tiles ? tile + 1 : 0;
+            row += tile == 0;
+        }
+        for (ptrdiff_t channel = 0; channel < channels; channel += SIDE) {
+            const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
+            ROW x[SIDE];
+            SQ(read_anywhere)(rows, i, x);
+            if (bias)
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    x[n] += bias[i + n];
+            if (e->relu)
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    SQ(rectify)(&x[n]);
+#if defined(MASKED_STORE) && SIDE > 4
+            if (pixels < SIDE) {
+                UNROLL for (int n = 0; n < SIDE; n++)
+                    MASKED_STORE(out + (i + n) * cs, (1u << pixels) - 1, x[n]);
+                continue;
+            }
+#endif
+            SQ(store)(x, out + i * cs + p, cs, 1);
+        }
+    }
+}
+
+#undef PARTS
+#undef SECOND_PART
+#undef THIRD_PART
+#undef FOURTH_PART
+#undef LAST_PARTS
+#undef READ_TURNED
 #undef SQ
 #undef ROW
 #undef UPPER

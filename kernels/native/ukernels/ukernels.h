@@ -128,6 +128,10 @@ typedef struct {
     void (*epilogue)(const fc_epilogue *epilogue, const void *c, ptrdiff_t c_stride, ptrdiff_t pixels,
                      ptrdiff_t channels, void *out);
 
+    /* out[i * channel_stride + p] = activation(c[p % tiles][p / tiles][i] + bias[i]): neighbours from one tile after another. */
+    void (*weave)(const fc_epilogue *epilogue, const void *const *c, ptrdiff_t tiles, ptrdiff_t c_stride, ptrdiff_t pixels,
+                  ptrdiff_t channels, void *out);
+
     /* out[j * out_stride + i] = in[i * i_stride + j * j_stride] for i < ni, j < nj: every packing is made of this. */
     void (*transpose)(const void *in, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, void *out,
                       ptrdiff_t out_stride);
@@ -159,6 +163,10 @@ typedef struct {
      * multiple of planar_rows. */
     int planar_rows;
     void (*planar_one)(const fc_planes *planes, ptrdiff_t groups, const void *weight, const void *cells, void *out);
+
+    /* out[r * out_row + p] = in[p % tiles][r * in_row + p / tiles]: rows whose n neighbours come from one tile after another. */
+    void (*zip)(const void *in, ptrdiff_t tiles, ptrdiff_t tile_step, ptrdiff_t rows, ptrdiff_t in_row, ptrdiff_t n, void *out,
+                ptrdiff_t out_row);
 
     /* The maximum of each of runs * n windows that see the same cells, and its number unless winners->item is 0. A greater
      * cell wins, a NaN over everything; without any cell the maximum is -inf, the winner numbers[0].
