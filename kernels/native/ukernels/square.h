@@ -213,6 +213,18 @@ static inline __attribute__((always_inline)) void SQ(store)(const ROW x[SIDE], T
 #undef TWICE
 #undef EVEN_LANES
 
+/* Add the bias of channels from i on to a square of their sums, and apply the activation. */
+static inline __attribute__((always_inline)) void SQ(activate)(const fc_epilogue *e, ptrdiff_t i, ROW x[SIDE])
+{
+    const T *bias = e->bias;
+    if (bias)
+        UNROLL for (int n = 0; n < SIDE; n++)
+            x[n] += bias[i + n];
+    if (e->relu)
+        UNROLL for (int n = 0; n < SIDE; n++)
+            SQ(rectify)(&x[n]);
+}
+
 /* The epilogue for at least SIDE channels whose elements are neighbours in the output, or SIDE of them and as many pixels. Pixels
  * that are no neighbours are stored one by one, a channel's after another: channels may be a power of two apart. */
 static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, ptrdiff_t pixels, ptrdiff_t channels, T *out)
@@ -235,12 +247,7 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
             const ptrdiff_t p = pixel + SIDE <= pixels ? pixel : pixels - SIDE;
             ROW x[SIDE];
             SQ(read_turned)(c + p * c_stride + i, c_stride, x);
-            if (bias)
-                UNROLL for (int n = 0; n < SIDE; n++)
-                    x[n] += bias[i + n];
-            if (e->relu)
-                UNROLL for (int n = 0; n < SIDE; n++)
-                    SQ(rectify)(&x[n]);
+            SQ(activate)(e, i, x);
             SQ(store)(x, out + i * cs + p * ps, cs, ps);
         }
     }
@@ -251,7 +258,6 @@ static void SQ(epilogue)(const fc_epilogue *e, const T *c, ptrdiff_t c_stride, p
 static void SQ(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tiles, ptrdiff_t c_stride, ptrdiff_t pixels,
                       ptrdiff_t channels, T *out)
 {
-    const T *bias = e->bias;
     const ptrdiff_t cs = e->channel_stride;
     for (ptrdiff_t pixel = 0; pixel < pixels; pixel += SIDE) {
         const ptrdiff_t p = pixel + SIDE <= pixels || pixels < SIDE ? pixel : pixels - SIDE;
@@ -265,12 +271,7 @@ static void SQ(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tile
             const ptrdiff_t i = channel + SIDE <= channels ? channel : channels - SIDE;
             ROW x[SIDE];
             SQ(read_anywhere)(rows, i, x);
-            if (bias)
-                UNROLL for (int n = 0; n < SIDE; n++)
-                    x[n] += bias[i + n];
-            if (e->relu)
-                UNROLL for (int n = 0; n < SIDE; n++)
-                    SQ(rectify)(&x[n]);
+            SQ(activate)(e, i, x);
 #if defined(MASKED_STORE) && SIDE > 4
             if (pixels < SIDE) {
                 UNROLL for (int n = 0; n < SIDE; n++)
