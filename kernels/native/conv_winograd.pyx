@@ -186,11 +186,18 @@ cdef void _run_pass(Plan *plan) except *:
 cdef Py_ssize_t _count_passes(const Plan *plan) noexcept nogil:
     """Return in how many parts the weights are transformed, for that takes up to six times their memory."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t bytes = c.groups * plan.g.tap_points * plan.g.count * c.depth * c.panels * c.panel * c.packed
+    cdef Py_ssize_t bytes = c.groups * _transformed_bytes(plan)
     return min(c.panels, ceil_div(bytes, max(<Py_ssize_t>1, _weight_bytes(c) + SPARE_BYTES + SPACE_BYTES - plan.space)))
 
 
+cdef Py_ssize_t _transformed_bytes(const Plan *plan) noexcept nogil:
+    """What the transformed weights of a group take."""
+    cdef const Conv *c = &plan.c
+    return plan.g.tap_points * plan.g.count * c.depth * c.panels * c.panel * c.packed
+
+
 cdef Py_ssize_t _weight_bytes(const Conv *c) noexcept nogil:
+    """What the weights take as they come."""
     return c.groups * c.filters * c.channels * c.taps * c.item
 
 
@@ -198,7 +205,7 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     """Choose channel blocks, and blocks of about TILES tiles."""
     cdef const Conv *c = &plan.c
     cdef const Geometry *g = &plan.g
-    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, tile_bytes, weight_bytes, sum_bytes, all_tiles
+    cdef Py_ssize_t step = max(c.kernels.lanes, c.kernels.depth_step), tiles, tile_bytes, sum_bytes, all_tiles
     cdef Py_ssize_t most = min(g.run, <int>CHANNELS)
     plan.width = round_up(ceil_div(c.channels, ceil_div(c.channels, most)), step)  # even parts
     plan.channel_blocks = ceil_div(c.channels, plan.width)
@@ -211,9 +218,8 @@ cdef void _plan_blocks(Plan *plan) noexcept nogil:
     if c.kernels.pieces == 0:
         tiles = min(<Py_ssize_t>TILES, INPUT_BYTES // tile_bytes)
     else:
-        weight_bytes = g.tap_points * g.count * c.depth * c.panels * c.panel * c.packed
         sum_bytes = g.points * min(<Py_ssize_t>PANELS, c.panels) * c.panel * c.item
-        tiles = SPLIT_TILES if weight_bytes > SPLIT_BYTES else TILES
+        tiles = SPLIT_TILES if _transformed_bytes(plan) > SPLIT_BYTES else TILES
         tile_bytes += sum_bytes
         if _count_passes(plan) == 1:
             tiles = min(tiles, SPACE_BYTES // tile_bytes, max(<Py_ssize_t>TILES, all_tiles // 2))

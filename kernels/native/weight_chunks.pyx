@@ -178,7 +178,7 @@ cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_
     """Store [tap][channel][filter] accumulators, rows of ``width``, as weights (filter, channel, tap)."""
     cdef const View *w = &c.w
     cdef fc_epilogue epilogue
-    cdef Py_ssize_t d, h, tap
+    cdef Py_ssize_t tap
     cdef char *turned
     cdef char *out = w.data + (filter * w.stride[0] + channel * w.stride[1]) * c.item
     epilogue.bias = NULL
@@ -196,21 +196,29 @@ cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_
             epilogue.pixel_stride = 1
             c.kernels.epilogue(&epilogue, turned, width, channels * c.taps, filters, out)
             return
+    _store_taps(c, &epilogue, accumulators, block_channels * width, width, channels, filters, out)
+
+
+cdef void _store_taps(const Conv *c, const fc_epilogue *epilogue, const char *sums, Py_ssize_t tap_step, Py_ssize_t width,
+                      Py_ssize_t rows, Py_ssize_t columns, char *out) noexcept nogil:
+    """Store the sums of each tap, rows of ``width``, where the weights of the first filter and channel begin at ``out``."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t d, h, tap
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             for tap in range(c.kernel[2]):
                 c.kernels.epilogue(
-                    &epilogue, accumulators, width, channels, filters,
+                    epilogue, sums, width, rows, columns,
                     out + (d * w.stride[2] + h * w.stride[3] + tap * w.stride[4]) * c.item,
                 )
-                accumulators += block_channels * width * c.item
+                sums += tap_step * c.item
 
 
 cdef void _store_filters(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
                          Py_ssize_t width, const char *sums) noexcept nogil:
     """Store [tap][filter of a panel][channel] sums, rows of ``width``, as weights (filter, channel, tap)."""
     cdef const View *w = &c.w
-    cdef Py_ssize_t tap_step = c.panel * width, d, h, tap, f
+    cdef Py_ssize_t tap_step = c.panel * width, f
     cdef char *out = w.data + (filter * w.stride[0] + channel * w.stride[1]) * c.item
     cdef fc_epilogue epilogue
     if taps_continue(c) and w.stride[1] == c.taps and (c.taps == 1 or w.stride[4] == 1):  # OIHW
@@ -226,11 +234,4 @@ cdef void _store_filters(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, P
     epilogue.relu = 0
     epilogue.pixel_stride = w.stride[0]
     epilogue.channel_stride = w.stride[1]
-    for d in range(c.kernel[0]):
-        for h in range(c.kernel[1]):
-            for tap in range(c.kernel[2]):
-                c.kernels.epilogue(
-                    &epilogue, sums, width, filters, channels,
-                    out + (d * w.stride[2] + h * w.stride[3] + tap * w.stride[4]) * c.item,
-                )
-                sums += tap_step * c.item
+    _store_taps(c, &epilogue, sums, tap_step, width, filters, channels, out)
