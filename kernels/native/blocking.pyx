@@ -71,7 +71,7 @@ cdef void choose_threads(Conv *c, threads):
 cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
     """Size channels, panels and chunks for a tile."""
     c.kernels = kernels
-    c.packed = 2 * kernels.pieces if kernels.pieces else c.item
+    c.packed = kernels.packed if kernels.pieces else c.item
     c.depth = round_up(c.channels, kernels.depth_step)
     c.reduction = c.depth * c.taps
     c.panel = 2 * kernels.lanes

@@ -39,6 +39,8 @@ Few channels would not fill its reduction: the patch of each pixel, all taps and
 filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 """
 
+from itertools import groupby
+
 cimport numpy as cnp
 from libc.string cimport memmove, memset
 
@@ -50,9 +52,10 @@ from fastconv.kernels.native.blocking cimport (
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
+from fastconv.kernels.native.digits cimport Scales, digit_tile, measure, products
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
-    fc_ukernels,
+    fc_scales, fc_spread, fc_ukernels,
 )
 
 from fastconv.kernels.native.weight_direct import conv_weight_grad
@@ -83,9 +86,7 @@ def conv_forward(input, weight, bias, output, dims, options):
             part = None if bias is None else bias[j::multiplier]
             _depthwise(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
     else:
-        for image in _forward(input, weight, bias, output, dims, options, True):
-            one = slice(image, image + 1)
-            _forward(input[one], weight, bias, output[one], dims, options, False)
+        _convolve(input, weight, bias, output, dims, options)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -100,12 +101,16 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
         return
     swapped = interleave.swap_channels(weight, dims.groups)
-    for image in _forward(grad_output, swapped, bias, grad_input, dims, options, True, merged):
-        one = slice(image, image + 1)
-        _forward(grad_output[one], swapped, bias, grad_input[one], dims, options, False, merged)
+    _convolve(grad_output, swapped, bias, grad_input, dims, options, merged)
 
 
 # --------------------------------------------------------------------------------------------------------- forward
+
+# What the tile multiplies.
+cdef enum:
+    NUMBERS
+    PIECES
+    DIGITS
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -126,6 +131,9 @@ ctypedef struct Plan:
     const char *bias
     int relu
     unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
+    const float *scale          # of digits, by image, group and channel block
+    const fc_spread *spread     # the same
+    Py_ssize_t summed           # products of a sum of them, on average
 
 # What the tile sees of one block.
 ctypedef struct Grid:
@@ -151,9 +159,19 @@ ctypedef struct Workspace:
     char *floats                # numbers that are yet to be split
 
 
-cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, bint split, merged=None):
-    """Convolve; return the images that were left out for their numbers can't be split."""
+def _convolve(input, weight, bias, output, dims, options, merged=None, form=DIGITS):
+    """Convolve with the tile for ``form``, and images that it refuses with the next one."""
+    refused = _forward(input, weight, bias, output, dims, options, merged, form)
+    for _, run in groupby(enumerate(refused), lambda item: item[1] - item[0]):  # neighbours are left together
+        images = [image for _, image in run]
+        some = slice(images[0], images[0] + len(images))
+        _convolve(input[some], weight, bias, output[some], dims, options, merged, form - 1)
+
+
+cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, merged, int form):
+    """Convolve; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
+    cdef Scales scales
     cdef Conv *c = &plan.c
     cdef int axis
     cdef Py_ssize_t tasks, step, taps, part_bytes, packing
@@ -161,9 +179,11 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     make_conv(&plan.of, input, weight, output, dims, options)
     _set_strands(&plan, merged, options.threads)
     plan.of.folded = plan.slots == 0 and plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
-    plan.patches = split and _multiply_patches(&plan, options.precision)
+    plan.patches = form == PIECES and _multiply_patches(&plan, options.precision)
     if not plan.patches:
-        if split:
+        if form == DIGITS and not _use_digits(&plan, options.precision):
+            return list(range(plan.of.batch))
+        if form == PIECES:
             split_numbers(&plan.of, options.precision)
         c[0] = plan.of
     for axis in range(3 if plan.slots else 0):
@@ -184,6 +204,11 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
+    if c.kernels.digits:
+        scales = measure(c, plan.width, plan.summed, plan.refused)
+        plan.scale, plan.spread = scales.scale, scales.spread
+        if 0 not in refused[:c.batch]:
+            return list(range(c.batch))
     _pack_weights(&plan, bias, options.packed)
     tasks = c.batch * c.groups * plan.blocks.count
     packing = 1 + 7 * c.stride[1] * c.stride[2] // c.taps if c.kernels.pieces else 1  # a split number: 54 products
@@ -191,6 +216,19 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef bint _use_digits(Plan *plan, str precision):
+    """Change to the tile that multiplies digits; return whether there is one for such a layer."""
+    cdef Conv *c = &plan.of
+    cdef const fc_ukernels *kernels
+    plan.summed = c.channels * c.taps
+    if plan.slots:
+        plan.summed = plan.summed // (plan.strands[0] * plan.strands[1] * plan.strands[2])
+    kernels = digit_tile(c, precision, plan.summed)
+    if kernels != NULL:
+        use_tile(c, kernels)
+    return kernels != NULL
 
 
 cdef void _set_strands(Plan *plan, merged, threads):
@@ -280,7 +318,9 @@ cdef bint _multiply_patches(Plan *plan, str precision):
 cdef void _pack_weights(Plan *plan, bias, kept) except *:
     """Pack bias and weights; what is ``kept`` from call to call is packed once, what is used once only where it is used."""
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t weight_bytes = c.groups * packed_weight_size(c) * c.packed
+    cdef Py_ssize_t weight_bytes = c.groups * (
+        packed_weight_size(c) * c.packed + plan.channel_blocks * c.panels * scale_bytes(plan)
+    )
     cdef bint once = kept is None and c.batch * plan.blocks.count == 1 and c.out[1] * c.out[2] <= c.chunk
     cdef bint here = kept is None and not once
     cdef char *memory = arena(FC_ARENA_WEIGHTS, (weight_bytes if here else 0) + c.groups * c.filters * c.item + 64)
@@ -291,7 +331,7 @@ cdef void _pack_weights(Plan *plan, bias, kept) except *:
     plan.bias = pack_bias(c, bias, memory + (weight_bytes if here else 0))
     plan.weights = memory if here else NULL
     if kept is not None:
-        form = ("direct", c.item, c.kernels.pieces, plan.width)
+        form = ("direct", c.item, c.kernels.pieces, c.kernels.digits, plan.width)
         mine = kept.get(form)
         if mine is None:
             mine = Memory(weight_bytes)
@@ -319,13 +359,18 @@ cdef int _pack_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     return 0
 
 
+cdef Py_ssize_t scale_bytes(const Plan *plan) noexcept nogil:
+    """What the scales of a panel's channel block take."""
+    return sizeof(fc_scales) if plan.c.kernels.digits else 0
+
+
 cdef char *_packed_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b) noexcept nogil:
     """Where a channel block of a panel is among the packed weights: in the order in which a chunk reads them."""
     cdef const Conv *c = &plan.c
     return plan.weights + (
         group * packed_weight_size(c) + b * plan.width * c.taps * c.panels * c.panel
         + panel * c.panel * min(plan.width, c.depth - b * plan.width) * c.taps
-    ) * c.packed
+    ) * c.packed + ((group * plan.channel_blocks + b) * c.panels + panel) * scale_bytes(plan)
 
 
 cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *floats,
@@ -338,6 +383,8 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
         pack_panel(&plan.of, group, panel, b * plan.width, channels, out)
         return True
     pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
+    if c.kernels.digits:
+        return c.kernels.digits_weights(floats, c.taps * vectors * c.kernels.lanes, channels, c.taps, vectors, out)
     return c.kernels.split_weights(
         floats, c.taps * vectors * c.kernels.lanes, channels, c.taps, vectors, pieces, out
     ) != FC_HUGE
@@ -382,37 +429,50 @@ cdef int _pack_channels(const Plan *plan, const Block *block, Py_ssize_t group, 
         channels = min(plan.width, c.channels - b * plan.width)
         first = group * c.channels + b * plan.width
         if c.kernels.pieces:
-            sizes |= _split_part(plan, block, grid, first, channels, floats, part)
+            sizes |= _split_part(plan, block, grid, group, b, floats, part)
         else:
             pack_image(c, block, first, channels, plan.width, part)
         part += grid.cells * plan.width * c.packed
     return sizes
 
 
-cdef int _split_part(const Plan *plan, const Block *block, const Grid *grid, Py_ssize_t first, Py_ssize_t channels,
+cdef int _split_part(const Plan *plan, const Block *block, const Grid *grid, Py_ssize_t group, Py_ssize_t b,
                      char *floats, char *part) noexcept nogil:
     """Pack a few rows of one channel block at a time, and split them; return the sizes of the numbers."""
     cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = group * c.channels + b * plan.width, channels = min(plan.width, c.channels - b * plan.width)
+    cdef float scale = 0
+    if c.kernels.digits:
+        scale = plan.scale[(block.image * c.groups + group) * plan.channel_blocks + b]
     cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1])
     cdef Py_ssize_t row_bytes = block.wide * plan.width * c.item, cell_bytes = plan.width * c.packed
     cdef Py_ssize_t band = band_rows(plan, block), d, h, y, x, rows, cell
-    cdef int sizes = 0, pieces = c.kernels.pieces
+    cdef int sizes = 0
     for d in range(c.kernel[0]):
         for h from 0 <= h < block.high by band:
             rows = min(band, block.high - h)
             pack_rows(c, block, d, h, rows, first, channels, plan.width, floats)
             if down == 1 and across == 1:
                 cell = (d * grid.high + h) * grid.wide
-                sizes |= c.kernels.split_rows(floats, 1, 0, rows * block.wide * plan.width, pieces, part + cell * cell_bytes)
+                sizes |= _split_rows(c, floats, 1, 0, rows * block.wide * plan.width, scale, part + cell * cell_bytes)
                 continue
             for y in range(h, h + rows):
                 for x in range(across):
                     cell = (((d * down + y % down) * across + x) * grid.high + y // down) * grid.wide
-                    sizes |= c.kernels.split_rows(
-                        floats + (y - h) * row_bytes + x * plan.width * c.item, (block.wide - x + across - 1) // across,
-                        across * plan.width, plan.width, pieces, part + cell * cell_bytes,
+                    sizes |= _split_rows(
+                        c, floats + (y - h) * row_bytes + x * plan.width * c.item, (block.wide - x + across - 1) // across,
+                        across * plan.width, plan.width, scale, part + cell * cell_bytes,
                     )
     return sizes
+
+
+cdef int _split_rows(const Conv *c, const char *floats, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t n, float scale,
+                     char *out) noexcept nogil:
+    """Split rows of n numbers into pieces, or digits; return the sizes of the numbers."""
+    if not c.kernels.digits:
+        return c.kernels.split_rows(floats, rows, step, n, c.kernels.pieces, out)
+    c.kernels.digits_rows(floats, rows, step, n, scale, out)
+    return 0
 
 
 cdef Py_ssize_t band_rows(const Plan *plan, const Block *block) noexcept nogil:
@@ -524,7 +584,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
 
     cdef Py_ssize_t offset_bytes = (grid.pixels + 2 * plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t all_sums = grid.panels * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
-    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed
+    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed + scale_bytes(plan)
     cdef Py_ssize_t part_bytes = plan.channel_blocks * plan.width * grid.cells * c.packed
     cdef Py_ssize_t beyond_bytes = grid.beyond * plan.width * c.packed, float_bytes = 0
     if plan.patches:
@@ -557,7 +617,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
         c.kernels.enter()
     for p from 0 <= p < grid.pixels by grid.chunk:
         panel = c.panels * share // plan.shares
-        while panel < end:
+        while panel < end and not plan.refused[block.image]:
             _chunk(
                 plan, &block, group, &grid, &space, panel, min(panel + grid.panels, end), p,
                 min(p + grid.chunk, grid.pixels),
@@ -575,6 +635,7 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
     cdef Py_ssize_t b, panel, filter, width
     cdef const char *weights = space.weights
     cdef char *sums
+    cdef fc_reduction reduction
     for b in range(plan.channel_blocks):
         for panel in range(first, end):
             sums = space.sums + (panel - first) * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
@@ -582,10 +643,13 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
                 weights = _packed_block(plan, group, panel, b)
             elif not _pack_block(plan, group, panel, b, space.floats, space.weights):
                 plan.refused[c.batch] = 1
+            if not _start(plan, block.image, group, panel, b, weights, &reduction):
+                plan.refused[block.image] = 1
+                return
             if plan.slots:
-                _multiply_strands(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
+                _multiply_strands(plan, panel, b, grid, space, first_pixel, end_pixel, weights, &reduction, sums)
             else:
-                _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, sums)
+                _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, &reduction, sums)
             if b < plan.channel_blocks - 1:
                 continue
             if plan.slots:
@@ -614,20 +678,34 @@ cdef Py_ssize_t _drop_halo(const Block *block, const Grid *grid, Py_ssize_t pixe
     return rows * block.columns
 
 
+cdef bint _start(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b,
+                 const char *weights, fc_reduction *reduction) noexcept nogil:
+    """Set up what all reductions of a panel's channel block share; return whether digits are enough, if it is them."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width), width = panel_vectors(c, panel) * c.kernels.lanes
+    cdef Py_ssize_t number = (image * c.groups + group) * plan.channel_blocks + b
+    reduction.apart = 0
+    reduction.ahead = 0
+    reduction.b_taps = NULL
+    reduction.a_step = 1
+    reduction.c_step = width
+    if not c.kernels.digits:
+        return True
+    reduction.scales = <const fc_scales *>(weights + channels * c.taps * width * c.packed)
+    reduction.scale = plan.scale[number]
+    reduction.products = products(&plan.spread[number], &reduction.scales.spread, plan.summed)
+    return reduction.products > 0
+
+
 cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid *grid, const Workspace *space,
-                    Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, char *sums) noexcept nogil:
+                    Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, fc_reduction *reduction,
+                    char *sums) noexcept nogil:
     """Add one channel block's products with one panel for a chunk of pixels, tile by tile."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel)
     cdef Py_ssize_t width = vectors * c.kernels.lanes
     cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.ahead = 0
     reduction.taps = space.taps
-    reduction.b_taps = NULL
-    reduction.a_step = 1
-    reduction.c_step = width
     if c.folded:  # neighbours along a row of taps are neighbours in memory, too
         reduction.n_taps = c.kernel[0] * c.kernel[1]
         reduction.depth = c.kernel[2] * channels
@@ -639,24 +717,21 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
         reduction.b_tap = channels * width if c.kernels.pieces else width
         reduction.b_step = width if c.kernels.pieces else c.taps * width
     c.kernels.brgemm(
-        &reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+        reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
         end_pixel - first_pixel, weights, vectors, sums, b > 0,
     )
 
 
 cdef void _multiply_strands(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid *grid, const Workspace *space,
-                            Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, char *sums) noexcept nogil:
+                            Py_ssize_t first_pixel, Py_ssize_t end_pixel, const char *weights, fc_reduction *reduction,
+                            char *sums) noexcept nogil:
     """The same for each strand: by its taps."""
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel)
     cdef Py_ssize_t width = vectors * c.kernels.lanes, channels = min(plan.width, c.depth - b * plan.width)
     cdef Py_ssize_t tap = channels * width if c.kernels.pieces else width, s, t
-    cdef fc_reduction reduction
-    reduction.apart = 0
     reduction.depth = channels
-    reduction.a_step = 1
     reduction.b_step = width if c.kernels.pieces else c.taps * width
-    reduction.c_step = width
     for t in range(c.taps):
         space.weight_taps[t] = plan.seen[4 * t + 3] * tap
     for s in range(plan.strands[0] * plan.strands[1] * plan.strands[2]):
@@ -665,7 +740,7 @@ cdef void _multiply_strands(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, co
         if reduction.n_taps == 0:
             continue
         c.kernels.brgemm(
-            &reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+            reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
             end_pixel - first_pixel, weights, vectors, sums, b > 0,
         )
         sums += grid.sum_bytes

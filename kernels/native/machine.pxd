@@ -1,9 +1,22 @@
 cdef extern from "ukernels.h" nogil:
+    ctypedef struct fc_spread:
+        float peak, density
+
+    ctypedef struct fc_scales:
+        float scale[32]
+        fc_spread spread
+
+    ctypedef struct fc_tally:
+        pass
+
     ctypedef struct fc_reduction:
         const Py_ssize_t *taps
         const Py_ssize_t *b_taps
         Py_ssize_t n_taps, depth, a_step, b_tap, b_step, c_step
         Py_ssize_t ahead
+        const fc_scales *scales
+        float scale
+        int products
         int apart
 
     ctypedef struct fc_epilogue:
@@ -85,6 +98,7 @@ cdef extern from "ukernels.h" nogil:
         void (*add_apart)(void *, Py_ssize_t, const void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
         int pieces
+        int packed
         int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_runs)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
@@ -92,6 +106,11 @@ cdef extern from "ukernels.h" nogil:
         void (*brgemm_pairs)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, int,
                              void *, int) noexcept nogil
         void (*lay_patches)(const fc_patches *, const void *, const Py_ssize_t *, Py_ssize_t, int, void *) noexcept nogil
+        int digits
+        void (*tally)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, fc_tally *) noexcept nogil
+        float (*spread)(const fc_tally *, Py_ssize_t, fc_spread *) noexcept nogil
+        int (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
+        void (*digits_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, void *) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 
@@ -104,6 +123,7 @@ cdef extern from "ukernels.h" nogil:
         const fc_ukernels *f32
         const fc_ukernels *f64
         const fc_ukernels *split[3]
+        const fc_ukernels *digits
 
     enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_BEYOND
 
@@ -111,6 +131,7 @@ cdef extern from "ukernels.h" nogil:
 # One copy of the C library in the process: the other modules reach it through these.
 cdef const fc_ukernels *ukernels(Py_ssize_t item_size) noexcept nogil
 cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcept nogil
+cdef const fc_ukernels *digit_ukernels(Py_ssize_t item_size) noexcept nogil
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil
 cdef int usable_threads(int wanted) noexcept nogil
 cdef void fence() noexcept nogil

@@ -46,6 +46,11 @@ cdef const fc_ukernels *split_ukernels(Py_ssize_t item_size, int pieces) noexcep
     return _isa.split[pieces - 1] if item_size == 4 else NULL
 
 
+cdef const fc_ukernels *digit_ukernels(Py_ssize_t item_size) noexcept nogil:
+    """Return the tile that multiplies digits of numbers; NULL if there is none."""
+    return _isa.digits if item_size == 4 else NULL
+
+
 cdef char *arena(int slot, Py_ssize_t bytes) noexcept nogil:
     return <char *>fc_arena(slot, <size_t>bytes)
 

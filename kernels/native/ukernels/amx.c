@@ -22,25 +22,9 @@
  * Every tile row is one cache line, if the packed arrays are 64-byte aligned. The tile treats subnormal numbers as zero,
  * pieces and products among them.
  */
-#include <string.h>
+#include "amx_tile.h"
 
-#include "ukernels.h"
-
-#ifdef FC_AMX_MODEL
-#include "amx_model.h"
-#else
-#include <immintrin.h>
-#endif
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-#define STORES_DONE __asm__ volatile("" ::: "memory") /* GCC doesn't know that a tile load reads memory */
-
-enum { ROWS = 16, ROW_BYTES = 64, TILE_BYTES = ROWS * ROW_BYTES, CHANNELS = 32, LANES = 16, MAX_PIECES = 3 };
+enum { CHANNELS = 32, MAX_PIECES = 3 };
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
@@ -53,34 +37,6 @@ static const struct {
     [2] = {3, {1, 0, 0}, {0, 0, 1}},
     [3] = {6, {2, 1, 1, 0, 0, 0}, {0, 0, 1, 1, 2, 0}},
 };
-
-/* The 16 rows of one tile of the image, in bytes: where the first is, and the others from there. */
-typedef struct {
-    ptrdiff_t first, offset[ROWS];
-    int evenly; /* spaced, by offset[1]: one tile load reads them */
-} tile_rows;
-
-/* Rows that the tile lacks are where they would be if it went on evenly, or its last one again. */
-static void place(tile_rows *tile, const ptrdiff_t *rows, ptrdiff_t n_rows, ptrdiff_t scale)
-{
-    const ptrdiff_t n = n_rows < ROWS ? n_rows : ROWS, first = rows[0], step = n > 1 ? rows[1] - first : 0;
-    const ptrdiff_t beyond = (ROWS - n) * step * scale;
-    ptrdiff_t uneven = beyond < 0 || beyond > FC_BEYOND; /* rows of nobody's are read no further than that */
-    for (ptrdiff_t m = 2; m < n; m++)
-        uneven |= rows[m] - first - m * step;
-    tile->first = first * scale;
-    tile->offset[1] = step * scale;
-    tile->evenly = uneven == 0;
-    for (ptrdiff_t m = 0; m < ROWS && uneven; m++)
-        tile->offset[m] = (rows[m < n ? m : n - 1] - first) * scale;
-}
-
-static __attribute__((noinline)) void gather(const char *first, const ptrdiff_t *offset, char *copy)
-{
-    UNROLL for (int m = 0; m < ROWS; m++)
-        memcpy(copy + m * ROW_BYTES, first + offset[m], ROW_BYTES);
-    STORES_DONE;
-}
 
 /* A register's number is part of the instruction: these must be macros. */
 #define LOAD_IMAGE(reg, n, p)                                                 \
@@ -246,13 +202,9 @@ static ptrdiff_t fc_f32_saturate__amx(ptrdiff_t rounds, void *sums)
 
 /* -------------------------------------------------------------------------------------------------------- splitting */
 
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 #ifdef __AVX512BW__ /* GCC finds two and three instructions for these */
-INLINE void keep_larger(words *x, words y) { *x = (words)_mm512_max_epu32((__m512i)*x, (__m512i)y); }
-
 INLINE halves upper_halves(words x)
 {
     const words odd = {0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d};
@@ -265,31 +217,13 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
                        0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d};
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)x, (__m512i)odd, (__m512i)y));
 }
-
-INLINE void load(const float *in, ptrdiff_t n, floats *x)
-{
-    *x = (floats)_mm512_maskz_loadu_ps(n < LANES ? (1u << (n < 0 ? 0 : n)) - 1 : 0xffff, in);
-}
 #else
-INLINE void keep_larger(words *x, words y)
-{
-    const words greater = (words)(*x > y);
-    *x = (*x & greater) | (y & ~greater);
-}
-
 INLINE halves upper_halves(words x) { return __builtin_convertvector(x >> 16, halves); }
 
 INLINE void store_upper_halves(words x, words y, uint16_t *out)
 {
     *(halves *)out = upper_halves(x);
     *(halves *)(out + LANES) = upper_halves(y);
-}
-
-INLINE void load(const float *in, ptrdiff_t n, floats *x) /* n numbers, zeros for lanes beyond */
-{
-    *x = (floats){0};
-    if (n > 0)
-        memcpy(x, in, (size_t)(n < LANES ? n : LANES) * sizeof(float));
 }
 #endif
 
@@ -535,21 +469,29 @@ static void fc_leave__amx(void) { _tile_release(); }
 /* Whether a small product comes out as plain C has it: integers of more bits than one piece holds, whose sums are exact. */
 static int works(const fc_ukernels *kernels)
 {
-    enum { M = 2 * ROWS, N = 2 * LANES };
-    static float image[M][CHANNELS], weights[CHANNELS][N], sums[M][N];
+    enum { M = 2 * ROWS, N = 2 * LANES, DEPTH = 2 * CHANNELS };
+    static float image[M][DEPTH], weights[DEPTH][N], sums[M][N];
     static char a[sizeof image / 2 * MAX_PIECES] __attribute__((aligned(64)));
-    static char b[sizeof weights / 2 * MAX_PIECES] __attribute__((aligned(64)));
+    static char b[sizeof weights / 2 * MAX_PIECES + sizeof(fc_scales)] __attribute__((aligned(64)));
+    const float scale = 0x1p13F; /* of numbers below 2^10 */
+    const fc_scales *scales = (const fc_scales *)(b + sizeof weights / sizeof(float) * (size_t)kernels->packed);
     ptrdiff_t rows[M], tap = 0;
-    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = CHANNELS, .a_step = 1, .b_step = N, .c_step = N};
+    const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = DEPTH, .a_step = 1, .b_step = N, .c_step = N,
+                                    .scales = scales, .scale = scale, .products = 8};
     for (int m = 0; m < M; m++) {
-        rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * CHANNELS;
-        for (int k = 0; k < CHANNELS; k++) {
+        rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * DEPTH;
+        for (int k = 0; k < DEPTH; k++) {
             image[m][k] = (float)((7 * m + 311 * k) % 1021 - 510);
             weights[k][m] = (float)((293 * m + 5 * k) % 1019 - 509);
         }
     }
-    kernels->split_rows(image, 1, 0, M * CHANNELS, kernels->pieces, a);
-    kernels->split_weights(weights, N, CHANNELS, 1, 2, kernels->pieces, b);
+    if (kernels->digits) {
+        kernels->digits_rows(image, 1, 0, M * DEPTH, scale, a);
+        kernels->digits_weights(weights, N, DEPTH, 1, 2, b);
+    } else {
+        kernels->split_rows(image, 1, 0, M * DEPTH, kernels->pieces, a);
+        kernels->split_weights(weights, N, DEPTH, 1, 2, kernels->pieces, b);
+    }
     kernels->enter();
     kernels->brgemm(&reduction, a, rows, M, b, 2, sums, 0);
     kernels->leave();
@@ -557,8 +499,8 @@ static int works(const fc_ukernels *kernels)
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
             float sum = 0;
-            for (int k = 0; k < CHANNELS; k++)
-                sum += image[rows[m] / CHANNELS][k] * weights[k][n];
+            for (int k = 0; k < DEPTH; k++)
+                sum += image[rows[m] / DEPTH][k] * weights[k][n];
             equal &= sum == sums[m][n];
         }
     return equal;
@@ -566,8 +508,8 @@ static int works(const fc_ukernels *kernels)
 
 const fc_isa *fc_start_amx(const fc_isa *below)
 {
-    static fc_ukernels tables[MAX_PIECES];
-    static fc_isa isa = {.name = "amx", .split = {&tables[0], &tables[1], &tables[2]}};
+    static fc_ukernels tables[MAX_PIECES], digits;
+    static fc_isa isa = {.name = "amx", .split = {&tables[0], &tables[1], &tables[2]}, .digits = &digits};
     static enum { UNKNOWN, BROKEN, WORKING } state; /* asked by one thread at a time: it holds the GIL */
     if (state == UNKNOWN) {
         for (int p = 0; p < MAX_PIECES; p++) { /* what isn't said here is as it is below */
@@ -577,6 +519,7 @@ const fc_isa *fc_start_amx(const fc_isa *below)
             tables[p].depth_step = CHANNELS;
             tables[p].fused = 0; /* pieces are rounded, each on its own */
             tables[p].pieces = p + 1;
+            tables[p].packed = 2 * (p + 1);
             tables[p].saturate = fc_f32_saturate__amx;
             tables[p].split_rows = fc_f32_split_rows__amx;
             tables[p].split_runs = fc_f32_split_runs__amx;
@@ -592,9 +535,11 @@ const fc_isa *fc_start_amx(const fc_isa *below)
         tables[1].brgemm_pairs = fc_f32_brgemm_pairs_x3__amx;
         tables[2].brgemm = fc_f32_brgemm_x6__amx;
         tables[2].brgemm_pairs = fc_f32_brgemm_pairs_x6__amx;
+        digits = tables[2];
+        fc_fill_digits(&digits);
         isa.f32 = below->f32;
         isa.f64 = below->f64;
-        state = works(&tables[2]) ? WORKING : BROKEN;
+        state = works(&tables[2]) && works(&digits) ? WORKING : BROKEN;
     }
     return state == WORKING ? &isa : NULL;
 }

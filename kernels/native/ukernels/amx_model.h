@@ -1,6 +1,6 @@
-/* The six tile instructions that amx.c uses, in plain C, for machines that don't have them: -DFASTCONV_AMX_MODEL=ON.
+/* The seven tile instructions that amx.c and amx_digits.c use, in plain C, for machines that don't have them: -DFASTCONV_AMX_MODEL=ON.
  *
- * As Intel's manual describes them (Software Developer's Manual, TDPBF16PS): even and odd products of a row are two chains of
+ * As Intel's manual describes them (Software Developer's Manual, TDPBF16PS, TDPBSSD): even and odd products of a row are two chains of
  * fused multiply-adds that start at zero; their sum is added to the destination. Rounding is to nearest even; subnormal
  * inputs and results are zero. Registers are as large as amx.c configures them.
  */
@@ -57,6 +57,19 @@ static inline void _tile_stored(int reg, void *base, ptrdiff_t stride)
     model_check();
     for (int m = 0; m < MODEL_ROWS; m++)
         memcpy((char *)base + m * stride, model.reg[reg][m], MODEL_ROW_BYTES);
+}
+
+static inline void _tile_dpbssd(int sums, int left, int right)
+{
+    model_check();
+    for (int m = 0; m < MODEL_ROWS; m++) {
+        int32_t c[16];
+        memcpy(c, model.reg[sums][m], sizeof c);
+        for (int k = 0; k < MODEL_ROW_BYTES; k++)
+            for (int n = 0; n < 16; n++)
+                c[n] += (signed char)model.reg[left][m][k] * (signed char)model.reg[right][k / 4][4 * n + k % 4];
+        memcpy(model.reg[sums][m], c, sizeof c);
+    }
 }
 
 static inline float model_flush(float x) { return x > -FLT_MIN && x < FLT_MIN ? 0 : x; }

@@ -41,10 +41,10 @@ static const fc_isa *avx512(const fc_isa *below)
 static const fc_isa *amx(const fc_isa *below)
 {
 #ifndef FC_AMX_MODEL /* Linux lends the tile registers to a process that asks */
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
     unsigned a, b, c, d;
     if (strcmp(below->name, "avx512") != 0 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) ||
-        !(d & AMX_TILE) || syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0)
+        !(d & AMX_TILE) || !(d & AMX_INT8) || syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0)
         return NULL;
 #endif
     return fc_start_amx(below);

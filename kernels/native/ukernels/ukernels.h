@@ -10,6 +10,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* How far the largest of some numbers is above the others (a tile of digits; digits.pyx says what for): squared, over the mean
+ * square; and the square of the mean magnitude over the mean square, which is the less the more of them are zeros. 1 where
+ * there is nothing else. Scales of a panel's weights, and the worst spread among its filters. */
+typedef struct {
+    float peak, density;
+} fc_spread;
+typedef struct {
+    float scale[32];
+    fc_spread spread;
+    float unused[14]; /* whole lines */
+} fc_scales;
+
+/* Magnitudes, counted in as many sums as there are lanes. */
+typedef struct {
+    float largest[16], sum[16], squares[16];
+} fc_tally;
+
 /* The reduction of one tile: C[m][n] (+)= sum over taps t, k < depth of
  *     a[rows[m] + taps[t] + k * a_step] * b[b_taps[t] + k * b_step + n],   b_taps[t] = t * b_tap where b_taps is NULL
  *
@@ -26,6 +43,9 @@ typedef struct {
     ptrdiff_t n_taps, depth, a_step, b_tap, b_step;
     ptrdiff_t c_step; /* between rows of c */
     ptrdiff_t ahead;  /* 0, or how far on the b is that is needed next, and had better be fetched; a tile of pieces doesn't */
+    const fc_scales *scales; /* a tile of digits: of b; ... */
+    float scale;             /* ... of a; and how many ... */
+    int products;            /* ... of two digits are made for a product, 6 or 8 */
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
@@ -212,6 +232,7 @@ typedef struct {
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to 2 * depth_step - 1 cells beyond
      * a row are read. */
     int pieces;
+    int packed; /* bytes of all pieces of a number */
     int (*split_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, int pieces, void *out);
     int (*split_runs)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
@@ -221,6 +242,18 @@ typedef struct {
                          ptrdiff_t plane, int vectors, void *c, int accumulate);
     void (*lay_patches)(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels, int pieces,
                         void *out);
+
+    /* A tile of digits multiplies fixed-point numbers.
+     * digits_weights: as split_weights, with the panel's scales behind; returns 0 for numbers that can't be scaled
+     * tally:   counts rows of n numbers
+     * spread:  makes of the n that were counted the scale, 0 if they can't be scaled, and keeps the worse of two spreads
+     * digits_rows: as split_rows, for numbers of one scale */
+    int digits;
+    void (*tally)(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally);
+    float (*spread)(const fc_tally *tally, ptrdiff_t n, fc_spread *spread);
+    int (*digits_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
+                          void *out);
+    void (*digits_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, float scale, void *out);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
@@ -232,10 +265,11 @@ typedef struct {
  * and NaN; their pieces can't be summed. */
 enum { FC_TINY = 1, FC_ORDINARY = 2, FC_HUGE = 4 };
 
-/* One instruction set: both tables, and those of a tile that multiplies 1, 2 or 3 pieces of float32 numbers, or NULL. */
+/* One instruction set: both tables, and those of a tile that multiplies 1, 2 or 3 pieces of float32 numbers, or its digits, or
+ * NULL. */
 typedef struct {
     const char *name;
-    const fc_ukernels *f32, *f64, *split[3];
+    const fc_ukernels *f32, *f64, *split[3], *digits;
 } fc_isa;
 
 extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
@@ -243,6 +277,9 @@ extern const fc_isa fc_isa_scalar, fc_isa_avx2, fc_isa_avx512;
 /* amx.c: the instruction set on top of `below`, from which empty slots are inherited, or NULL if a small product comes out
  * wrong. Only for a CPU that has it: all of amx.c is compiled for that. */
 const fc_isa *fc_start_amx(const fc_isa *below);
+
+/* amx_digits.c: make a table that has the rest a tile of digits. */
+void fc_fill_digits(fc_ukernels *table);
 
 /* dispatch.c: the instruction sets that this build has; that this build and this CPU have, best last; and the one to use under a
  * cap (empty: none). */

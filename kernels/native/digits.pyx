@@ -1,0 +1,116 @@
+"""Numbers in fixed point, for a tile that multiplies digits: which layers, what scale, and how many digits are enough.
+
+An image's channel block, and a filter's, have one scale each, that of the largest number. What digits miss of a product of
+numbers x and w that are rounded to 24 bits of the largest, X and W, has a mean square of
+
+    (X^2 w^2 + W^2 x^2) / 3     rounding, in units of 2^-48                (x^2, w^2: the mean squares)
+    2/9 X^2 W^2                 two products of digits that are dropped, if 6 are made and not 8
+
+and adds up like noise: n such products miss n times that. Adding up n float32 numbers one after another rounds ever larger sums,
+and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities. So "highest" asks for
+
+    (X^2/x^2 + W^2/w^2) / 3 + [6 products] 2/9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
+
+of each channel block and panel: long sums of numbers none of which is far above the others. Six products are made where that is
+enough, else eight; where they aren't, the image is left to another tile. What decides is the image and the weights alone.
+
+The constants come from the distributions: a rounding error of a unit is 1/sqrt(12) of it, two digits of the same product are
+independent, and a float32 sum is off by 0.42 units of 2^-24 on average. ``tests/test_precision.py`` holds them to it.
+"""
+
+cimport numpy as cnp
+from libc.string cimport memset
+
+import numpy as np
+
+from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, run_tasks
+from fastconv.kernels.native.machine cimport digit_ukernels, fc_spread, fc_tally, fc_ukernels
+
+cdef enum:
+    FEW_CHANNELS = 40       # that fill enough of a step of 64
+    SUMMED = 192            # products of a sum: with fewer, even normal numbers need more than 8 products of digits
+    MOST_TAPS = 400         # sums of a channel block's products fit int32
+
+cdef double ROUNDING = 1 / 3.0
+cdef double DROPPED = 2 / 9.0
+cdef double PLAIN = 0.0864
+cdef double MARGIN = 1.2
+
+# What all tasks of one call share.
+ctypedef struct Plan:
+    const Conv *c
+    Py_ssize_t width, channel_blocks
+    float *scale
+    fc_spread *spread
+
+
+cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summed):
+    """Return the tile that multiplies digits; NULL where there is none, or sums of so many products would be refused."""
+    cdef const fc_ukernels *kernels = digit_ukernels(c.item)
+    if kernels == NULL or precision != "highest" or c.channels < FEW_CHANNELS or summed < SUMMED:
+        return NULL
+    if c.taps > MOST_TAPS or c.out[1] * c.out[2] < kernels.tile_rows or (c.x.stride[4] != 1 and c.x.stride[1] != 1):
+        return NULL
+    return kernels
+
+
+cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned char *refused):
+    """Measure each image's channel blocks, of ``width`` channels, and refuse images for which no weights would do."""
+    cdef Plan plan
+    cdef Scales scales = Scales()
+    cdef cnp.ndarray memory
+    cdef Py_ssize_t tasks, number
+    cdef fc_spread easiest
+    plan.c = c
+    plan.width = width
+    plan.channel_blocks = ceil_div(c.channels, width)
+    tasks = c.batch * c.groups * plan.channel_blocks
+    scales.memory = memory = np.empty((3, tasks), np.float32)
+    scales.scale = plan.scale = <float *>cnp.PyArray_DATA(memory)
+    scales.spread = plan.spread = <fc_spread *>(scales.scale + tasks)
+    run_tasks(_measure_task, &plan, tasks, c.threads)
+    easiest.peak = easiest.density = 1
+    for number in range(tasks):
+        if scales.scale[number] == 0 or products(&scales.spread[number], &easiest, summed) == 0:
+            refused[number // (c.groups * plan.channel_blocks)] = 1
+    return scales
+
+
+cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const Conv *c = plan.c
+    cdef const View *x = &c.x
+    cdef Py_ssize_t b = number % plan.channel_blocks, group = number // plan.channel_blocks % c.groups
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width), i, d, h
+    cdef Py_ssize_t plane = x.size[3] * x.size[4]
+    cdef const char *image = x.data + (
+        number // (plan.channel_blocks * c.groups) * x.stride[0] + (group * c.channels + b * plan.width) * x.stride[1]
+    ) * c.item
+    cdef fc_tally tally
+    memset(&tally, 0, sizeof(tally))
+    for d in range(x.size[2]):
+        if x.stride[4] != 1:
+            for h in range(x.size[3]):
+                c.kernels.tally(
+                    image + (d * x.stride[2] + h * x.stride[3]) * c.item, x.size[4], x.stride[4], channels, &tally
+                )
+            continue
+        for i in range(channels):
+            if x.stride[3] == x.size[4]:
+                c.kernels.tally(image + (d * x.stride[2] + i * x.stride[1]) * c.item, 1, 0, plane, &tally)
+            else:
+                c.kernels.tally(
+                    image + (d * x.stride[2] + i * x.stride[1]) * c.item, x.size[3], x.stride[3], x.size[4], &tally
+                )
+    plan.spread[number].peak, plan.spread[number].density = 0, 1
+    plan.scale[number] = c.kernels.spread(&tally, channels * x.size[2] * plane, &plan.spread[number])
+    return 0
+
+
+cdef int products(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
+    """Return how many products of digits are enough for sums of so many numbers: 6, 8, or 0 if more were needed."""
+    cdef double allowed = PLAIN / MARGIN * summed * image.density * weights.density
+    cdef double rounding = ROUNDING * (image.peak + weights.peak)
+    if rounding + DROPPED * image.peak * weights.peak <= allowed:
+        return 6
+    return 8 if rounding <= allowed else 0
