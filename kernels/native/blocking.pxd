@@ -72,6 +72,7 @@ cdef void choose_threads(Conv *c, threads)
 cdef void use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil
 cdef void split_numbers(Conv *c, str precision)
 cdef const fc_ukernels *piece_tile(const Conv *c, str precision, Py_ssize_t summed=*)
+cdef Py_ssize_t piece_products(const fc_ukernels *kernels) noexcept nogil
 cdef bint split_pays(const fc_ukernels *kernels, double padded)
 cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing, int threads) noexcept nogil
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *

@@ -39,8 +39,6 @@ Few channels would not fill its reduction: the patch of each pixel, all taps and
 filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
 """
 
-from itertools import groupby
-
 cimport numpy as cnp
 from libc.string cimport memmove, memset
 
@@ -52,12 +50,13 @@ from fastconv.kernels.native.blocking cimport (
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
-from fastconv.kernels.native.digits cimport Scales, digit_tile, measure, products
+from fastconv.kernels.native.digits cimport DIGITS, PIECES, Scales, digit_tile, measure, products
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
     fc_scales, fc_spread, fc_ukernels,
 )
 
+from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_direct import conv_weight_grad
 
 cdef enum:
@@ -86,7 +85,7 @@ def conv_forward(input, weight, bias, output, dims, options):
             part = None if bias is None else bias[j::multiplier]
             _depthwise(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
     else:
-        _convolve(input, weight, bias, output, dims, options)
+        by_forms(_forward, input, output, (weight, bias, dims, options))
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -101,16 +100,10 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
         return
     swapped = interleave.swap_channels(weight, dims.groups)
-    _convolve(grad_output, swapped, bias, grad_input, dims, options, merged)
+    by_forms(_forward, grad_output, grad_input, (swapped, bias, dims, options, merged))
 
 
 # --------------------------------------------------------------------------------------------------------- forward
-
-# What the tile multiplies.
-cdef enum:
-    NUMBERS
-    PIECES
-    DIGITS
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -159,16 +152,7 @@ ctypedef struct Workspace:
     char *floats                # numbers that are yet to be split
 
 
-def _convolve(input, weight, bias, output, dims, options, merged=None, form=DIGITS):
-    """Convolve with the tile for ``form``, and images that it refuses with the next one."""
-    refused = _forward(input, weight, bias, output, dims, options, merged, form)
-    for _, run in groupby(enumerate(refused), lambda item: item[1] - item[0]):  # neighbours are left together
-        images = [image for _, image in run]
-        some = slice(images[0], images[0] + len(images))
-        _convolve(input[some], weight, bias, output[some], dims, options, merged, form - 1)
-
-
-cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, merged, int form):
+def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight, bias, dims, options, merged=None):
     """Convolve; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
     cdef Scales scales
@@ -378,16 +362,26 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     """Pack a channel block of a panel, by way of ``floats`` where it is to be split; return whether it can be."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
-    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
+    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces, usable
+    cdef Py_ssize_t step = c.taps * vectors * c.kernels.lanes
+    cdef fc_scales *scales
     if pieces == 0:
         pack_panel(&plan.of, group, panel, b * plan.width, channels, out)
         return True
     pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
-    if c.kernels.digits:
-        return c.kernels.digits_weights(floats, c.taps * vectors * c.kernels.lanes, channels, c.taps, vectors, out)
-    return c.kernels.split_weights(
-        floats, c.taps * vectors * c.kernels.lanes, channels, c.taps, vectors, pieces, out
-    ) != FC_HUGE
+    if not c.kernels.digits:
+        return c.kernels.split_weights(floats, step, channels, c.taps, vectors, pieces, out) != FC_HUGE
+    scales = _scales_of(plan, panel, b, out)
+    usable = c.kernels.spread_weights(floats, channels * c.taps, vectors, scales)
+    c.kernels.digits_weights(floats, step, channels, c.taps, vectors, scales, out)
+    return usable
+
+
+cdef fc_scales *_scales_of(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const char *weights) noexcept nogil:
+    """Where the scales of a panel's channel block are: behind its packed weights."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
+    return <fc_scales *>(weights + channels * c.taps * panel_vectors(c, panel) * c.kernels.lanes * c.packed)
 
 
 cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, Py_ssize_t *offsets,
@@ -682,17 +676,17 @@ cdef bint _start(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_
                  const char *weights, fc_reduction *reduction) noexcept nogil:
     """Set up what all reductions of a panel's channel block share; return whether digits are enough, if it is them."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width), width = panel_vectors(c, panel) * c.kernels.lanes
     cdef Py_ssize_t number = (image * c.groups + group) * plan.channel_blocks + b
     reduction.apart = 0
     reduction.ahead = 0
     reduction.b_taps = NULL
     reduction.a_step = 1
-    reduction.c_step = width
+    reduction.c_step = panel_vectors(c, panel) * c.kernels.lanes
     if not c.kernels.digits:
         return True
-    reduction.scales = <const fc_scales *>(weights + channels * c.taps * width * c.packed)
-    reduction.scale = plan.scale[number]
+    reduction.scales = _scales_of(plan, panel, b, weights)
+    reduction.scale = &plan.scale[number]
+    reduction.scale_step = 0
     reduction.products = products(&plan.spread[number], &reduction.scales.spread, plan.summed)
     return reduction.products > 0
 

@@ -37,17 +37,19 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, share_out, start_sums,
-    use_tile,
+    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_products, piece_tile, round_up, run_tasks, share_out,
+    start_sums, use_tile,
 )
+from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, PIECES, Scales, digit_tile, measure, products
 from fastconv.kernels.native.input_columns cimport input_by_columns
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction,
-    fc_ukernels, ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction, fc_scales,
+    fc_spread, fc_tally, fc_ukernels, ukernels,
 )
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.pointwise cimport convolve_rows, suits_rows
 
+from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_im2col import conv_weight_grad
 
 cdef enum:
@@ -74,9 +76,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
         rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
-    for image in _forward(input, weight, rows, bias, output, dims, options, True):
-        one = slice(image, image + 1)
-        _forward(input[one], weight, rows, bias, output[one], dims, options, False)
+    by_forms(_forward, input, output, (weight, rows, bias, dims, options))
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -100,6 +100,11 @@ cdef cnp.ndarray _turned(cnp.ndarray weight):
     return rows
 
 
+# The weights of a filter and a block of channels, as digits.
+ctypedef struct Filter:
+    float scale
+    fc_spread spread
+
 # What all tasks of one call share.
 ctypedef struct Plan:
     Conv c
@@ -115,7 +120,10 @@ ctypedef struct Plan:
     int relu
     bint in_place               # patches are the image as the caller has it
     char *pieces                # of the weights, [block of channels][filter][cell]; NULL: each task splits what it uses
+    Filter *scales              # of digits, [block of channels][filter]
     unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
+    const float *scale          # of digits, by image, group and block of channels
+    const fc_spread *spread     # the same
 
 
 # One task: a box of pixels, a share of the filters, and its workspace.
@@ -131,6 +139,7 @@ ctypedef struct Task:
     char *patches
     char *floats                # a panel's patches before they are split
     char *weights               # pieces of a chunk's weights
+    Filter *scales
 
 
 # A panel of pixels: where the sums of a chunk's filters are, rows of so many lanes that are ``step`` apart.
@@ -143,17 +152,21 @@ ctypedef struct Panel:
 
 # --------------------------------------------------------------------------------------------------------- forward
 
-cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias, cnp.ndarray output, dims, options,
-                   bint split):
-    """Convolve; return the images that were left out for their numbers can't be split."""
+def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight, cnp.ndarray rows, bias, dims, options):
+    """Convolve; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
+    cdef Scales scales
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t tasks, pixels, most, products, packing
+    cdef Py_ssize_t tasks, pixels, most, made, packing
+    cdef bint split
     cdef unsigned char[::1] refused
     make_conv(c, input, weight, output, dims, options)
     plan.in_place = sees_one_cell(c) and c.stride[2] * c.x.stride[4] == 1
     join_rows(c)
-    if split and _split_numbers(&plan, options.precision):
+    split = form != NUMBERS and _split_numbers(&plan, options.precision, form)
+    if form == DIGITS and not split:
+        return list(range(c.batch))
+    if split:
         if not rows[0].flags.c_contiguous:
             rows = np.ascontiguousarray(rows)
     elif suits_rows(c):
@@ -174,10 +187,15 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, cnp.ndarray rows, bias
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
+    if c.kernels.digits:
+        scales = measure(c, plan.together, c.channels * c.taps, plan.refused)
+        plan.scale, plan.spread = scales.scale, scales.spread
+        if 0 not in refused[:c.batch]:
+            return list(range(c.batch))
     _prepare_weights(&plan, bias, options.packed)
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
-    products = c.kernels.pieces * (c.kernels.pieces + 1) // 2
-    packing = 4 * SPLIT_PATCH * SPLIT_RATE // (products * plan.chunk) if products else 1  # quarters of a chunk
+    made = piece_products(c.kernels)
+    packing = 4 * SPLIT_PATCH * SPLIT_RATE // (made * plan.chunk) if made else 1  # quarters of a chunk
     plan.shares = share_out(tasks, ceil_div(c.filters, plan.chunk), packing, c.threads)
     if plan.together < c.channels:
         plan.shares = max(plan.shares, ceil_div(c.filters * plan.pixels * c.item, <Py_ssize_t>SUM_BYTES))
@@ -209,7 +227,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
         return 1
     if c.kernels.pieces:
         c.kernels.enter()
-        sizes = 0
+        sizes = FC_ORDINARY if c.kernels.digits else 0
     for channel from 0 <= channel < c.channels by plan.together:
         channels = min(plan.together, c.channels - channel)
         if c.kernels.pieces:
@@ -273,13 +291,15 @@ cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
     else:
         t.pitch = plan.pixels | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all rows
         patch_bytes = round_up((depth * t.pitch + c.panel) * c.item, 64)
-    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + sum_bytes + patch_bytes + float_bytes + weight_bytes)
+    cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + sum_bytes + patch_bytes + float_bytes + weight_bytes
+                              + plan.chunk * sizeof(Filter))
     t.rows = <Py_ssize_t *>memory
     t.channel_offsets = t.rows + plan.chunk
     t.sums = memory + offset_bytes
     t.patches = t.sums + sum_bytes
     t.floats = t.patches + patch_bytes
     t.weights = t.floats + float_bytes
+    t.scales = <Filter *>(t.weights + weight_bytes)
     return memory == NULL
 
 
@@ -296,7 +316,7 @@ cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel, Py_ssize_t 
     panel.in_place = (
         pixel + panel.width <= t.pixels and y.stride[4] == 1
         and (column + panel.width <= t.block.columns or y.stride[3] == t.block.columns)
-        and not (c.kernels.pieces and count % (c.kernels.tile_rows // 2))  # whose tile stores more rows than are wanted
+        and (c.kernels.digits or not c.kernels.pieces or count % (c.kernels.tile_rows // 2) == 0)  # or it stores more rows
     )
     panel.step = panel.width
     panel.sums = t.sums
@@ -317,8 +337,16 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
     cdef Py_ssize_t chunk, count, pixel, i, depth = _depth(c, channels)
     cdef bint first = channel == 0, last = channel + channels == c.channels, started
     cdef const char *weights
+    cdef const char *patches
+    cdef const Filter *filters
     cdef Panel panel
     cdef fc_reduction reduction
+    cdef fc_scales scales
+    cdef Py_ssize_t number
+    if c.kernels.digits:
+        number = _one_scale(plan, t, channel, &scales)
+    reduction.scales = &scales
+    reduction.scale_step = sizeof(Filter) // sizeof(float)
     reduction.apart = 0
     reduction.ahead = 0
     reduction.taps = t.channel_offsets
@@ -337,7 +365,10 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
     for chunk from 0 <= chunk < t.filters by plan.chunk:
         count = min(plan.chunk, t.filters - chunk)
         if c.kernels.pieces:
-            weights = _pieces(plan, t, channel, channels, t.first + chunk, count)
+            weights = _pieces(plan, t, channel, channels, t.first + chunk, count, &filters)
+            if c.kernels.digits and not _enough_digits(plan, filters, count, &plan.spread[number]):
+                plan.refused[t.block.image] = 1
+                return
         else:
             weights = plan.weights + ((t.first + chunk) * plan.filter_step + channel * plan.channel_step) * c.item
         for pixel from 0 <= pixel < t.pixels by c.panel:
@@ -348,10 +379,11 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
             reduction.b_step = panel.width if c.kernels.pieces else t.pitch
             reduction.b_tap = c.taps * reduction.b_step
             reduction.c_step = panel.step
-            c.kernels.brgemm(
-                &reduction, weights, t.rows, count,
-                t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item), panel.vectors, panel.sums, started,
-            )
+            patches = t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item)
+            if c.kernels.digits:
+                _multiply_digits(plan, &reduction, filters, &plan.spread[number], weights, t.rows, count, patches, &panel, started)
+            else:
+                c.kernels.brgemm(&reduction, weights, t.rows, count, patches, panel.vectors, panel.sums, started)
             if last and (plan.relu or not panel.in_place):
                 _store(plan, t, &panel, pixel, chunk, count)
 
@@ -384,13 +416,17 @@ cdef void _store(const Plan *plan, const Task *t, const Panel *panel, Py_ssize_t
 
 # ---------------------------------------------------------------------------------------------------------- pieces
 
-cdef bint _split_numbers(Plan *plan, str precision):
-    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+cdef bint _split_numbers(Plan *plan, str precision, int form):
+    """Change to the tile that multiplies pieces of numbers, or digits, if the machine has one and the shape fills it."""
     cdef Conv *c = &plan.c
     cdef const fc_ukernels *numbers = c.kernels
-    cdef const fc_ukernels *pieces = piece_tile(c, precision, c.channels * c.taps)
+    cdef const fc_ukernels *pieces
     cdef Py_ssize_t pixels = c.out[1] * c.out[2], together, blocks, filters, rest
     cdef double padded
+    if form == DIGITS:
+        pieces = digit_tile(c, precision, c.channels * c.taps)
+    else:
+        pieces = piece_tile(c, precision, c.channels * c.taps)
     if pieces == NULL:
         return False
     use_tile(c, pieces)
@@ -402,7 +438,7 @@ cdef bint _split_numbers(Plan *plan, str precision):
         rest = pieces.tile_rows if rest > pieces.tile_rows // 2 else pieces.tile_rows * 13 // 16
     padded = blocks * _depth(c, together) + _depth(c, c.channels - blocks * together)
     padded *= (filters + rest) * <double>round_up(pixels, pieces.lanes)
-    padded *= pieces.pieces * (pieces.pieces + 1) // 2 / (<double>c.channels * c.taps * c.filters * pixels)
+    padded *= piece_products(pieces) / (<double>c.channels * c.taps * c.filters * pixels)
     if padded / SPLIT_RATE + SPLIT_PATCH / <double>c.filters + SPLIT_WEIGHT / <double>pixels < 1:
         return True
     use_tile(c, numbers)
@@ -414,6 +450,7 @@ cdef void _prepare_weights(Plan *plan, bias, kept) except *:
     cdef Conv *c = &plan.c
     cdef Py_ssize_t filters = c.groups * c.filters, blocks = ceil_div(c.channels, plan.together)
     cdef Py_ssize_t piece_bytes = blocks * filters * _depth(c, plan.together) * c.packed
+    cdef Py_ssize_t all_bytes = piece_bytes + round_up(blocks * filters * sizeof(Filter), 64)
     cdef bint once = kept is None and c.batch * c.out[0] * plan.boxes == 1
     cdef Memory mine
     cdef tuple form
@@ -421,21 +458,24 @@ cdef void _prepare_weights(Plan *plan, bias, kept) except *:
         plan.bias = pack_bias(c, bias, arena(FC_ARENA_WEIGHTS, filters * c.item))
         plan.pieces = NULL
     else:
-        plan.pieces = arena(FC_ARENA_WEIGHTS, piece_bytes + filters * c.item)
+        plan.pieces = arena(FC_ARENA_WEIGHTS, all_bytes + filters * c.item)
         if plan.pieces == NULL:
             raise MemoryError("no memory for packed weights")
-        plan.bias = pack_bias(c, bias, plan.pieces + piece_bytes)
+        plan.bias = pack_bias(c, bias, plan.pieces + all_bytes)
+        plan.scales = <Filter *>(plan.pieces + piece_bytes)
         run_tasks(_split_task, plan, blocks * ceil_div(filters, plan.chunk), c.threads)
     if c.kernels.pieces and kept is not None:
-        form = ("im2col", c.item, c.kernels.pieces)
+        form = ("im2col", c.item, c.kernels.pieces, c.kernels.digits)
         mine = kept.get(form)
         if mine is None:
-            mine = Memory(piece_bytes)
+            mine = Memory(all_bytes)
             plan.pieces = mine.data
+            plan.scales = <Filter *>(plan.pieces + piece_bytes)
             run_tasks(_split_task, plan, blocks * ceil_div(filters, plan.chunk), c.threads)
             mine.refused = plan.refused[c.batch]
             kept[form] = mine
         plan.pieces = mine.data
+        plan.scales = <Filter *>(plan.pieces + piece_bytes)
         plan.refused[c.batch] = mine.refused
 
 
@@ -447,7 +487,7 @@ cdef int _split_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef Py_ssize_t first = number % chunks * plan.chunk, channels = min(plan.together, c.channels - channel)
     _split_filters(
         plan, channel, channels, first, min(plan.chunk, c.groups * c.filters - first),
-        _piece_at(plan, channel, channels, first),
+        _piece_at(plan, channel, channels, first), _scale_at(plan, channel, first),
     )
     return 0
 
@@ -460,25 +500,93 @@ cdef char *_piece_at(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, 
     ) * c.packed
 
 
+cdef Filter *_scale_at(const Plan *plan, Py_ssize_t channel, Py_ssize_t filter) noexcept nogil:
+    """Where the scale of a filter's block of channels is."""
+    return plan.scales + channel // plan.together * plan.c.groups * plan.c.filters + filter
+
+
 cdef const char *_pieces(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter,
-                         Py_ssize_t count) noexcept nogil:
-    """Return the pieces of some filters' weights, which the task splits if no one has."""
+                         Py_ssize_t count, const Filter **scales) noexcept nogil:
+    """Return the pieces of some filters' weights, which the task splits if no one has, and where their scales are."""
     if plan.pieces != NULL:
+        scales[0] = _scale_at(plan, channel, filter)
         return _piece_at(plan, channel, channels, filter)
-    _split_filters(plan, channel, channels, filter, count, t.weights)
+    _split_filters(plan, channel, channels, filter, count, t.weights, t.scales)
+    scales[0] = t.scales
     return t.weights
 
 
+cdef void _multiply_digits(const Plan *plan, fc_reduction *reduction, const Filter *filters, const fc_spread *image,
+                           const char *weights, const Py_ssize_t *rows, Py_ssize_t count, const char *patches,
+                           const Panel *panel, bint started) noexcept nogil:
+    """Multiply tiles of filters that need as many products: whatever other filters the task has."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = 0, end, unit = c.kernels.tile_rows
+    cdef int made = _tile_products(plan, filters, count, 0, image)
+    while first < count:
+        reduction.products, reduction.scale = made, &filters[first].scale
+        end = first
+        while end < count and made == reduction.products:
+            end += unit
+            made = _tile_products(plan, filters, count, end, image) if end < count else 0
+        end = min(end, count)
+        c.kernels.brgemm(
+            reduction, weights, rows + first, end - first, patches, panel.vectors, panel.sums + first * panel.step * c.item,
+            started,
+        )
+        first = end
+
+
+cdef bint _enough_digits(const Plan *plan, const Filter *filters, Py_ssize_t count, const fc_spread *image) noexcept nogil:
+    """Whether digits are enough for some filters."""
+    cdef Py_ssize_t first
+    for first from 0 <= first < count by plan.c.kernels.tile_rows:
+        if _tile_products(plan, filters, count, first, image) == 0:
+            return False
+    return True
+
+
+cdef int _tile_products(const Plan *plan, const Filter *filters, Py_ssize_t count, Py_ssize_t first,
+                        const fc_spread *image) noexcept nogil:
+    """Return how many products of digits are enough for a tile of filters; 0 if more were needed."""
+    cdef fc_spread worst = filters[first].spread
+    cdef Py_ssize_t i
+    for i in range(first + 1, min(count, first + plan.c.kernels.tile_rows)):
+        worst.peak, worst.density = max(worst.peak, filters[i].spread.peak), min(worst.density, filters[i].spread.density)
+    return products(image, &worst, plan.c.channels * plan.c.taps)
+
+
+cdef Py_ssize_t _one_scale(const Plan *plan, const Task *t, Py_ssize_t channel, fc_scales *scales) noexcept nogil:
+    """Return the number of an image's block of channels; all its pixels have the same scale."""
+    cdef Py_ssize_t blocks = ceil_div(plan.c.channels, plan.together), i
+    cdef Py_ssize_t number = (t.block.image * plan.c.groups + t.group) * blocks + channel // plan.together
+    for i in range(2 * plan.c.kernels.lanes):
+        scales.scale[i] = plan.scale[number]
+    return number
+
+
 cdef void _split_filters(const Plan *plan, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t filter, Py_ssize_t count,
-                         char *out) noexcept nogil:
+                         char *out, Filter *scales) noexcept nogil:
     """Split the weights of some filters and channels, [filter][cell]."""
     cdef const Conv *c = &plan.c
-    cdef int sizes = c.kernels.split_rows(
-        plan.weights + (filter * plan.filter_step + channel * c.taps) * c.item, count, plan.filter_step, channels * c.taps,
-        c.kernels.pieces, out,
-    )
-    if sizes & FC_HUGE:
-        plan.refused[c.batch] = 1
+    cdef const char *weights = plan.weights + (filter * plan.filter_step + channel * c.taps) * c.item
+    cdef Py_ssize_t n = channels * c.taps, i
+    cdef fc_tally tally
+    if not c.kernels.digits:
+        if c.kernels.split_rows(weights, count, plan.filter_step, n, c.kernels.pieces, out) & FC_HUGE:
+            plan.refused[c.batch] = 1
+        return
+    for i in range(count):
+        memset(&tally, 0, sizeof(tally))
+        c.kernels.tally(weights + i * plan.filter_step * c.item, 1, plan.filter_step, n, &tally)
+        scales[i].spread.peak, scales[i].spread.density = 0, 1
+        scales[i].scale = c.kernels.spread(&tally, n, &scales[i].spread)
+        if scales[i].scale == 0:
+            plan.refused[c.batch] = 1
+            return
+        c.kernels.digits_rows(
+            weights + i * plan.filter_step * c.item, 1, 0, n, scales[i].scale, out + i * _depth(c, channels) * c.packed
+        )
 
 
 cdef Py_ssize_t _pixels_split(const Plan *plan) noexcept nogil:
@@ -504,7 +612,7 @@ cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_
             block.left = t.first_pixel + start
             if in_place and start < whole:
                 sizes |= _split_run(
-                    plan, t, first_cell(c, &block, t.group * c.channels + channel + first), c.x.stride[1], start, pixels,
+                    plan, t, channel, first_cell(c, &block, t.group * c.channels + channel + first), c.x.stride[1], start, pixels,
                     first, count, channels,
                 )
             else:
@@ -512,23 +620,29 @@ cdef int _split_patches(const Plan *plan, const Task *t, Py_ssize_t channel, Py_
                 gather(
                     c, &t.block, t.group * c.channels + channel + first, count, t.first_pixel + start, pixels, t.pitch, t.floats
                 )
-                sizes |= _split_run(plan, t, t.floats, t.pitch, start, pixels, first, count, channels)
+                sizes |= _split_run(plan, t, channel, t.floats, t.pitch, start, pixels, first, count, channels)
         start += pixels
     return sizes
 
 
-cdef int _split_run(const Plan *plan, const Task *t, const char *source, Py_ssize_t step, Py_ssize_t start,
-                    Py_ssize_t pixels, Py_ssize_t first, Py_ssize_t count, Py_ssize_t channels) noexcept nogil:
-    """Split the rows of ``count`` channels from ``first`` on, of a block of ``channels``; return the numbers' sizes."""
+cdef int _split_run(const Plan *plan, const Task *t, Py_ssize_t channel, const char *source, Py_ssize_t step,
+                    Py_ssize_t start, Py_ssize_t pixels, Py_ssize_t first, Py_ssize_t count, Py_ssize_t channels) noexcept nogil:
+    """Split the rows of ``count`` channels from ``first`` on, of the block of ``channels`` that begins with ``channel``; return
+    the numbers' sizes."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pixel, width, depth = _depth(c, channels)
+    cdef char *out
     cdef int sizes = 0, vectors
+    cdef fc_scales scales
+    if c.kernels.digits:
+        _one_scale(plan, t, channel, &scales)
     for pixel from start <= pixel < start + pixels by c.panel:
         vectors = 1 if t.pixels - pixel <= c.kernels.lanes else 2
         width = vectors * c.kernels.lanes
-        sizes |= c.kernels.split_weights(
-            source, step, count * c.taps, 1, vectors, c.kernels.pieces,
-            t.patches + (pixel * depth + first * c.taps * width) * c.packed,
-        )
+        out = t.patches + (pixel * depth + first * c.taps * width) * c.packed
+        if c.kernels.digits:
+            c.kernels.digits_weights(source, step, count * c.taps, 1, vectors, &scales, out)
+        else:
+            sizes |= c.kernels.split_weights(source, step, count * c.taps, 1, vectors, c.kernels.pieces, out)
         source += width * c.item
     return sizes

@@ -1,6 +1,12 @@
 from fastconv.kernels.native.blocking cimport Conv
 from fastconv.kernels.native.machine cimport fc_spread, fc_ukernels
 
+# What the tile multiplies: the next is tried where numbers don't have the form of one.
+cdef enum:
+    NUMBERS
+    PIECES
+    DIGITS
+
 # The images of one call in fixed point: a scale, and a spread, of each image, group and channel block.
 cdef class Scales:
     cdef object memory

@@ -18,10 +18,12 @@ The constants come from the distributions: a rounding error of a unit is 1/sqrt(
 independent, and a float32 sum is off by 0.42 units of 2^-24 on average. ``tests/test_precision.py`` holds them to it.
 """
 
-cimport numpy as cnp
-from libc.string cimport memset
+from itertools import groupby
 
 import numpy as np
+
+cimport numpy as cnp
+from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, run_tasks
 from fastconv.kernels.native.machine cimport digit_ukernels, fc_spread, fc_tally, fc_ukernels
@@ -42,6 +44,14 @@ ctypedef struct Plan:
     Py_ssize_t width, channel_blocks
     float *scale
     fc_spread *spread
+
+
+def by_forms(convolve, input, output, rest, form=DIGITS):
+    """Convolve with the tile for ``form``, and images that it refuses with the next one."""
+    for _, run in groupby(enumerate(convolve(input, output, form, *rest)), lambda item: item[1] - item[0]):
+        images = [image for _, image in run]  # neighbours are left together
+        some = slice(images[0], images[0] + len(images))
+        by_forms(convolve, input[some], output[some], rest, form - 1)
 
 
 cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summed):

@@ -15,7 +15,8 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t n_taps, depth, a_step, b_tap, b_step, c_step
         Py_ssize_t ahead
         const fc_scales *scales
-        float scale
+        const float *scale
+        Py_ssize_t scale_step
         int products
         int apart
 
@@ -109,7 +110,8 @@ cdef extern from "ukernels.h" nogil:
         int digits
         void (*tally)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, fc_tally *) noexcept nogil
         float (*spread)(const fc_tally *, Py_ssize_t, fc_spread *) noexcept nogil
-        int (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
+        int (*spread_weights)(const void *, Py_ssize_t, int, fc_scales *) noexcept nogil
+        void (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const fc_scales *, void *) noexcept nogil
         void (*digits_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, void *) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil

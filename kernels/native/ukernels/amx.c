@@ -472,12 +472,12 @@ static int works(const fc_ukernels *kernels)
     enum { M = 2 * ROWS, N = 2 * LANES, DEPTH = 2 * CHANNELS };
     static float image[M][DEPTH], weights[DEPTH][N], sums[M][N];
     static char a[sizeof image / 2 * MAX_PIECES] __attribute__((aligned(64)));
-    static char b[sizeof weights / 2 * MAX_PIECES + sizeof(fc_scales)] __attribute__((aligned(64)));
+    static char b[sizeof weights / 2 * MAX_PIECES] __attribute__((aligned(64)));
+    static fc_scales scales;
     const float scale = 0x1p13F; /* of numbers below 2^10 */
-    const fc_scales *scales = (const fc_scales *)(b + sizeof weights / sizeof(float) * (size_t)kernels->packed);
     ptrdiff_t rows[M], tap = 0;
     const fc_reduction reduction = {.taps = &tap, .n_taps = 1, .depth = DEPTH, .a_step = 1, .b_step = N, .c_step = N,
-                                    .scales = scales, .scale = scale, .products = 8};
+                                    .scales = &scales, .scale = &scale, .products = 8};
     for (int m = 0; m < M; m++) {
         rows[m] = (m < ROWS ? m : M + ROWS - 1 - m) * DEPTH;
         for (int k = 0; k < DEPTH; k++) {
@@ -487,7 +487,8 @@ static int works(const fc_ukernels *kernels)
     }
     if (kernels->digits) {
         kernels->digits_rows(image, 1, 0, M * DEPTH, scale, a);
-        kernels->digits_weights(weights, N, DEPTH, 1, 2, b);
+        kernels->spread_weights(weights, DEPTH, 2, &scales);
+        kernels->digits_weights(weights, N, DEPTH, 1, 2, &scales, b);
     } else {
         kernels->split_rows(image, 1, 0, M * DEPTH, kernels->pieces, a);
         kernels->split_weights(weights, N, DEPTH, 1, 2, kernels->pieces, b);

@@ -28,16 +28,17 @@ typedef int32_t integers __attribute__((vector_size(64), aligned(4), may_alias))
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
-/* c (+)= sums / unit; the sums of digits that are dropped were not made. */
-INLINE void finish(integers sums[4][ROWS], const int products, floats unit, float *c, ptrdiff_t c_step, int accumulate)
+/* c (+)= sums / (the columns' units times the row's scale); the sums of digits that are dropped were not made. */
+INLINE void finish(const fc_reduction *r, integers sums[4][ROWS], ptrdiff_t n_rows, const int products, floats unit,
+                   const float *scale, float *c, int accumulate)
 {
     const float digit = 1.0F / (1 << BYTE);
-    for (int m = 0; m < ROWS; m++, c += c_step) {
+    for (int m = 0; m < ROWS && m < n_rows; m++, c += r->c_step, scale += r->scale_step) {
         floats y = __builtin_convertvector(sums[2][m], floats);
         if (products == 8)
             y += __builtin_convertvector(sums[3][m], floats) * digit;
         y = y * digit + __builtin_convertvector(sums[1][m], floats);
-        y = (y * digit + __builtin_convertvector(sums[0][m], floats)) / unit;
+        y = (y * digit + __builtin_convertvector(sums[0][m], floats)) / (unit * *scale);
         if (accumulate)
             y += *(const floats *)c;
         *(floats *)c = y;
@@ -55,8 +56,8 @@ INLINE void finish(integers sums[4][ROWS], const int products, floats unit, floa
     } while (0)
 
 /* 16 rows by 16 filters; `products` is a constant where this is inlined. */
-INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, const char *b, ptrdiff_t block_bytes,
-                 const int products, floats unit, float *c, int accumulate)
+INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, ptrdiff_t n_rows, const char *b,
+                 ptrdiff_t block_bytes, const int products, floats unit, const float *scale, float *c, int accumulate)
 {
     char copies[DIGITS][TILE_BYTES] __attribute__((aligned(64)));
     integers sums[4][ROWS] __attribute__((aligned(64)));
@@ -93,7 +94,7 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, co
     if (products == 8)
         _tile_stored(3, sums[3], ROW_BYTES);
     STORES_DONE;
-    finish(sums, products, unit, c, r->c_step, accumulate);
+    finish(r, sums, n_rows, products, unit, scale, c, accumulate);
 }
 
 static void fc_f32_brgemm_digits__amx(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows,
@@ -102,16 +103,17 @@ static void fc_f32_brgemm_digits__amx(const fc_reduction *r, const void *a, cons
     const ptrdiff_t block_bytes = vectors * DIGITS * TILE_BYTES;
     for (int v = 0; v < vectors; v++) {
         const char *weights = (const char *)b + v * DIGITS * TILE_BYTES;
-        const floats unit = *(const floats *)&r->scales->scale[v * LANES] * (r->scale * 0x1p-32F);
+        const floats unit = *(const floats *)&r->scales->scale[v * LANES] * 0x1p-32F;
         float *sums = (float *)c + v * LANES;
         for (ptrdiff_t m = 0; m < n_rows; m += ROWS, sums += ROWS * r->c_step) {
+            const float *scale = r->scale + m * r->scale_step;
             tile_rows placed;
             place(&placed, rows + m, n_rows - m, DIGITS);
             STORES_DONE;
             if (r->products == 8)
-                tile(r, a, &placed, weights, block_bytes, 8, unit, sums, accumulate);
+                tile(r, a, &placed, n_rows - m, weights, block_bytes, 8, unit, scale, sums, accumulate);
             else
-                tile(r, a, &placed, weights, block_bytes, 6, unit, sums, accumulate);
+                tile(r, a, &placed, n_rows - m, weights, block_bytes, 6, unit, scale, sums, accumulate);
         }
     }
 }
@@ -193,8 +195,10 @@ static void fc_f32_tally__amx(const void *numbers, ptrdiff_t rows, ptrdiff_t ste
     for (; rows > 0; rows--, in += step) {
         ptrdiff_t i = 0;
         for (; i + 4 * LANES <= n; i += 4 * LANES)
-            UNROLL for (int v = 0; v < 4; v++)
+            UNROLL for (int v = 0; v < 4; v++) {
+                __builtin_prefetch(in + 2 * step + i + v * LANES); /* as split_rows does */
                 count(*(const floats *)(in + i + v * LANES), &largest[v], &sum[v], &squares[v]);
+            }
         for (; i < n; i += LANES) {
             floats x;
             load(in + i, n - i, &x);
@@ -239,26 +243,43 @@ INLINE float keep_spread(float largest, float sum, float squares, float n, fc_sp
     return scale;
 }
 
-static float fc_f32_spread__amx(const fc_tally *tally, ptrdiff_t n, fc_spread *spread)
+/* Sums of lanes: the halves of a vector, and so on. */
+INLINE float total(floats x)
 {
-    float largest = 0, sum = 0, squares = 0;
-    for (int i = 0; i < LANES; i++) {
-        largest = tally->largest[i] > largest || tally->largest[i] != tally->largest[i] ? tally->largest[i] : largest;
-        sum += tally->sum[i];
-        squares += tally->squares[i];
-    }
-    return keep_spread(largest, sum, squares, (float)n, spread);
+    UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            x[i] += x[i + half];
+    return x[0];
 }
 
-/* The weights of 16 filters, numbers `step` apart; their scales. */
-INLINE int spread_weights(const float *weights, ptrdiff_t step, ptrdiff_t n, float *scales, fc_spread *spread)
+INLINE float largest_of(words x)
 {
-    fc_tally tally = {{0}, {0}, {0}};
+    float largest;
+    UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+    memcpy(&largest, &x, sizeof largest);
+    return largest;
+}
+
+static float fc_f32_spread__amx(const fc_tally *tally, ptrdiff_t n, fc_spread *spread)
+{
+    return keep_spread(largest_of(*(const words *)tally->largest), total(*(const floats *)tally->sum),
+                       total(*(const floats *)tally->squares), (float)n, spread);
+}
+
+static int fc_f32_spread_weights__amx(const void *weights, ptrdiff_t n, int vectors, fc_scales *scales)
+{
     int usable = 1;
-    fc_f32_tally__amx(weights, n, step, LANES, &tally);
-    for (int i = 0; i < LANES; i++) {
-        scales[i] = keep_spread(tally.largest[i], tally.sum[i], tally.squares[i], (float)n, spread);
-        usable &= scales[i] > 0;
+    scales->spread = (fc_spread){0, 1};
+    for (int v = 0; v < vectors; v++) {
+        fc_tally tally = {{0}, {0}, {0}};
+        fc_f32_tally__amx((const float *)weights + v * LANES, n, vectors * LANES, LANES, &tally);
+        for (int i = 0; i < LANES; i++) {
+            float *scale = &scales->scale[v * LANES + i];
+            *scale = keep_spread(tally.largest[i], tally.sum[i], tally.squares[i], (float)n, &scales->spread);
+            usable &= *scale > 0;
+        }
     }
     return usable;
 }
@@ -278,28 +299,20 @@ INLINE void digits_of_block(const float *in, ptrdiff_t step, const ptrdiff_t cha
     }
 }
 
-static int fc_f32_digits_weights__amx(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
-                                      void *out)
+static void fc_f32_digits_weights__amx(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
+                                       const fc_scales *scales, void *out)
 {
-    const ptrdiff_t width = vectors * LANES, blocks = (channels + CHANNELS - 1) / CHANNELS;
     char *panel = out;
-    fc_scales *scales = (fc_scales *)(panel + taps * blocks * vectors * DIGITS * TILE_BYTES);
-    int usable = 1;
-    scales->spread = (fc_spread){0, 1};
-    for (int v = 0; v < vectors; v++)
-        usable &= spread_weights((const float *)weights + v * LANES, width, channels * taps, &scales->scale[v * LANES],
-                                 &scales->spread);
     for (ptrdiff_t t = 0; t < taps; t++)
         for (ptrdiff_t first = 0; first < channels; first += CHANNELS)
             for (int v = 0; v < vectors; v++, panel += DIGITS * TILE_BYTES) {
-                const float *in = (const float *)weights + first * step + t * width + v * LANES;
+                const float *in = (const float *)weights + first * step + (t * vectors + v) * LANES;
                 const floats scale = *(const floats *)&scales->scale[v * LANES];
                 if (channels - first >= CHANNELS)
                     digits_of_block(in, step, CHANNELS, scale, panel);
                 else
                     digits_of_block(in, step, channels - first, scale, panel);
             }
-    return usable;
 }
 
 /* ------------------------------------------------------------------------------------------------------------- table */
@@ -319,6 +332,7 @@ void fc_fill_digits(fc_ukernels *table)
     table->split_pairs = NULL;
     table->lay_patches = NULL;
     table->split_weights = NULL;
+    table->spread_weights = fc_f32_spread_weights__amx;
     table->digits_weights = fc_f32_digits_weights__amx;
     table->digits_rows = fc_f32_digits_rows__amx;
     table->tally = fc_f32_tally__amx;

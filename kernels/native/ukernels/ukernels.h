@@ -44,7 +44,8 @@ typedef struct {
     ptrdiff_t c_step; /* between rows of c */
     ptrdiff_t ahead;  /* 0, or how far on the b is that is needed next, and had better be fetched; a tile of pieces doesn't */
     const fc_scales *scales; /* a tile of digits: of b; ... */
-    float scale;             /* ... of a; and how many ... */
+    const float *scale;      /* ... of rows of a, ... */
+    ptrdiff_t scale_step;    /* ... so far apart; and how many products ... */
     int products;            /* ... of two digits are made for a product, 6 or 8 */
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
@@ -243,16 +244,17 @@ typedef struct {
     void (*lay_patches)(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels, int pieces,
                         void *out);
 
-    /* A tile of digits multiplies fixed-point numbers.
-     * digits_weights: as split_weights, with the panel's scales behind; returns 0 for numbers that can't be scaled
+    /* A tile of digits multiplies fixed-point numbers; it stores no more rows than are wanted.
      * tally:   counts rows of n numbers
      * spread:  makes of the n that were counted the scale, 0 if they can't be scaled, and keeps the worse of two spreads
-     * digits_rows: as split_rows, for numbers of one scale */
+     * spread_weights: the same for each filter of a panel; returns 0 if some can't be scaled
+     * digits_rows, digits_weights: as split_rows, for numbers of one scale, and split_weights */
     int digits;
     void (*tally)(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally);
     float (*spread)(const fc_tally *tally, ptrdiff_t n, fc_spread *spread);
-    int (*digits_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
-                          void *out);
+    int (*spread_weights)(const void *weights, ptrdiff_t n, int vectors, fc_scales *scales);
+    void (*digits_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
+                           const fc_scales *scales, void *out);
     void (*digits_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, float scale, void *out);
     void (*enter)(void);
     void (*leave)(void);
