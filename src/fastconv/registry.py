@@ -62,6 +62,15 @@ def _fills_pieces(dims: ConvDims) -> bool:
     return isa() == "amx" and min(dims.group_in_channels, dims.group_out_channels) >= few
 
 
+def _multiplies_digits(op: str, dims: ConvDims) -> bool:
+    """Whether direct and im2col multiply digits, on AMX: of sums that are long enough (``digits.pyx``)."""
+    summed, pixels, phases = dims.group_in_channels, math.prod(dims.output_size), 1
+    if op == "conv_input_grad":
+        summed, pixels, phases = dims.group_out_channels, math.prod(dims.input_size), math.prod(dims.stride)
+    long = summed >= 40 and summed * dims.taps >= 192 * phases and dims.taps <= 400
+    return isa() == "amx" and op != "conv_weight_grad" and long and pixels >= 16 * phases
+
+
 def _weights_weigh(dims: ConvDims) -> bool:
     """Whether few pixels use the weights: on AMX im2col, which splits them where they are, then beats direct.
 
@@ -120,15 +129,16 @@ def _direct(op: str, dims: ConvDims) -> str:
         return ""
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
-    if dims.taps == 1 and (op != "conv_input_grad" or few):
+    digits = _multiplies_digits(op, dims)
+    if dims.taps == 1 and (op != "conv_input_grad" or (few and not (digits and pixels <= 64))):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""
     filters = dims.group_out_channels
-    if (9 <= pixels <= 16 or _weights_weigh(dims)) and dims.taps > 1 and weights > 2**18:
+    if (9 <= pixels <= 16 or (_weights_weigh(dims) and not digits)) and dims.taps > 1 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     fit = 0.75 * math.ceil(pixels / 16) * 16 < pixels <= 256
-    if dims.taps >= 16 and filters >= 0.6 * pixels and fit and set(dims.stride) == {1}:
+    if dims.taps >= 16 and filters >= 0.6 * pixels and fit and set(dims.stride) == {1} and not digits:
         return f"slower than im2col, which leaves weights of {dims.taps} taps where they are, for {pixels} pixels"
     if dims.reduction <= 40 and dims.taps <= 9 and filters >= 16 and pixels >= 512:
         return (
@@ -236,6 +246,8 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, produc
 def _winograd_cython(op: str, dims: ConvDims) -> str:
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
+    if _multiplies_digits(op, dims):
+        return "slower than direct, which multiplies digits of numbers"
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.0  # of gradients of the input, the weights are packed in shorter runs
