@@ -34,6 +34,8 @@ NAMES = (
     "3x3 of one more than a tile",
     "3x3 of whole channel blocks",
     "3x3 of whole channel blocks, rows of 30, valid",
+    "3x3 of 72 channels",
+    "1x1 of many channels and filters",
     "1x1 of whole channel blocks",
     "1x1 of many filters",
     "3x3 of many filters, stride 2",
@@ -81,7 +83,7 @@ def test_nonfinite_images_spread_to_their_windows_and_no_further(
 @for_every_row(
     [
         ConvCase(f"{n} images of {c} channels", (n, c, 8, 9), (18, c, 3, 3))
-        for n, c in ((1, 150), (2, 17), (2, 32), (5, 32))
+        for n, c in ((1, 150), (2, 17), (2, 32), (2, 64), (5, 32))
     ],
     "conv_forward",
 )
@@ -96,7 +98,13 @@ def test_a_nonfinite_filter_spoils_its_own_channel_only(row: Row, case: ConvCase
 
 
 @pytest.mark.parametrize("value", [np.inf, 1e30])
-@for_every_row([ConvCase(f"{k}x{k}", (3, 32, 8, 9), (18, 32, k, k), 1, k // 2) for k in (1, 3)], "conv_forward")
+@for_every_row(
+    [
+        ConvCase(f"{k}x{k} of {c}", (3, c, 8, 9), (18, c, k, k), 1, k // 2)
+        for k, c in ((1, 32), (3, 32), (1, 200), (3, 48))
+    ],
+    "conv_forward",
+)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_an_image_beyond_all_bounds_leaves_its_neighbours_their_bits(
     row: Row, case: ConvCase, value: float, dtype: Any

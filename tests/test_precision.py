@@ -43,6 +43,8 @@ CASES = [
     )
 ] + [
     ConvCase("weights of many outputs", (2, 16, 36, 40), (16, 16, 3, 3), 1, 1),
+    ConvCase("1x1 of 320 channels", (1, 320, 8, 9), (40, 320, 1, 1)),
+    ConvCase("1x1 of 1200 channels", (1, 1200, 8, 6), (20, 1200, 1, 1)),
     ConvCase("2x2, short sums", (1, 16, 14, 14), (18, 16, 2, 2)),
     ConvCase("2x2, longer sums", (1, 48, 13, 14), (48, 48, 2, 2)),
     ConvCase("4x4", (1, 120, 10, 9), (120, 120, 4, 4), 1, 1),
@@ -125,6 +127,8 @@ def draw(case: ConvCase, numbers: str, seed: int) -> Draw:
     x, w, b, dy = case.arrays(np.float32, seed)
     if numbers == "after a ReLU":
         x, dy = np.maximum(x, 0), np.maximum(dy, 0)
+    if numbers == "with a long tail":
+        x, w, dy = x**5, w**3, dy**3
     arrays = ConvArrays(x, w, np.zeros_like(b), dy)
     plain = ConvResults(
         output=plain_sum(case, x, w),
@@ -138,6 +142,15 @@ def draw(case: ConvCase, numbers: str, seed: int) -> Draw:
 @pytest.mark.parametrize("numbers", ["of both signs", "after a ReLU"])
 @for_every_row(CASES)
 def test_highest_is_no_worse_than_plain_float32(row: Row, case: ConvCase, numbers: str) -> None:
+    assert_no_worse_than_plain(row, case, numbers)
+
+
+@for_every_row([case for case in CASES if case.weight[1] >= 40])
+def test_highest_is_no_worse_where_few_numbers_are_far_above_the_others(row: Row, case: ConvCase) -> None:
+    assert_no_worse_than_plain(row, case, "with a long tail")
+
+
+def assert_no_worse_than_plain(row: Row, case: ConvCase, numbers: str) -> None:
     drawn = draws(case, numbers)
     results = [conv_results(case, each.arrays, row) for each in drawn]
     for name in ("output", "grad_input", "grad_weight"):

@@ -25,12 +25,13 @@ import numpy as np
 cimport numpy as cnp
 from libc.string cimport memset
 
-from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, run_tasks
+from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, run_tasks, taps_continue
 from fastconv.kernels.native.machine cimport digit_ukernels, fc_spread, fc_tally, fc_ukernels
 
 cdef enum:
     FEW_CHANNELS = 40       # that fill enough of a step of 64
     SUMMED = 192            # products of a sum: with fewer, even normal numbers need more than 8 products of digits
+    TRIED = 4               # filters
     MOST_TAPS = 400         # sums of a channel block's products fit int32
 
 cdef double ROUNDING = 1 / 3.0
@@ -65,12 +66,12 @@ cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summ
 
 
 cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned char *refused):
-    """Measure each image's channel blocks, of ``width`` channels, and refuse images for which no weights would do."""
+    """Measure each image's channel blocks, of ``width`` channels, and refuse images for which not even a few weights will do."""
     cdef Plan plan
     cdef Scales scales = Scales()
     cdef cnp.ndarray memory
     cdef Py_ssize_t tasks, number
-    cdef fc_spread easiest
+    cdef fc_spread some
     plan.c = c
     plan.width = width
     plan.channel_blocks = ceil_div(c.channels, width)
@@ -79,11 +80,25 @@ cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned
     scales.scale = plan.scale = <float *>cnp.PyArray_DATA(memory)
     scales.spread = plan.spread = <fc_spread *>(scales.scale + tasks)
     run_tasks(_measure_task, &plan, tasks, c.threads)
-    easiest.peak = easiest.density = 1
+    _try_weights(c, &some)
     for number in range(tasks):
-        if scales.scale[number] == 0 or products(&scales.spread[number], &easiest, summed) == 0:
+        if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
+
+
+cdef void _try_weights(const Conv *c, fc_spread *spread) noexcept nogil:
+    """Find the worst spread of a few filters, if their weights are neighbours: before all are packed in vain."""
+    cdef const View *w = &c.w
+    cdef Py_ssize_t filters = c.groups * c.filters, n = c.channels * c.taps, i
+    cdef fc_tally tally
+    spread.peak = spread.density = 1
+    if w.stride[1] * (c.channels > 1) not in (0, c.taps) or not taps_continue(c) or (c.taps > 1 and w.stride[4] != 1):
+        return
+    for i in range(TRIED):
+        memset(&tally, 0, sizeof(tally))
+        c.kernels.tally(w.data + filters * i // TRIED * w.stride[0] * c.item, 1, 0, n, &tally)
+        c.kernels.spread(&tally, n, spread)
 
 
 cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:

@@ -1,0 +1,91 @@
+"""Fixed point: on AMX, long sums of numbers of about one size are made of digits; what that may and may not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Array, ConvCase, conv_function, for_every_row, how, rows_of
+
+import fastconv as fc
+from fastconv.registry import Row
+from fastconv.runtime import isa
+
+CASES = [
+    ConvCase("3x3 of 64 channels", (5, 64, 9, 8), (40, 64, 3, 3), 1, 1),
+    ConvCase("3x3 of 160 channels", (5, 160, 6, 7), (40, 160, 3, 3), 1, 1),
+    ConvCase("1x1 of 256 channels", (5, 256, 7, 6), (40, 256, 1, 1)),
+    ConvCase("1x1 of 1100 channels", (5, 1100, 5, 5), (40, 1100, 1, 1)),
+]
+DIGITS = [("direct", CASES[0]), ("direct", CASES[1]), ("im2col", CASES[2]), ("im2col", CASES[3])]
+
+
+def convolve(case: ConvCase, x: Array, w: Array, row: Row, **keywords: Any) -> Array:
+    result: Array = conv_function(case.spatial)(x, w, **case.geometry, **how(row), **keywords)
+    return result
+
+
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies digits")
+@pytest.mark.parametrize(("algorithm", "case"), DIGITS)
+def test_digits_are_used_unless_one_number_is_far_above_the_others(algorithm: str, case: ConvCase) -> None:
+    """What far pixels come to differs in its last bits: else one of the two was not used, and nothing here tests it."""
+    x, w, _, _ = case.arrays(np.float32)
+    asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
+    ordinary = fc.conv2d(x, w, **asked)
+    x[0, 0, 0, 0] = 1e4
+    outlier = fc.conv2d(x, w, **asked)
+    assert not np.array_equal(outlier[0, :, -2:], ordinary[0, :, -2:])
+    np.testing.assert_allclose(outlier[0, :, -2:], ordinary[0, :, -2:], rtol=1e-3, atol=1e-4)
+
+
+@for_every_row(CASES, "conv_forward")
+def test_images_of_other_sizes_leave_each_other_their_bits(row: Row, case: ConvCase) -> None:
+    x, w, _, _ = case.arrays(np.float32)
+    x[1, 0, 0, 0] = 1e4
+    x[2] = 0
+    x[3] *= np.float32(1e-30)
+    together = convolve(case, x, w, row)
+    for i in range(5):
+        assert convolve(case, x[i : i + 1], w, row).tobytes() == together[i : i + 1].tobytes()
+
+
+@pytest.mark.parametrize("far", [1e4, 1e-4])
+@for_every_row(CASES, "conv_forward")
+def test_weights_of_other_sizes_are_as_exact_as_others(row: Row, case: ConvCase, far: float) -> None:
+    """Each filter by itself: one with an outlier, one that is smaller, one of zeros, one of few weights."""
+    x, w, _, _ = case.arrays(np.float32)
+    w[0, 0] *= np.float32(far)
+    w[1] *= np.float32(far)
+    w[2] = 0
+    w[3, 1:] = 0
+    result, exact = convolve(case, x, w, row), convolve(case, x.astype(np.float64), w.astype(np.float64), row)
+    scale = np.sqrt(np.mean(np.square(exact), axis=(0, 2, 3)))
+    error = np.sqrt(np.mean(np.square(result - exact), axis=(0, 2, 3)))
+    assert (error <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "case"),
+    [(row, case) for case in CASES for row in rows_of(case, "conv_forward") if row.algorithm != "winograd"],
+    ids=str,
+)
+def test_small_integers_are_exact(row: Row, case: ConvCase) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-9, 10, shape).astype(np.float32) for shape in (case.input, case.weight))
+    exact = convolve(case, x.astype(np.float64), w.astype(np.float64), row)
+    np.testing.assert_array_equal(convolve(case, x, w, row), exact)
+
+
+@for_every_row(CASES, "conv_forward")
+def test_kept_weights_give_the_same_bits(row: Row, case: ConvCase) -> None:
+    """Whether digits are enough is asked of each image, not of the first that met the weights."""
+    x, w, _, _ = case.arrays(np.float32)
+    (kernel,), filters = set(case.weight[2:]), case.weight[0]
+    layer = fc.layers.Conv2d(case.input[1], filters, kernel, padding=kernel // 2, bias=False)
+    layer.options = how(row)
+    layer.params["weight"][...] = w
+    layer.eval()
+    for size in (1e4, 1.0):
+        x[0, 0, 0, 0] = size
+        assert layer(x).tobytes() == convolve(case, x, w, row).tobytes()
