@@ -21,12 +21,12 @@ CALLS, ROUNDS = 200, 100_000
 class Tile(NamedTuple):
     """Operations per second, of one thread."""
 
-    pieces: int  #: that numbers are split into; 0: they are not
+    pieces: int  #: that numbers are split into; 0: they are not; 6, 8: products of digits
     speed: float  #: of the tile, on operands that stay in the first-level cache
     ceiling: float  #: of multiply-adds alone
 
     def __str__(self) -> str:
-        kind = f"split in {self.pieces} " if self.pieces else ""
+        kind = f"{self.pieces} of digits " if self.pieces > 3 else f"split in {self.pieces} " if self.pieces else ""
         return f"{kind}{self.speed / 1e9:.0f} GFLOP/s of {self.ceiling / 1e9:.0f}"
 
 
@@ -52,7 +52,8 @@ def _speeds(loops: Sequence[Callable[[], int]]) -> list[float]:
 def best(tiles: Sequence[Tile]) -> float:
     """Return the speed of the fastest tile that the precision in force allows, 0 if there is none."""
     least = PIECES[runtime.get_config().precision]
-    return max((tile.speed for tile in tiles if tile.pieces == 0 or tile.pieces >= least), default=0.0)
+    allowed = [tile for tile in tiles if tile.pieces == 0 or least <= tile.pieces <= (8 if least == 3 else 3)]
+    return max((tile.speed for tile in allowed), default=0.0)
 
 
 def describe(tiles: Sequence[Tile]) -> str:

@@ -106,13 +106,16 @@ def compiler() -> str:
 
 
 def tiles() -> list[int]:
-    """Return into how many pieces the tiles of float32 split a number; 0 is the tile that does not."""
-    return [0] + [pieces for pieces in range(1, 4) if _isa.split[pieces - 1] != NULL]
+    """Return into how many pieces the tiles of float32 split a number; 0 is the tile that does not, 6 and 8 that of digits
+    with so many products."""
+    return [0] + [pieces for pieces in range(1, 4) if _isa.split[pieces - 1] != NULL] + [6, 8] * (_isa.digits != NULL)
 
 
 cdef const fc_ukernels *_tile(int pieces) except NULL:
     if pieces not in tiles():
         raise ValueError(f"pieces must be one of {tiles()}, got {pieces}")
+    if pieces > 3:
+        return _isa.digits
     return split_ukernels(4, pieces) if pieces else _isa.f32
 
 
@@ -132,17 +135,20 @@ def run_tile(int pieces, Py_ssize_t calls) -> int:
     """
     cdef const fc_ukernels *kernels = _tile(pieces)
     cdef int height = kernels.tile_rows, width = 2 * kernels.lanes, m
-    cdef Py_ssize_t item = 2 * pieces if pieces else 4
+    cdef Py_ssize_t item = kernels.packed if pieces else 4
     cdef Py_ssize_t[TAPS] taps
     cdef Py_ssize_t[MOST_ROWS] rows
     cdef fc_reduction reduction
+    cdef fc_scales scales
+    cdef float scale = 1
     cdef char *image = _ordinary_numbers((height + width) * DEPTH * item + height * width * 4)
     cdef char *weights = image + height * DEPTH * item
     cdef char *sums = weights + width * DEPTH * item
     memset(taps, 0, sizeof(taps))
     memset(&reduction, 0, sizeof(reduction))
-    reduction.apart = 0
-    reduction.ahead = 0
+    for m in range(width if kernels.digits else 0):
+        scales.scale[m] = 1
+    reduction.scales, reduction.scale, reduction.products = &scales, &scale, pieces
     reduction.taps, reduction.n_taps, reduction.depth = taps, TAPS, DEPTH
     reduction.a_step, reduction.b_step, reduction.c_step = 1, width, width
     for m in range(height):
@@ -168,4 +174,4 @@ def run_ceiling(int pieces, Py_ssize_t rounds) -> int:
         made = kernels.saturate(rounds, sums)
         if pieces:
             kernels.leave()
-    return made // max(1, pieces * (pieces + 1) // 2)  # products of pieces for each product of numbers: 1, 3, 6
+    return made // (pieces if kernels.digits else max(1, pieces * (pieces + 1) // 2))  # products for each of numbers: 1, 3, 6

@@ -24,21 +24,29 @@
 
 enum { CHANNELS = 64, DIGITS = 3, FIRST = 16, BYTE = 8 };
 
-typedef int32_t integers __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(64), may_alias));
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
-/* c (+)= sums / (the columns' units times the row's scale); the sums of digits that are dropped were not made. */
+/* c (+)= sums / (unit of the column times scale of the row); the sums of digits that are dropped were not made. A quotient is made
+ * of a product and what that leaves over, both fused: as exact as a division. */
 INLINE void finish(const fc_reduction *r, integers sums[4][ROWS], ptrdiff_t n_rows, const int products, floats unit,
                    const float *scale, float *c, int accumulate)
 {
     const float digit = 1.0F / (1 << BYTE);
-    for (int m = 0; m < ROWS && m < n_rows; m++, c += r->c_step, scale += r->scale_step) {
+    floats scaled = unit * *scale, inverse = 1 / scaled;
+    for (int m = 0; m < ROWS && m < n_rows; m++, c += r->c_step) {
         floats y = __builtin_convertvector(sums[2][m], floats);
         if (products == 8)
             y += __builtin_convertvector(sums[3][m], floats) * digit;
         y = y * digit + __builtin_convertvector(sums[1][m], floats);
-        y = (y * digit + __builtin_convertvector(sums[0][m], floats)) / (unit * *scale);
+        y = y * digit + __builtin_convertvector(sums[0][m], floats);
+        if (r->scale_step) {
+            scaled = unit * scale[m * r->scale_step];
+            inverse = 1 / scaled;
+        }
+        const floats quotient = y * inverse, left = y - quotient * scaled;
+        y = quotient + left * inverse;
         if (accumulate)
             y += *(const floats *)c;
         *(floats *)c = y;
@@ -60,7 +68,7 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, pt
                  ptrdiff_t block_bytes, const int products, floats unit, const float *scale, float *c, int accumulate)
 {
     char copies[DIGITS][TILE_BYTES] __attribute__((aligned(64)));
-    integers sums[4][ROWS] __attribute__((aligned(64)));
+    integers sums[4][ROWS];
     const ptrdiff_t spacing = rows->offset[1], blocks = r->depth / CHANNELS;
     _tile_zero(0);
     _tile_zero(1);

@@ -25,13 +25,27 @@ typedef struct {
     int evenly; /* spaced, by offset[1]: one tile load reads them */
 } tile_rows;
 
+/* Whether 16 rows are `step` apart. */
+INLINE int spaced(const ptrdiff_t *rows, ptrdiff_t step)
+{
+    typedef ptrdiff_t offsets __attribute__((vector_size(64), aligned(8), may_alias));
+    const offsets number = {0, 1, 2, 3, 4, 5, 6, 7}, there = rows[0] + number * step;
+    const offsets differ = (*(const offsets *)rows - there) | (*(const offsets *)(rows + 8) - (there + 8 * step));
+    ptrdiff_t any = 0;
+    UNROLL for (int m = 0; m < 8; m++)
+        any |= differ[m];
+    return any == 0;
+}
+
 /* Rows that the tile lacks are where they would be if it went on evenly, or its last one again. */
 static void place(tile_rows *tile, const ptrdiff_t *rows, ptrdiff_t n_rows, ptrdiff_t scale)
 {
     const ptrdiff_t n = n_rows < ROWS ? n_rows : ROWS, first = rows[0], step = n > 1 ? rows[1] - first : 0;
     const ptrdiff_t beyond = (ROWS - n) * step * scale;
     ptrdiff_t uneven = beyond < 0 || beyond > FC_BEYOND; /* rows of nobody's are read no further than that */
-    for (ptrdiff_t m = 2; m < n; m++)
+    if (n == ROWS)
+        uneven |= !spaced(rows, step);
+    for (ptrdiff_t m = 2; m < n && n < ROWS; m++)
         uneven |= rows[m] - first - m * step;
     tile->first = first * scale;
     tile->offset[1] = step * scale;
