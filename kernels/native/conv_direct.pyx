@@ -698,7 +698,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel)
     cdef Py_ssize_t width = vectors * c.kernels.lanes
-    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width)
+    cdef Py_ssize_t channels = min(plan.width, c.depth - b * plan.width), taps, most, t
     reduction.taps = space.taps
     if c.folded:  # neighbours along a row of taps are neighbours in memory, too
         reduction.n_taps = c.kernel[0] * c.kernel[1]
@@ -710,10 +710,16 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
         reduction.depth = channels
         reduction.b_tap = channels * width if c.kernels.pieces else width
         reduction.b_step = width if c.kernels.pieces else c.taps * width
-    c.kernels.brgemm(
-        reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
-        end_pixel - first_pixel, weights, vectors, sums, b > 0,
-    )
+    taps = most = reduction.n_taps
+    if c.kernels.digits:  # so many that a vector of weights stays in L1
+        most = ceil_div(taps, ceil_div(taps * reduction.depth, <Py_ssize_t>SPLIT_REDUCTION))
+    for t from 0 <= t < taps by most:
+        reduction.n_taps = min(most, taps - t)
+        reduction.taps = space.taps + t
+        c.kernels.brgemm(
+            reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+            end_pixel - first_pixel, weights + t * reduction.b_tap * c.packed, vectors, sums, b > 0 or t > 0,
+        )
 
 
 cdef void _multiply_strands(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid *grid, const Workspace *space,
