@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import registry, runtime
-from fastconv.bench import cli, engines, peers, report, tile, timing, training, winograd_error
+from fastconv.bench import cli, digits_error, engines, peers, report, tile, timing, training, winograd_error
 from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_layers, slice_layer
 from fastconv.kernels import winograd
 
@@ -397,6 +397,13 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
 
 
 # Winograd's errors
+
+
+@pytest.mark.skipif(bool(runtime.why_missing("cython")), reason="asks the native engine")
+def test_digits_are_more_exact_than_plain_sums_wherever_they_are_used() -> None:
+    found = list(digits_error.ratios((320, 1100)))
+    assert any(each.digits for each in found) == (runtime.isa() == "amx")
+    assert not any(each.digits and each.error > 1 for each in found)
 
 
 @pytest.mark.parametrize("side", sorted({side for pair in winograd.TERMS for side in pair}), ids=str)

@@ -36,7 +36,9 @@ output's gradient. That is packed once, and a chunk has sums for each phase; whe
 a cell's neighbours are of other phases.
 
 Few channels would not fill its reduction: the patch of each pixel, all taps and channels, is laid out, and convolved with 1x1
-filters. An image that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is computed without splitting.
+filters. Long sums multiply digits of fixed-point numbers instead of pieces (``digits``), packed and split in the same places. Images are tried
+in the form of digits, those refused as pieces: one that holds inf, NaN or huge numbers, or a part with nothing but tiny ones, is
+computed without splitting.
 """
 
 cimport numpy as cnp

@@ -24,7 +24,7 @@ The gradient of the input goes by way of columns (``input_columns``); that of 1x
 That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
-1x1 filters where they are. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
+1x1 filters where they are; into digits of fixed-point numbers (``digits``) where sums are long. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
 without splitting.
 """
 
