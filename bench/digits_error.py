@@ -2,9 +2,9 @@
 
     python -m fastconv.bench.digits_error
 
-It prints this ratio for sums of several lengths of images and weights of several distributions, wherever the numbers were
-alike enough for digits (AMX), and the largest of them. Whether they were is seen in the last bits: with one pixel far above
-all others, the image is refused.
+It prints this ratio for sums of several lengths, of images and weights of several distributions, wherever the numbers were
+alike enough for digits (AMX), and the largest of them. Whether they were is seen in the last bits: with one pixel far
+above all others, the image is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 LENGTHS = (200, 320, 512, 1024, 2304)  #: of sums
 FILTERS, HEIGHT, WIDTH = 48, 8, 10
 OUTLIER = 1e6
-HOW = {"engine": "cython", "algorithm": "im2col"}
+HOW: dict[str, Any] = {"engine": "cython", "algorithm": "im2col"}
 rng = np.random.default_rng(0)
 DISTRIBUTIONS: dict[str, Callable[[Shape], Array]] = {
     "normal": rng.standard_normal,
@@ -43,6 +43,8 @@ WEIGHTS = ("normal", "uniform", "Laplace", "Student, 5")
 
 
 class Ratio(NamedTuple):
+    """The error of one convolution."""
+
     length: int
     image: str
     weights: str
