@@ -2,7 +2,7 @@
 
     python -m fastconv.bench.digits_error
 
-It prints this ratio for sums of several lengths, of images and weights of several distributions, wherever the numbers were
+It prints this ratio for sums of several lengths, images and weights of several distributions, wherever the numbers were
 alike enough for digits (AMX), and the largest of them. Whether they were is seen in the last bits: with one pixel far
 above all others, the image is refused.
 """
