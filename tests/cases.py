@@ -140,6 +140,7 @@ CONV_CASES = [
     ConvCase("signal, stride 2, in tiles of two phases", (2, 48, 61), (18, 48, 3), 2, 1),
     ConvCase("volume, stride 2, in tiles of two phases", (1, 40, 5, 9, 10), (16, 40, 3, 3, 3), 2, 1),
     ConvCase("7x7, stride 2, few channels", (1, 3, 21, 20), (16, 3, 7, 7), 2, 3),
+    ConvCase("11x11, stride 4, few channels, many filters", (2, 3, 43, 39), (50, 3, 11, 11), 4, 2),
     ConvCase("7x7, stride 2, few channels, many filters", (2, 3, 21, 24), (50, 3, 7, 7), 2, 3),
     ConvCase("5x5, one channel", (3, 1, 12, 12), (6, 1, 5, 5), 1, 2),
     ConvCase("3x3, stride 2 down, columns in bands", (1, 2, 70, 33), (3, 2, 3, 3), (2, 1), 1),

@@ -17,8 +17,9 @@ CASES = [
     ConvCase("3x3 of 160 channels", (5, 160, 6, 7), (40, 160, 3, 3), 1, 1),
     ConvCase("1x1 of 256 channels", (5, 256, 7, 6), (40, 256, 1, 1)),
     ConvCase("1x1 of 1100 channels", (5, 1100, 5, 5), (40, 1100, 1, 1)),
+    ConvCase("11x11 of 3 channels, stride 4", (5, 3, 43, 39), (40, 3, 11, 11), 4, 5),
 ]
-DIGITS = [("direct", CASES[0]), ("direct", CASES[1]), ("im2col", CASES[2]), ("im2col", CASES[3])]
+DIGITS = [("direct", CASES[4]), ("direct", CASES[0]), ("direct", CASES[1]), ("im2col", CASES[2]), ("im2col", CASES[3])]
 
 
 def convolve(case: ConvCase, x: Array, w: Array, row: Row, **keywords: Any) -> Array:
@@ -82,7 +83,7 @@ def test_kept_weights_give_the_same_bits(row: Row, case: ConvCase) -> None:
     """Whether digits are enough is asked of each image, not of the first that met the weights."""
     x, w, _, _ = case.arrays(np.float32)
     (kernel,), filters = set(case.weight[2:]), case.weight[0]
-    layer = fc.layers.Conv2d(case.input[1], filters, kernel, padding=kernel // 2, bias=False)
+    layer = fc.layers.Conv2d(case.input[1], filters, kernel, case.geometry["stride"], kernel // 2, bias=False)
     layer.options = how(row)
     layer.params["weight"][...] = w
     layer.eval()

@@ -52,7 +52,7 @@ from fastconv.kernels.native.blocking cimport (
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
-from fastconv.kernels.native.digits cimport DIGITS, PIECES, Scales, digit_tile, measure, products
+from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, PIECES, Scales, digit_tile, measure, products
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
     fc_scales, fc_spread, fc_ukernels,
@@ -72,7 +72,8 @@ cdef enum:
     BAND_BYTES = 3 << 13        # numbers that are packed, and split while they are in L1
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
-    PATCH_FILTERS = 48          # ... that make up for laying it out, about
+    PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
+    DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
     STRANDS = 16                # phases of a stride whose sums for a chunk share L2
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
@@ -165,7 +166,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     make_conv(&plan.of, input, weight, output, dims, options)
     _set_strands(&plan, merged, options.threads)
     plan.of.folded = plan.slots == 0 and plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
-    plan.patches = form == PIECES and _multiply_patches(&plan, options.precision)
+    plan.patches = form != NUMBERS and _multiply_patches(&plan, options.precision, form)
     if not plan.patches:
         if form == DIGITS and not _use_digits(&plan, options.precision):
             return list(range(plan.of.batch))
@@ -191,7 +192,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
     if c.kernels.digits:
-        scales = measure(c, plan.width, plan.summed, plan.refused)
+        scales = measure(&plan.of, min(plan.width, plan.of.channels), plan.summed, plan.refused)
         plan.scale, plan.spread = scales.scale, scales.spread
         if 0 not in refused[:c.batch]:
             return list(range(c.batch))
@@ -280,8 +281,9 @@ cdef Py_ssize_t _row_cells(const Plan *plan, Py_ssize_t columns) noexcept nogil:
     return seen - right
 
 
-cdef bint _multiply_patches(Plan *plan, str precision):
-    """Return whether to multiply pieces of patches; then the tile sees 1x1 filters, with a channel for each cell of a patch."""
+cdef bint _multiply_patches(Plan *plan, str precision, int form):
+    """Return whether to multiply pieces, or digits, of patches; then the tile sees 1x1 filters, with a channel for each cell of a
+    patch."""
     cdef Conv *c = &plan.c
     cdef int axis
     c[0] = plan.of
@@ -291,8 +293,14 @@ cdef bint _multiply_patches(Plan *plan, str precision):
     for axis in range(3):
         c.kernel[axis] = c.stride[axis] = c.dilation[axis] = 1
         c.pad[axis] = 0
-    cdef const fc_ukernels *kernels = piece_tile(c, precision)
-    if kernels == NULL or not plan.of.folded or c.channels < PATCH_CELLS or c.filters < PATCH_FILTERS:
+    cdef const fc_ukernels *kernels
+    plan.summed = c.channels
+    kernels = digit_tile(c, precision, plan.summed) if form == DIGITS else piece_tile(c, precision)
+    if kernels == NULL or not plan.of.folded or c.channels < PATCH_CELLS:
+        return False
+    if form == DIGITS and c.filters * plan.of.kernel[2] * plan.of.channels < DIGIT_PRODUCTS:
+        return False
+    if form == PIECES and c.filters < PATCH_FILTERS:
         return False
     use_tile(c, kernels)
     if c.depth > FC_PATCH or c.out[1] * c.out[2] < kernels.tile_rows or not split_pays(kernels, c.depth / <double>c.channels):
@@ -504,9 +512,9 @@ cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil
 
 
 cdef Py_ssize_t seen_cells(const Plan *plan, const Block *block) noexcept nogil:
-    """Cells that a block's patches are taken from, in whole vectors."""
+    """Cells that a block's patches are taken from, in whole steps of the tile."""
     cdef const Conv *of = &plan.of
-    return round_up(part_cells(of, block.rows, block.columns) * of.channels, of.kernels.lanes)
+    return round_up(part_cells(of, block.rows, block.columns) * of.channels, of.kernels.depth_step)
 
 
 cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t *offsets, Py_ssize_t *taps,
@@ -514,13 +522,17 @@ cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, P
     """Split what a block sees and lay out the patch of each pixel; return the sizes of its numbers."""
     cdef const Conv *of = &plan.of
     cdef Block seen = block[0]
-    cdef Py_ssize_t n = seen_cells(plan, block)
+    cdef Py_ssize_t n = seen_cells(plan, block), step_bytes = of.kernels.depth_step * of.item
+    cdef int sizes = 0
     cdef char *split = floats + n * of.item
     cdef fc_patches patches
     seen.high, seen.wide = extent(of, 1, block.rows), extent(of, 2, block.columns)
-    memset(split - of.kernels.lanes * of.item, 0, <size_t>(of.kernels.lanes * of.item))  # cells that fill up the last vector
+    memset(split - step_bytes, 0, <size_t>step_bytes)  # cells that fill up the last step
     pack_image(of, &seen, group * of.channels, of.channels, of.channels, floats)
-    cdef int sizes = of.kernels.split_runs(floats, n, n, of.kernels.pieces, split)
+    if of.kernels.digits:
+        of.kernels.digits_run(floats, n, plan.scale[block.image * of.groups + group], split, n)
+    else:
+        sizes = of.kernels.split_runs(floats, n, n, of.kernels.pieces, split)
     memset(split + n * of.packed, 0, <size_t>(2 * (plan.c.depth + plan.c.kernels.depth_step)))
     pixel_offsets(of, &seen, of.channels, offsets)
     tap_offsets(of, &seen, of.channels, taps)

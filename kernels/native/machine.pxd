@@ -113,6 +113,7 @@ cdef extern from "ukernels.h" nogil:
         int (*spread_weights)(const void *, Py_ssize_t, int, fc_scales *) noexcept nogil
         void (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const fc_scales *, void *) noexcept nogil
         void (*digits_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, void *) noexcept nogil
+        void (*digits_run)(const void *, Py_ssize_t, float, void *, Py_ssize_t) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 

@@ -24,7 +24,7 @@
  */
 #include "amx_tile.h"
 
-enum { CHANNELS = 32, MAX_PIECES = 3 };
+enum { CHANNELS = 32 };
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
@@ -393,55 +393,15 @@ static int fc_f32_split_weights__amx(const void *weights, ptrdiff_t step, ptrdif
 
 /* --------------------------------------------------------------------------------------------------------- patches */
 
-/* A row of all pieces, 32 cells at a time; what is too much is overwritten by the next row. */
-INLINE void lay_row(const uint16_t *cells, ptrdiff_t plane, const ptrdiff_t run, const int pieces, uint16_t *line,
-                    ptrdiff_t pitch)
-{
-    UNROLL for (int p = 0; p < pieces; p++, cells += plane, line += pitch) {
-        memcpy(line, cells, ROW_BYTES);
-        UNROLL for (ptrdiff_t i = CHANNELS; i < run; i += CHANNELS) {
-            memcpy(line + i, cells + i, ROW_BYTES);
-            STORES_DONE; /* or GCC makes a call of memcpy of the loop */
-        }
-    }
-}
-
-/* Two lines take turns: a load that spans several stores which are still under way waits for them. What fills up a patch is what
- * was there before, finite as all else. */
-INLINE void lay_patches(const fc_patches *f, const uint16_t *cells, const ptrdiff_t *pixels, ptrdiff_t n, const int pieces,
-                        uint16_t *out)
-{
-    enum { LINE = FC_PATCH + 2 * CHANNELS };
-    uint16_t lines[2][MAX_PIECES * LINE] __attribute__((aligned(64)));
-    const ptrdiff_t *const rows = f->rows, n_rows = f->n_rows, run = f->run, plane = f->plane, depth = f->depth;
-    memset(lines, 0, sizeof lines);
-    for (ptrdiff_t pixel = 0; pixel <= n; pixel++) {
-        uint16_t *line = lines[pixel % 2];
-        const uint16_t *cut = lines[(pixel + 1) % 2];
-        if (pixel < n && run <= CHANNELS) /* constants: no loop within a row */
-            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
-                lay_row(cells + pixels[pixel] + rows[r], plane, CHANNELS, pieces, line, LINE);
-        else if (pixel < n && run <= 2 * CHANNELS)
-            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
-                lay_row(cells + pixels[pixel] + rows[r], plane, 2 * CHANNELS, pieces, line, LINE);
-        else if (pixel < n)
-            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
-                lay_row(cells + pixels[pixel] + rows[r], plane, run, pieces, line, LINE);
-        for (ptrdiff_t i = 0; i < depth && pixel > 0; i += CHANNELS, cut += CHANNELS)
-            UNROLL for (int p = 0; p < pieces; p++, out += CHANNELS)
-                memcpy(out, cut + p * LINE, ROW_BYTES);
-    }
-}
-
 static void fc_f32_lay_patches__amx(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels, ptrdiff_t n_pixels,
                                     int pieces, void *out)
 {
     if (pieces == 3)
-        lay_patches(patches, cells, pixels, n_pixels, 3, out);
+        lay_patches(patches, cells, pixels, n_pixels, 3, 2, out);
     else if (pieces == 2)
-        lay_patches(patches, cells, pixels, n_pixels, 2, out);
+        lay_patches(patches, cells, pixels, n_pixels, 2, 2, out);
     else
-        lay_patches(patches, cells, pixels, n_pixels, 1, out);
+        lay_patches(patches, cells, pixels, n_pixels, 1, 2, out);
 }
 
 /* ------------------------------------------------------------------------------------------------------ tile registers */

@@ -22,7 +22,7 @@
  */
 #include "amx_tile.h"
 
-enum { CHANNELS = 64, DIGITS = 3, FIRST = 16, BYTE = 8 };
+enum { CHANNELS = 64, DIGITS = MAX_PIECES, FIRST = 16, BYTE = 8 };
 
 typedef int32_t integers __attribute__((vector_size(64), may_alias));
 
@@ -191,6 +191,28 @@ INLINE void count(floats x, words *largest, floats *sum, floats *squares)
     *squares += x * x;
 }
 
+/* A run of whole lines, in order, each digit a plane. */
+static void fc_f32_digits_run__amx(const void *image, ptrdiff_t n, float scale, void *out, ptrdiff_t plane)
+{
+    char line[DIGITS * ROW_BYTES] __attribute__((aligned(64)));
+    char *planes = out;
+    for (ptrdiff_t i = 0; i < n; i += CHANNELS) {
+        fc_f32_digits_rows__amx((const float *)image + i, 1, 0, CHANNELS, scale, line);
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            char turned[ROW_BYTES];
+            turn_line(line + d * ROW_BYTES, 1, turned);
+            memcpy(planes + d * plane + i, turned, ROW_BYTES);
+        }
+    }
+}
+
+static void fc_f32_lay_patches_digits__amx(const fc_patches *patches, const void *cells, const ptrdiff_t *pixels,
+                                           ptrdiff_t n_pixels, int pieces, void *out)
+{
+    (void)pieces;
+    lay_patches(patches, cells, pixels, n_pixels, DIGITS, 1, out);
+}
+
 /* Four sums of each, for an addition takes four cycles. */
 static void fc_f32_tally__amx(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally)
 {
@@ -338,11 +360,12 @@ void fc_fill_digits(fc_ukernels *table)
     table->split_rows = NULL;
     table->split_runs = NULL;
     table->split_pairs = NULL;
-    table->lay_patches = NULL;
+    table->lay_patches = fc_f32_lay_patches_digits__amx;
     table->split_weights = NULL;
     table->spread_weights = fc_f32_spread_weights__amx;
     table->digits_weights = fc_f32_digits_weights__amx;
     table->digits_rows = fc_f32_digits_rows__amx;
+    table->digits_run = fc_f32_digits_run__amx;
     table->tally = fc_f32_tally__amx;
     table->spread = fc_f32_spread__amx;
 }

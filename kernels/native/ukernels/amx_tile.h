@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define STORES_DONE __asm__ volatile("" ::: "memory") /* GCC doesn't know that a tile load reads memory */
 
-enum { ROWS = 16, ROW_BYTES = 64, TILE_BYTES = ROWS * ROW_BYTES, LANES = 16 };
+enum { ROWS = 16, ROW_BYTES = 64, TILE_BYTES = ROWS * ROW_BYTES, LANES = 16, MAX_PIECES = 3 };
 
 /* The 16 rows of one tile of the image, in bytes: where the first is, and the others from there. */
 typedef struct {
@@ -86,3 +86,67 @@ INLINE void load(const float *in, ptrdiff_t n, floats *x) /* n numbers, zeros fo
         memcpy(x, in, (size_t)(n < LANES ? n : LANES) * sizeof(float));
 }
 #endif
+
+/* A row of all pieces, 64 bytes at a time; what is too much is overwritten by the next row. */
+INLINE void lay_row(const char *cells, ptrdiff_t plane, const ptrdiff_t run, const int pieces, char *line, ptrdiff_t pitch)
+{
+    UNROLL for (int p = 0; p < pieces; p++, cells += plane, line += pitch) {
+        memcpy(line, cells, ROW_BYTES);
+        UNROLL for (ptrdiff_t i = ROW_BYTES; i < run; i += ROW_BYTES) {
+            memcpy(line + i, cells + i, ROW_BYTES);
+            STORES_DONE; /* or GCC makes a call of memcpy of the loop */
+        }
+    }
+}
+
+/* Bytes of a line of digits in their order to words of four that are 16 apart, or back. */
+INLINE void turn_line(const char *in, const int back, char *out)
+{
+#ifdef __AVX512BW__ /* squares of words, and of bytes: each is its own inverse */
+    const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i line = _mm512_loadu_si512(in);
+    if (back)
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi32(fours, _mm512_shuffle_epi8(line, bytes)));
+    else
+        _mm512_storeu_si512(out, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(fours, line), bytes));
+#else
+    for (int i = 0; i < ROW_BYTES; i++) {
+        const int there = i % LANES * 4 + i / LANES;
+        out[back ? i : there] = in[back ? there : i];
+    }
+#endif
+}
+
+/* Two lines take turns: a load that spans several stores which are still under way waits for them. What fills up a patch is what
+ * was there before, finite as all else. Cells are `item` bytes, 2 of a piece, 1 of a digit. */
+INLINE void lay_patches(const fc_patches *f, const void *all, const ptrdiff_t *pixels, ptrdiff_t n, const int pieces,
+                        const int item, void *patches)
+{
+    enum { LINE = 2 * FC_PATCH + 2 * ROW_BYTES };
+    char lines[2][MAX_PIECES * LINE] __attribute__((aligned(64)));
+    const char *const cells = all;
+    char *out = patches;
+    const ptrdiff_t *const rows = f->rows, n_rows = f->n_rows, run = f->run * item, plane = f->plane * item;
+    memset(lines, 0, sizeof lines);
+    for (ptrdiff_t pixel = 0; pixel <= n; pixel++) {
+        char *line = lines[pixel % 2];
+        const char *cut = lines[(pixel + 1) % 2];
+        if (pixel < n && run <= ROW_BYTES) /* constants: no loop within a row */
+            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
+                lay_row(cells + (pixels[pixel] + rows[r]) * item, plane, ROW_BYTES, pieces, line, LINE);
+        else if (pixel < n && run <= 2 * ROW_BYTES)
+            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
+                lay_row(cells + (pixels[pixel] + rows[r]) * item, plane, 2 * ROW_BYTES, pieces, line, LINE);
+        else if (pixel < n)
+            for (ptrdiff_t r = 0; r < n_rows; r++, line += run)
+                lay_row(cells + (pixels[pixel] + rows[r]) * item, plane, run, pieces, line, LINE);
+        for (ptrdiff_t i = 0; i < f->depth * item && pixel > 0; i += ROW_BYTES, cut += ROW_BYTES)
+            UNROLL for (int p = 0; p < pieces; p++, out += ROW_BYTES) {
+                if (item == 1)
+                    turn_line(cut + p * LINE, 0, out);
+                else
+                    memcpy(out, cut + p * LINE, ROW_BYTES);
+            }
+    }
+}

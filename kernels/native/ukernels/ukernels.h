@@ -248,7 +248,8 @@ typedef struct {
      * tally:   counts rows of n numbers
      * spread:  makes of the n that were counted the scale, 0 if they can't be scaled, and keeps the worse of two spreads
      * spread_weights: the same for each filter of a panel; returns 0 if some can't be scaled
-     * digits_rows, digits_weights: as split_rows, for numbers of one scale, and split_weights */
+     * digits_rows, digits_weights: as split_rows, for numbers of one scale, and split_weights
+     * digits_run: whole steps of them in order, [digit][n], `plane` apart */
     int digits;
     void (*tally)(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally);
     float (*spread)(const fc_tally *tally, ptrdiff_t n, fc_spread *spread);
@@ -256,6 +257,7 @@ typedef struct {
     void (*digits_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
                            const fc_scales *scales, void *out);
     void (*digits_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, float scale, void *out);
+    void (*digits_run)(const void *image, ptrdiff_t n, float scale, void *out, ptrdiff_t plane);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
