@@ -26,6 +26,10 @@
 
 enum { CHANNELS = 32 };
 
+#ifdef FC_AMX_MODEL
+_Thread_local fc_amx_registers fc_model;
+#endif
+
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
 /* Which pieces of image and weights are multiplied, in an order in which each product needs one new load at most. */

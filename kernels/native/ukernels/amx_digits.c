@@ -157,13 +157,14 @@ INLINE void store_digits(const words x[4], char *out, ptrdiff_t line)
     *(words *)out = (a02 >> 2 * BYTE | (b02 & ~low)) ^ sign;
 }
 
+/* The nearest integers, of 24 bits, and 128 for each digit. */
 INLINE words rounded(floats x)
 {
 #ifdef __AVX512BW__
     return (words)_mm512_cvtps_epi32((__m512)x) + 0x808080;
 #else
-    const float shift = 0x1.8p23F; /* beyond it, numbers are integers */
-    return (words)(x + shift) - 0x4b400000 + 0x808080;
+    const floats half = (floats)(((words)x & 0x80000000) | 0x3f000000);
+    return (words)__builtin_convertvector(x + half, integers) + 0x808080;
 #endif
 }
 
