@@ -26,12 +26,16 @@ cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, run_tasks, taps_continue
-from fastconv.kernels.native.machine cimport digit_ukernels, fc_spread, fc_tally, fc_ukernels
+from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, digit_ukernels, fc_spread, fc_tally, fc_ukernels
 
 cdef enum:
     FEW_CHANNELS = 40       # that fill enough of a step of 64
     SUMMED = 192            # products of a sum: with fewer, even normal numbers need more than 8 products of digits
     TRIED = 4               # filters
+    PARTS = 4               # of a channel block's numbers, unless these are ...
+    SMALL = 1 << 14         # ... fewer, about
+    TOGETHER = 256          # channel blocks
+    LANES = 16              # of a tally
     MOST_TAPS = 400         # sums of a channel block's products fit int32
 
 cdef double ROUNDING = 1 / 3.0
@@ -43,8 +47,10 @@ cdef double MARGIN = 1.2
 ctypedef struct Plan:
     const Conv *c
     Py_ssize_t width, channel_blocks
-    float *scale
-    fc_spread *spread
+    Py_ssize_t parts            # that a channel block is counted in, for threads to share
+    fc_tally *tallies
+    Py_ssize_t *counted         # numbers of each part
+    Py_ssize_t first            # of the channel blocks that are counted together
 
 
 def by_forms(convolve, input, output, rest, form=DIGITS):
@@ -70,21 +76,47 @@ cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned
     cdef Plan plan
     cdef Scales scales = Scales()
     cdef cnp.ndarray memory
-    cdef Py_ssize_t tasks, number
+    cdef Py_ssize_t blocks, some_blocks, number
     cdef fc_spread some
     plan.c = c
     plan.width = width
     plan.channel_blocks = ceil_div(c.channels, width)
-    tasks = c.batch * c.groups * plan.channel_blocks
-    scales.memory = memory = np.empty((3, tasks), np.float32)
-    scales.scale = plan.scale = <float *>cnp.PyArray_DATA(memory)
-    scales.spread = plan.spread = <fc_spread *>(scales.scale + tasks)
-    run_tasks(_measure_task, &plan, tasks, c.threads)
+    plan.parts = PARTS if width * c.x.size[3] * c.x.size[4] >= SMALL else 1  # whatever the number of threads
+    blocks = c.batch * c.groups * plan.channel_blocks
+    scales.memory = memory = np.empty((3, blocks), np.float32)
+    scales.scale = <float *>cnp.PyArray_DATA(memory)
+    scales.spread = <fc_spread *>(scales.scale + blocks)
+    some_blocks = min(blocks, <Py_ssize_t>TOGETHER)  # workspace doesn't grow with the batch
+    plan.tallies = <fc_tally *>arena(FC_ARENA_WEIGHTS, some_blocks * plan.parts * (sizeof(fc_tally) + sizeof(Py_ssize_t)))
+    if plan.tallies == NULL:
+        raise MemoryError("no memory for workspace")
+    plan.counted = <Py_ssize_t *>(plan.tallies + some_blocks * plan.parts)
     _try_weights(c, &some)
-    for number in range(tasks):
+    for number in range(blocks):
+        if number % some_blocks == 0:
+            plan.first = number
+            run_tasks(_measure_task, &plan, min(some_blocks, blocks - number) * plan.parts, c.threads)
+        scales.scale[number] = _sum_up(&plan, number - plan.first, &scales.spread[number])
         if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
+
+
+cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread) noexcept nogil:
+    """Return the scale of a channel block, from its parts in their order."""
+    cdef const fc_tally *parts = plan.tallies + block * plan.parts
+    cdef const Py_ssize_t *counted = plan.counted + block * plan.parts
+    cdef fc_tally all = parts[0]
+    cdef Py_ssize_t count = counted[0], part, i
+    for part in range(1, plan.parts):
+        count += counted[part]
+        for i in range(LANES):
+            all.sum[i] += parts[part].sum[i]
+            all.squares[i] += parts[part].squares[i]
+            if parts[part].largest[i] > all.largest[i] or parts[part].largest[i] != parts[part].largest[i]:
+                all.largest[i] = parts[part].largest[i]
+    spread.peak, spread.density = 0, 1
+    return plan.c.kernels.spread(&all, max(<Py_ssize_t>1, count), spread)
 
 
 cdef void _try_weights(const Conv *c, fc_spread *spread) noexcept nogil:
@@ -102,33 +134,38 @@ cdef void _try_weights(const Conv *c, fc_spread *spread) noexcept nogil:
 
 
 cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
+    """Count a part of a channel block: some channels, or columns where channels are neighbours."""
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = plan.c
     cdef const View *x = &c.x
-    cdef Py_ssize_t b = number % plan.channel_blocks, group = number // plan.channel_blocks % c.groups
-    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width), i, d, h
-    cdef Py_ssize_t plane = x.size[3] * x.size[4]
-    cdef const char *image = x.data + (
-        number // (plan.channel_blocks * c.groups) * x.stride[0] + (group * c.channels + b * plan.width) * x.stride[1]
-    ) * c.item
-    cdef fc_tally tally
-    memset(&tally, 0, sizeof(tally))
+    cdef Py_ssize_t part = number % plan.parts, block = plan.first + number // plan.parts
+    cdef Py_ssize_t b = block % plan.channel_blocks, group = block // plan.channel_blocks % c.groups
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width), first = 0, end = channels, i, d, h
+    cdef Py_ssize_t left = 0, columns = x.size[4], step = c.stride[1] if c.kernel[1] == 1 else 1  # rows that are seen
+    cdef Py_ssize_t top = (step - c.pad[1] % step) % step, rows = ceil_div(max(0, x.size[3] - top), step)
+    cdef const char *plane
+    cdef fc_tally *tally = &plan.tallies[number]
+    if x.stride[4] == 1:
+        first, end = channels * part // plan.parts, channels * (part + 1) // plan.parts
+    else:
+        left, columns = x.size[4] * part // plan.parts, x.size[4] * (part + 1) // plan.parts
+        columns -= left
+    memset(tally, 0, sizeof(tally[0]))
     for d in range(x.size[2]):
+        plane = x.data + (
+            block // (plan.channel_blocks * c.groups) * x.stride[0] + (group * c.channels + b * plan.width) * x.stride[1]
+            + d * x.stride[2] + top * x.stride[3] + left * x.stride[4]
+        ) * c.item
         if x.stride[4] != 1:
-            for h in range(x.size[3]):
-                c.kernels.tally(
-                    image + (d * x.stride[2] + h * x.stride[3]) * c.item, x.size[4], x.stride[4], channels, &tally
-                )
+            for h in range(rows):
+                c.kernels.tally(plane + h * step * x.stride[3] * c.item, columns, x.stride[4], channels, tally)
             continue
-        for i in range(channels):
-            if x.stride[3] == x.size[4]:
-                c.kernels.tally(image + (d * x.stride[2] + i * x.stride[1]) * c.item, 1, 0, plane, &tally)
+        for i in range(first, end):
+            if x.stride[3] == columns and step == 1:
+                c.kernels.tally(plane + i * x.stride[1] * c.item, 1, 0, rows * columns, tally)
             else:
-                c.kernels.tally(
-                    image + (d * x.stride[2] + i * x.stride[1]) * c.item, x.size[3], x.stride[3], x.size[4], &tally
-                )
-    plan.spread[number].peak, plan.spread[number].density = 0, 1
-    plan.scale[number] = c.kernels.spread(&tally, channels * x.size[2] * plane, &plan.spread[number])
+                c.kernels.tally(plane + i * x.stride[1] * c.item, rows, step * x.stride[3], columns, tally)
+    plan.counted[number] = (end - first) * x.size[2] * rows * columns
     return 0
 
 

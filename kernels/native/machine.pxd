@@ -7,7 +7,9 @@ cdef extern from "ukernels.h" nogil:
         fc_spread spread
 
     ctypedef struct fc_tally:
-        pass
+        float largest[16]
+        float sum[16]
+        float squares[16]
 
     ctypedef struct fc_reduction:
         const Py_ssize_t *taps
