@@ -18,8 +18,8 @@
 
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
 their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
-loop on other views (``interleave``; with a stride see below), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: its own
-microkernel multiplies channel by channel, where channels are neighbours; where the pixels of a row are, it is ``conv_planar``'s.
+loop on other views (``interleave``; with a stride see below), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: it is in
+``depthwise``, where channels are neighbours; where the pixels of a row are, in ``conv_planar``.
 
 Where the machine has a tile that multiplies pieces of numbers (``split_numbers``), part and panels are split after packing. It
 reads rows that are evenly spaced faster than others, and so a block's pixels are computed as one long row: what they see is
@@ -45,9 +45,9 @@ cimport numpy as cnp
 from libc.string cimport memmove, memset
 
 from fastconv.kernels import interleave
-from fastconv.kernels.native import conv_planar
+from fastconv.kernels.native import conv_planar, depthwise
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, cut, divide, extent, locate,
+    CHANNELS, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, cut, divide, extent, locate,
     make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
@@ -83,10 +83,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     if dims.depthwise and conv_planar.suits(input, output, dims):
         conv_planar.conv_forward(input, weight, bias, output, dims, options)
     elif dims.depthwise:
-        multiplier = weight.shape[0] // dims.groups
-        for j in range(multiplier):  # filters j, j + multiplier, ... are one filter for each channel
-            part = None if bias is None else bias[j::multiplier]
-            _depthwise(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
+        depthwise.conv_forward(input, weight, bias, output, dims, options)
     else:
         by_forms(_forward, input, output, (weight, bias, dims, options))
 
@@ -812,76 +809,3 @@ cdef void _store_row(const Plan *plan, const fc_epilogue *epilogue, const char *
         c.kernels.epilogue(
             epilogue, strands[s], width, ceil_div(cells - s, plan.step[2]), filters, out + s * c.y.stride[4] * c.item
         )
-
-
-# -------------------------------------------------------------------------------------------------------- depthwise
-
-cdef void _depthwise(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
-    """One filter for each channel: weight (C, 1, ...), output (N, C, ...)."""
-    cdef Plan plan
-    cdef Conv *c = &plan.c
-    cdef Py_ssize_t b, tasks
-    cdef char *weights
-    make_conv(c, input, weight, output, dims, options)
-    plan.width = CHANNELS
-    plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
-    cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
-    weights = arena(FC_ARENA_WEIGHTS, plan.channel_blocks * CHANNELS * (c.taps + 1) * c.item)
-    if weights == NULL:
-        raise MemoryError("no memory for packed weights")
-    for b in range(plan.channel_blocks):
-        _pack_depthwise(c, b * CHANNELS, weights + b * CHANNELS * c.taps * c.item)
-    plan.weights = weights
-    plan.bias = pack_bias(c, bias, weights + plan.channel_blocks * CHANNELS * c.taps * c.item)
-    plan.relu = options.activation == "relu"
-    tasks = c.batch * plan.blocks.count * plan.channel_blocks
-    run_tasks(_depthwise_task, &plan, tasks, c.threads)
-
-
-cdef void _pack_depthwise(const Conv *c, Py_ssize_t first, char *out) noexcept nogil:
-    """Pack a block of channels' filters to [tap][channel], missing channels as zeros."""
-    cdef const View *w = &c.w
-    cdef Py_ssize_t d, h, count = min(<Py_ssize_t>CHANNELS, c.groups - first)
-    memset(out, 0, <size_t>(c.taps * CHANNELS * c.item))
-    for d in range(c.kernel[0]):
-        for h in range(c.kernel[1]):
-            c.kernels.transpose(
-                w.data + (first * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item,
-                w.stride[0], w.stride[4], count, c.kernel[2], out, CHANNELS,
-            )
-            out += c.kernel[2] * CHANNELS * c.item
-
-
-cdef int _depthwise_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    cdef const Plan *plan = <const Plan *>shared
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = task % plan.channel_blocks * CHANNELS
-    cdef Py_ssize_t channels = min(<Py_ssize_t>CHANNELS, c.groups - first)
-    cdef Block block
-    locate(c, &plan.blocks, task // plan.channel_blocks, &block)
-
-    cdef Py_ssize_t pixels = block.rows * block.columns
-    cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
-    cdef Py_ssize_t chunk_bytes = c.chunk * CHANNELS * c.item
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK, offset_bytes + chunk_bytes + CHANNELS * part_cells(c, block.rows, block.columns) * c.item
-    )
-    if memory == NULL:
-        return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *taps = offsets + pixels
-    cdef char *accumulators = memory + offset_bytes
-    cdef char *part = accumulators + chunk_bytes
-    cdef const char *bias = bias_at(plan.bias, first * c.item)
-    cdef Py_ssize_t p, count
-    pixel_offsets(c, &block, CHANNELS, offsets)
-    tap_offsets(c, &block, CHANNELS, taps)
-    pack_image(c, &block, first, channels, CHANNELS, part)
-    for p from 0 <= p < pixels by c.chunk:
-        count = min(c.chunk, pixels - p)
-        c.kernels.depthwise(
-            taps, c.taps, <int>c.kernel[2], part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS,
-            accumulators,
-        )
-        store(c, &block, p, count, accumulators, CHANNELS, first, channels, bias, plan.relu)
-    return 0
