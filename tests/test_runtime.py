@@ -146,14 +146,16 @@ def test_the_instruction_set_can_be_capped() -> None:
     ("op", "case", "without", "with_amx"),
     [
         ("conv_forward", ConvCase("1x1", (1, 64, 14, 14), (128, 64, 1, 1)), "im2col", "im2col"),
-        ("conv_forward", ConvCase("few pixels", (1, 256, 14, 14), (512, 256, 3, 3), 2, 1), "direct", "im2col"),
+        ("conv_forward", ConvCase("few pixels", (1, 36, 7, 7), (1024, 36, 3, 3), 1, 1), "winograd", "im2col"),
+        ("conv_forward", ConvCase("few pixels, digits", (1, 256, 14, 14), (512, 256, 3, 3), 2, 1), "direct", "direct"),
         ("conv_forward", ConvCase("3x3", (1, 32, 28, 28), (32, 32, 3, 3), 1, 1), "winograd", "direct"),
         (
             "conv_forward",
-            ConvCase("3x3 of many channels", (1, 128, 56, 56), (128, 128, 3, 3), 1, 1),
+            ConvCase("3x3 of many filters", (1, 24, 112, 112), (256, 24, 3, 3), 1, 1),
             "winograd",
             "winograd",
         ),
+        ("conv_forward", ConvCase("3x3, digits", (1, 128, 56, 56), (128, 128, 3, 3), 1, 1), "winograd", "direct"),
         ("conv_input_grad", ConvCase("1x1", (1, 256, 14, 14), (512, 256, 1, 1)), "direct", "im2col"),
         ("conv_input_grad", ConvCase("many filters", (1, 64, 13, 13), (384, 64, 3, 3), 1, 1), "winograd", "direct"),
         ("conv_weight_grad", ConvCase("3x3", (1, 64, 14, 14), (64, 64, 3, 3), 1, 1), "winograd", "direct"),
