@@ -188,19 +188,7 @@ static void fc_f32_brgemm_pairs_x6__amx(const fc_reduction *r, const void *a, co
 
 static ptrdiff_t fc_f32_saturate__amx(ptrdiff_t rounds, void *sums)
 {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(4, sums, ROW_BYTES);
-    _tile_loadd(5, sums, ROW_BYTES);
-    for (ptrdiff_t round = 0; round < rounds; round++) {
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 5);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, sums, ROW_BYTES);
+    SATURATE(_tile_dpbf16ps, rounds, sums);
     return rounds * 4 * ROWS * LANES * CHANNELS * 2;
 }
 
