@@ -156,6 +156,8 @@ CONV_CASES = [
     ConvCase("1x1 of many channels and filters, stride 2", (1, 600, 9, 9), (50, 600, 1, 1), 2),
     ConvCase("1x1 of many filters, stride 2, groups", (1, 66, 13, 14), (70, 33, 1, 1), 2, 0, 1, 2),
     ConvCase("3x3 of many filters, stride 2", (2, 36, 13, 12), (34, 36, 3, 3), 2, 1),
+    ConvCase("3x3 of so many filters that digits add them up", (2, 7, 12, 11), (520, 7, 3, 3), 1, 1),
+    ConvCase("1x1 of so many filters, stride 2, groups", (1, 66, 20, 21), (512, 33, 1, 1), 2, 0, 1, 2),
     ConvCase("1x1 of whole channel blocks", (1, 64, 7, 7), (64, 64, 1, 1)),
     ConvCase("1x1, stride 2", (2, 16, 7, 7), (8, 16, 1, 1), 2),
     ConvCase("1x1, padding", (1, 3, 4, 4), (2, 3, 1, 1), 1, 1),

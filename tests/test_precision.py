@@ -53,6 +53,9 @@ CASES = [
     ConvCase("3x3, stride 2", (2, 18, 21, 20), (18, 18, 3, 3), 2, 1),
     ConvCase("3x3, stride 2, longer sums", (1, 130, 14, 15), (64, 130, 3, 3), 2, 1),
     ConvCase("4x4, stride 2", (2, 16, 16, 14), (48, 16, 4, 4), 2, 1),
+    ConvCase("columns of several blocks of filters", (1, 34, 10, 11), (520, 34, 1, 1)),
+    ConvCase("columns of 3x3, stride 2", (1, 9, 21, 22), (260, 9, 3, 3), 2, 1),
+    ConvCase("columns of 2x2, longer sums", (1, 12, 20, 22), (1280, 12, 2, 2), 2),
 ]
 WHOLE_BLOCKS = [case for case in CONV_CASES if "whole channel blocks" in case.name]
 PROMISES = {"highest": 1e-6, "high": 1e-5, "medium": 1e-2}

@@ -189,7 +189,9 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
     if c.kernels.digits:
-        scales = measure(&plan.of, min(plan.width, plan.of.channels), plan.summed, plan.refused)
+        scales = measure(
+            &plan.of, &plan.of.x, plan.of.channels, min(plan.width, plan.of.channels), plan.summed, plan.refused
+        )
         plan.scale, plan.spread = scales.scale, scales.spread
         if 0 not in refused[:c.batch]:
             return list(range(c.batch))

@@ -188,7 +188,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
     if c.kernels.digits:
-        scales = measure(c, plan.together, c.channels * c.taps, plan.refused)
+        scales = measure(c, &c.x, c.channels, plan.together, c.channels * c.taps, plan.refused)
         plan.scale, plan.spread = scales.scale, scales.spread
         if 0 not in refused[:c.batch]:
             return list(range(c.batch))

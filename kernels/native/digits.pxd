@@ -1,4 +1,4 @@
-from fastconv.kernels.native.blocking cimport Conv
+from fastconv.kernels.native.blocking cimport Conv, View
 from fastconv.kernels.native.machine cimport fc_spread, fc_ukernels
 
 # What the tile multiplies: the next is tried where numbers don't have the form of one.
@@ -15,5 +15,6 @@ cdef class Scales:
 
 
 cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summed)
-cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned char *refused)
+cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_t width, Py_ssize_t summed,
+                    unsigned char *refused)
 cdef int products(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil

@@ -46,7 +46,9 @@ cdef double MARGIN = 1.2
 # What all tasks of one call share.
 ctypedef struct Plan:
     const Conv *c
-    Py_ssize_t width, channel_blocks
+    const View *x               # what is counted, ``channels`` in a group
+    Py_ssize_t channels, width, channel_blocks
+    Py_ssize_t top, step        # rows of it that are seen
     Py_ssize_t parts            # that a channel block is counted in, for threads to share
     fc_tally *tallies
     Py_ssize_t *counted         # numbers of each part
@@ -71,17 +73,19 @@ cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summ
     return kernels
 
 
-cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned char *refused):
-    """Measure each image's channel blocks, of ``width`` channels, and refuse images for which not even a few weights will do."""
+cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_t width, Py_ssize_t summed,
+                    unsigned char *refused):
+    """Measure each image's channel blocks, ``width`` of a group's ``channels``; refuse those for which a few weights won't do."""
     cdef Plan plan
     cdef Scales scales = Scales()
     cdef cnp.ndarray memory
     cdef Py_ssize_t blocks, some_blocks, number
     cdef fc_spread some
-    plan.c = c
-    plan.width = width
-    plan.channel_blocks = ceil_div(c.channels, width)
-    plan.parts = PARTS if width * c.x.size[3] * c.x.size[4] >= SMALL else 1  # whatever the number of threads
+    plan.c, plan.x, plan.channels, plan.width = c, x, channels, width
+    plan.channel_blocks = ceil_div(channels, width)
+    plan.step = c.stride[1] if x == &c.x and c.kernel[1] == 1 else 1
+    plan.top = (plan.step - c.pad[1] % plan.step) % plan.step
+    plan.parts = PARTS if width * x.size[3] * x.size[4] >= SMALL else 1  # whatever the number of threads
     blocks = c.batch * c.groups * plan.channel_blocks
     scales.memory = memory = np.empty((3, blocks), np.float32)
     scales.scale = <float *>cnp.PyArray_DATA(memory)
@@ -91,7 +95,9 @@ cdef Scales measure(const Conv *c, Py_ssize_t width, Py_ssize_t summed, unsigned
     if plan.tallies == NULL:
         raise MemoryError("no memory for workspace")
     plan.counted = <Py_ssize_t *>(plan.tallies + some_blocks * plan.parts)
-    _try_weights(c, &some)
+    some.peak = some.density = 1
+    if x == &c.x:
+        _try_weights(c, &some)
     for number in range(blocks):
         if number % some_blocks == 0:
             plan.first = number
@@ -124,7 +130,6 @@ cdef void _try_weights(const Conv *c, fc_spread *spread) noexcept nogil:
     cdef const View *w = &c.w
     cdef Py_ssize_t filters = c.groups * c.filters, n = c.channels * c.taps, i
     cdef fc_tally tally
-    spread.peak = spread.density = 1
     if w.stride[1] * (c.channels > 1) not in (0, c.taps) or not taps_continue(c) or (c.taps > 1 and w.stride[4] != 1):
         return
     for i in range(TRIED):
@@ -137,12 +142,11 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
     """Count a part of a channel block: some channels, or columns where channels are neighbours."""
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = plan.c
-    cdef const View *x = &c.x
+    cdef const View *x = plan.x
     cdef Py_ssize_t part = number % plan.parts, block = plan.first + number // plan.parts
     cdef Py_ssize_t b = block % plan.channel_blocks, group = block // plan.channel_blocks % c.groups
-    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width), first = 0, end = channels, i, d, h
-    cdef Py_ssize_t left = 0, columns = x.size[4], step = c.stride[1] if c.kernel[1] == 1 else 1  # rows that are seen
-    cdef Py_ssize_t top = (step - c.pad[1] % step) % step, rows = ceil_div(max(0, x.size[3] - top), step)
+    cdef Py_ssize_t channels = min(plan.width, plan.channels - b * plan.width), first = 0, end = channels, i, d, h
+    cdef Py_ssize_t left = 0, columns = x.size[4], step = plan.step, rows = ceil_div(max(0, x.size[3] - plan.top), step)
     cdef const char *plane
     cdef fc_tally *tally = &plan.tallies[number]
     if x.stride[4] == 1:
@@ -153,8 +157,8 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
     memset(tally, 0, sizeof(tally[0]))
     for d in range(x.size[2]):
         plane = x.data + (
-            block // (plan.channel_blocks * c.groups) * x.stride[0] + (group * c.channels + b * plan.width) * x.stride[1]
-            + d * x.stride[2] + top * x.stride[3] + left * x.stride[4]
+            block // (plan.channel_blocks * c.groups) * x.stride[0] + (group * plan.channels + b * plan.width) * x.stride[1]
+            + d * x.stride[2] + plan.top * x.stride[3] + left * x.stride[4]
         ) * c.item
         if x.stride[4] != 1:
             for h in range(rows):

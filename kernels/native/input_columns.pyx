@@ -20,8 +20,11 @@ The weights, most of the memory there is to move, are read once and in the calle
 a stride are not convolutions of their own, with a part of each filter. The columns of a few channels are all that ever exists.
 
 Where the machine has a tile that multiplies pieces of numbers, (channel, tap) are its lanes: then weights are split where they
-are, and only the gradients and the columns, fewer, are turned.
+are, and only the gradients and the columns, fewer, are turned. Digits have a scale for each (channel, tap) and block of filters,
+and one for an image's block of filters; lanes of a vector have as many products, and vectors are the same in any task.
 """
+
+import math
 
 cimport numpy as cnp
 from libc.string cimport memset
@@ -29,9 +32,13 @@ from libc.string cimport memset
 from fastconv.kernels.native.blocking cimport (
     Conv, View, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, split_pays, use_tile,
 )
+from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, Scales, measure, products
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, arena, digit_ukernels, fc_reduction, fc_scales, fc_spread,
+    fc_tally, fc_ukernels,
 )
+
+from fastconv.kernels.native.digits import by_forms
 
 cdef enum:
     ROWS = 96                   # (channel, tap) of a task, about: with 512 filters their weights take 192 KB
@@ -40,7 +47,11 @@ cdef enum:
     SPLIT_ROWS = 288            # and ...
     SPLIT_PIXELS = 128          # ... the same where numbers are split: whole panels of 32 rows for 1, 4, and 9 taps
     SPLIT_DEPTH = 256           # filters whose weights are split at a time: 442 KB of pieces, where L2 has 2 MB
+    DIGIT_DEPTH = 512           # ... and of digits as many bytes
     FEW_ROWS = 32               # (channel, tap): gradients that so few use are read where they are
+    SUMMED = 256                # filters whose products digits add up: with fewer, images are refused too often
+    DIGIT_USES = 100            # of a weight: with fewer, measuring it takes as long as the products that digits save
+    LANES = 16                  # of the tile that multiplies digits
     USES = 32                   # of a number in products that make up for splitting it, about
 
 # What all tasks of one call share.
@@ -56,11 +67,21 @@ ctypedef struct Plan:
     Py_ssize_t pitch            # from column to column, ...
     Py_ssize_t grad_pitch       # ... and from filter to filter
     bint in_place               # gradients are read where they are
-    Py_ssize_t depth            # from pixel to pixel of split gradients
+    Py_ssize_t block            # filters whose weights are split at a time
+    Py_ssize_t depth            # filters of split gradients, whole steps of the tile
     char *grads
     const char *bias
     bint relu
     unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
+    const float *scale          # of digits, by image, group and block of filters
+    const fc_spread *spread     # the same
+
+# Where a task has the weights of a block of filters, split, and of digits the scales, panel by panel.
+ctypedef struct Pieces:
+    fc_tally *tallies
+    fc_scales *scales
+    char *floats                # of a step of the tile
+    char *weights
 
 ctypedef fused real:
     float
@@ -69,15 +90,13 @@ ctypedef fused real:
 
 cdef void input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options):
     """See ``conv_input_grad`` in ``fastconv.kernels``."""
-    for image in _input_by_columns(grad_output, weight, bias, grad_input, dims, options, True):
-        one = slice(image, image + 1)
-        _input_by_columns(grad_output[one], weight, bias, grad_input[one], dims, options, False)
+    by_forms(_input_by_columns, grad_output, grad_input, (weight, bias, dims, options))
 
 
-cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options,
-                            bint split):
-    """Compute the gradients; return the images that were left out for their numbers can't be split."""
+def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form, cnp.ndarray weight, bias, dims, options):
+    """Compute the gradients; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
+    cdef Scales scales
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, band, all_rows, bias_bytes, grad_bytes
     cdef unsigned char[::1] refused
@@ -86,18 +105,23 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     make_conv(c, grad_input, weight, grad_output, dims, options)
     all_rows = c.out[0] * c.out[1]
     plan.pixels = all_rows * c.out[2]
-    if split and rows[0].flags.c_contiguous:
-        _split_numbers(&plan, options.precision)
+    if form != NUMBERS and rows[0].flags.c_contiguous:
+        _split_numbers(&plan, options.precision, form)
+    if form == DIGITS and not c.kernels.digits:
+        return list(range(c.batch))
     plan.weights = cnp.PyArray_BYTES(rows)
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
     plan.together = min(ceil_div(c.channels, c.threads), max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps))
+    if c.kernels.digits:
+        plan.together = round_up(plan.together, _channels_of_panels(c))
     plan.parts = ceil_div(c.channels, plan.together)
     most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
     band = ceil_div(all_rows, ceil_div(plan.pixels, <Py_ssize_t>BAND))
     plan.pixels = band * c.out[2]
     plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
+    plan.block = DIGIT_DEPTH if c.kernels.digits else SPLIT_DEPTH
     plan.depth = round_up(c.filters, c.kernels.depth_step)
     plan.in_place = c.kernels.pieces == 0 and most == 1 and c.channels * c.taps <= FEW_ROWS and _whole_vectors(c, band)
     plan.grad_pitch = c.y.stride[1] if plan.in_place else plan.pitch
@@ -113,6 +137,11 @@ cdef list _input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, c
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = &refused[0]
+    if c.kernels.digits:
+        scales = measure(c, &c.y, c.filters, plan.block, c.filters, plan.refused)
+        plan.scale, plan.spread = scales.scale, scales.spread
+        if 0 not in refused[:c.batch]:
+            return list(range(c.batch))
     for plan.first in range(0, c.batch, most):
         plan.images = min(most, c.batch - plan.first)
         for plan.row in range(0, all_rows, band):
@@ -137,18 +166,37 @@ cdef bint _whole_vectors(const Conv *c, Py_ssize_t band) noexcept nogil:
     )
 
 
-cdef void _split_numbers(Plan *plan, str precision):
-    """Change to the tile that multiplies pieces of numbers, if the machine has one and the shape fills it."""
+cdef void _split_numbers(Plan *plan, str precision, int form):
+    """Change to the tile that multiplies pieces of numbers, or digits, if the machine has one and the shape fills it."""
     cdef Conv *c = &plan.c
-    cdef const fc_ukernels *pieces = piece_tile(c, precision)
-    cdef Py_ssize_t rows = c.channels * c.taps
+    cdef const fc_ukernels *pieces = _digit_tile(c, precision) if form == DIGITS else piece_tile(c, precision)
+    cdef Py_ssize_t rows = c.channels * c.taps, least
     cdef double padded
     if pieces == NULL or min(plan.pixels, c.filters, rows) < USES:
         return
-    padded = round_up(c.filters, pieces.depth_step) * <double>round_up(plan.pixels, pieces.tile_rows // 2)
+    least = pieces.tile_rows if pieces.digits else pieces.tile_rows // 2
+    padded = round_up(c.filters, pieces.depth_step) * <double>round_up(plan.pixels, least)
     padded *= round_up(rows, pieces.lanes) / (<double>c.filters * plan.pixels * rows)
-    if split_pays(pieces, padded):
-        use_tile(c, pieces)
+    if not split_pays(pieces, padded):
+        return
+    use_tile(c, pieces)
+    if pieces.digits:
+        c.panel = pieces.lanes  # which decide together how many products are enough
+
+
+cdef const fc_ukernels *_digit_tile(const Conv *c, str precision):
+    """Return the tile that multiplies digits; NULL where there is none, or sums are short, or a task would have too many taps."""
+    cdef const fc_ukernels *kernels = digit_ukernels(c.item)
+    if kernels == NULL or precision != "highest" or c.filters < SUMMED or c.out[0] * c.out[1] * c.out[2] < DIGIT_USES:
+        return NULL
+    if c.y.stride[4] != 1 and c.y.stride[1] != 1:
+        return NULL
+    return kernels if _channels_of_panels(c) * c.taps <= 2 * SPLIT_ROWS else NULL
+
+
+cdef Py_ssize_t _channels_of_panels(const Conv *c):
+    """Return how many channels fill whole panels of 16 (channel, tap): so these are the same in any task."""
+    return LANES // math.gcd(c.taps, LANES)
 
 
 cdef void _copy_grads(const Plan *plan) noexcept nogil:
@@ -175,25 +223,48 @@ cdef const char *_grad_row(const Plan *plan, Py_ssize_t image, Py_ssize_t row) n
     ) * c.item
 
 
+cdef Py_ssize_t _block_depth(const Plan *plan, Py_ssize_t filter) noexcept nogil:
+    """Return how many filters, whole steps of the tile, the block has that begins with ``filter``."""
+    return round_up(min(plan.block, plan.c.filters - filter), plan.c.kernels.depth_step)
+
+
+cdef char *_grads_at(const Plan *plan, Py_ssize_t group, Py_ssize_t filter) noexcept nogil:
+    """Where the split gradients of a block of filters begin."""
+    return plan.grads + (group * plan.depth + filter) * plan.images * plan.pixels * plan.c.packed
+
+
+cdef Py_ssize_t _scale_number(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_t filter) noexcept nogil:
+    """The number of the scale of an image and a block of filters."""
+    return ((plan.first + image) * plan.c.groups + group) * ceil_div(plan.c.filters, plan.block) + filter // plan.block
+
+
 cdef int _split_grads_task(const void *shared, Py_ssize_t image) noexcept nogil:
-    """Turn an image's gradients and split them, [group][image][pixel][filter]."""
+    """Turn an image's gradients and split them, [group][block of filters][image][pixel][filter]."""
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t group, row, pixel_bytes = plan.depth * c.packed
-    cdef int sizes = 0
+    cdef Py_ssize_t group, row, k, n
+    cdef int sizes = FC_ORDINARY if c.kernels.digits else 0
     cdef char *out
     cdef char *floats = arena(FC_ARENA_BLOCK, c.out[2] * c.filters * c.item)
     if floats == NULL:
         return 1
     for group in range(c.groups):
-        out = plan.grads + (group * plan.images + image) * plan.pixels * pixel_bytes
         for row in range(plan.rows):
             c.kernels.transpose(
                 _grad_row(plan, image, row) + group * c.filters * c.y.stride[1] * c.item,
                 c.y.stride[1], c.y.stride[4], c.filters, c.out[2], floats, c.filters,
             )
-            sizes |= c.kernels.split_rows(floats, c.out[2], c.filters, c.filters, c.kernels.pieces, out)
-            out += c.out[2] * pixel_bytes
+            for k from 0 <= k < c.filters by plan.block:
+                n = min(plan.block, c.filters - k)
+                out = _grads_at(plan, group, k) + (
+                    (image * plan.pixels + row * c.out[2]) * _block_depth(plan, k)
+                ) * c.packed
+                if c.kernels.digits:
+                    c.kernels.digits_rows(
+                        floats + k * c.item, c.out[2], c.filters, n, plan.scale[_scale_number(plan, image, group, k)], out
+                    )
+                else:
+                    sizes |= c.kernels.split_rows(floats + k * c.item, c.out[2], c.filters, n, c.kernels.pieces, out)
     if sizes & FC_HUGE or sizes == FC_TINY:
         plan.refused[plan.first + image] = 1
     return 0
@@ -204,6 +275,8 @@ cdef int _channels_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t group = task // plan.parts, channel = task % plan.parts * plan.together, image, m
     cdef Py_ssize_t channels = min(plan.together, c.channels - channel)
+    if plan.refused[c.batch]:
+        return 0
     cdef Py_ssize_t rows = round_up(channels * c.taps, max(<Py_ssize_t>c.kernels.tile_rows, c.panel))
     cdef char *columns = arena(FC_ARENA_BLOCK, rows * plan.pitch * c.item + _workspace(plan, channels * c.taps))
     if columns == NULL:
@@ -225,9 +298,10 @@ cdef Py_ssize_t _workspace(const Plan *plan, Py_ssize_t rows) noexcept nogil:
     cdef Py_ssize_t pixels = round_up(plan.images * plan.pixels, c.kernels.tile_rows)
     if c.kernels.pieces == 0:
         return round_up(rows * <Py_ssize_t>sizeof(Py_ssize_t), 64) + rows * (c.filters | 16) * c.item
+    cdef Pieces pieces
     rows = round_up(rows, c.panel)
     return (
-        c.kernels.depth_step * c.panel * c.item + rows * (SPLIT_DEPTH * c.packed + pixels * c.item)
+        _lay_out(plan, rows // c.panel, NULL, &pieces) - <char *>NULL + rows * pixels * c.item
         + pixels * <Py_ssize_t>sizeof(Py_ssize_t)
     )
 
@@ -268,11 +342,9 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t rows = channels * c.taps, width = c.panel, panels = ceil_div(rows, width), zero = 0
     cdef Py_ssize_t pixels = plan.images * plan.pixels, k, p, sum_bytes = round_up(pixels, c.kernels.tile_rows) * width * c.item
-    cdef char *floats = memory
-    cdef char *pieces = floats + c.kernels.depth_step * width * c.item
-    cdef char *sums = pieces + panels * SPLIT_DEPTH * width * c.packed
+    cdef Pieces pieces
+    cdef char *sums = _lay_out(plan, panels, memory, &pieces)
     cdef Py_ssize_t *offsets = <Py_ssize_t *>(sums + panels * sum_bytes)
-    cdef const char *grads = plan.grads + group * pixels * plan.depth * c.packed
     cdef int sizes = 0
     cdef fc_reduction reduction
     reduction.apart = 0
@@ -283,17 +355,17 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     reduction.a_step = 1
     reduction.b_tap = 0
     reduction.b_step = reduction.c_step = width
-    for p in range(pixels):
-        offsets[p] = p * plan.depth
     c.kernels.enter()
-    for k from 0 <= k < c.filters by SPLIT_DEPTH:
-        reduction.depth = round_up(min(<Py_ssize_t>SPLIT_DEPTH, c.filters - k), c.kernels.depth_step)
-        sizes |= _split_weights(plan, group, k, channel * c.taps, panels, floats, pieces)
+    for k from 0 <= k < c.filters by plan.block:
+        reduction.depth = _block_depth(plan, k)
+        for p in range(pixels):
+            offsets[p] = p * reduction.depth
+        if c.kernels.digits and not _measure_weights(plan, group, k, channel * c.taps, panels, &pieces):
+            sizes = FC_HUGE
+            break
+        sizes |= _split_weights(plan, group, k, channel * c.taps, panels, &pieces)
         for p in range(panels):
-            c.kernels.brgemm(
-                &reduction, grads + k * c.packed, offsets, pixels, pieces + p * reduction.depth * width * c.packed, 2,
-                sums + p * sum_bytes, k > 0,
-            )
+            _multiply_panel(plan, &reduction, group, k, p, offsets, &pieces, sums + p * sum_bytes)
     c.kernels.leave()
     for p in range(panels):
         c.kernels.transpose(
@@ -303,29 +375,99 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
         plan.refused[c.batch] = 1
 
 
+cdef char *_lay_out(const Plan *plan, Py_ssize_t panels, char *memory, Pieces *pieces) noexcept nogil:
+    """Find room for pieces of a block's weights; return where it ends."""
+    cdef const Conv *c = &plan.c
+    pieces.tallies = <fc_tally *>memory
+    if c.kernels.digits:
+        memory += panels * <Py_ssize_t>sizeof(fc_tally)
+    pieces.scales = <fc_scales *>memory
+    if c.kernels.digits:
+        memory += panels * <Py_ssize_t>sizeof(fc_scales)
+    pieces.floats = memory
+    pieces.weights = memory + c.kernels.depth_step * c.panel * c.item
+    return pieces.weights + panels * plan.block * c.panel * c.packed
+
+
+cdef void _multiply_panel(const Plan *plan, fc_reduction *reduction, Py_ssize_t group, Py_ssize_t filter, Py_ssize_t panel,
+                          const Py_ssize_t *offsets, const Pieces *pieces, char *sums) noexcept nogil:
+    """Add the products of a block of filters to the sums of a panel: of digits, as many as each image needs."""
+    cdef const Conv *c = &plan.c
+    cdef const char *weights = pieces.weights + panel * reduction.depth * c.panel * c.packed
+    cdef const char *grads = _grads_at(plan, group, filter)
+    cdef Py_ssize_t image, number
+    if not c.kernels.digits:
+        c.kernels.brgemm(reduction, grads, offsets, plan.images * plan.pixels, weights, 2, sums, filter > 0)
+        return
+    reduction.scales = &pieces.scales[panel]
+    reduction.scale_step = 0
+    for image in range(plan.images):
+        number = _scale_number(plan, image, group, filter)
+        reduction.scale = &plan.scale[number]
+        reduction.products = products(&plan.spread[number], &reduction.scales.spread, c.filters)
+        if reduction.products == 0:
+            plan.refused[plan.first + image] = 1
+        if plan.refused[plan.first + image]:
+            continue
+        c.kernels.brgemm(
+            reduction, grads, offsets + image * plan.pixels, plan.pixels, weights, 1,
+            sums + image * plan.pixels * c.panel * c.item, filter > 0,
+        )
+
+
+cdef bint _measure_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t filter, Py_ssize_t first, Py_ssize_t panels,
+                           Pieces *pieces) noexcept nogil:
+    """Choose the scales of a block's weights, one for each (channel, tap); return whether there are any."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t filters = min(plan.block, c.filters - filter), unit = c.kernels.depth_step, k, p, count, step
+    cdef const char *weights
+    cdef bint usable = True
+    memset(pieces.tallies, 0, <size_t>panels * sizeof(fc_tally))
+    for k from 0 <= k < filters by unit:
+        count = min(unit, filters - k)
+        for p in range(panels):
+            weights = _weights_at(plan, group, filter + k, count, first + p * c.panel, pieces.floats, &step)
+            c.kernels.tally(weights, count, step, c.panel, &pieces.tallies[p])
+    for p in range(panels):
+        pieces.scales[p].spread.peak, pieces.scales[p].spread.density = 0, 1
+        usable &= c.kernels.spread_lanes(&pieces.tallies[p], filters, pieces.scales[p].scale, &pieces.scales[p].spread)
+    return usable
+
+
 cdef int _split_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t filter, Py_ssize_t first, Py_ssize_t panels,
-                        char *floats, char *pieces) noexcept nogil:
-    """Split the weights of SPLIT_DEPTH filters for panels of (channel, tap) from ``first`` on, a step of filters at a time: a
+                        Pieces *pieces) noexcept nogil:
+    """Split the weights of a block of filters for panels of (channel, tap) from ``first`` on, a step of filters at a time: a
     filter's weights are read one panel after another. Return the numbers' sizes."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t end = min(filter + SPLIT_DEPTH, c.filters), depth = round_up(end - filter, c.kernels.depth_step)
-    cdef Py_ssize_t width = c.panel, unit = c.kernels.depth_step, k, p, r, count, step
+    cdef Py_ssize_t filters = min(plan.block, c.filters - filter), depth = _block_depth(plan, filter)
+    cdef Py_ssize_t unit = c.kernels.depth_step, k, p, count, step
     cdef const char *weights
+    cdef char *out
     cdef int sizes = 0
-    for k from 0 <= k < end - filter by unit:
-        count = min(unit, end - filter - k)
+    for k from 0 <= k < filters by unit:
+        count = min(unit, filters - k)
         for p in range(panels):
-            r = first + p * width
-            weights = plan.weights + ((group * c.filters + filter + k) * plan.filter_step + r) * c.item
-            step = plan.filter_step
-            if r + width > c.channels * c.taps:  # the last panel: beyond it there may be nothing
-                memset(floats, 0, <size_t>(count * width * c.item))
-                c.kernels.transpose(weights, 1, step, c.channels * c.taps - r, count, floats, width)
-                weights, step = floats, width
-            sizes |= c.kernels.split_weights(
-                weights, step, count, 1, 2, c.kernels.pieces, pieces + (p * depth + k) * width * c.packed
-            )
+            weights = _weights_at(plan, group, filter + k, count, first + p * c.panel, pieces.floats, &step)
+            out = pieces.weights + (p * depth + k) * c.panel * c.packed
+            if c.kernels.digits:
+                c.kernels.digits_weights(weights, step, count, 1, 1, &pieces.scales[p], out)
+            else:
+                sizes |= c.kernels.split_weights(weights, step, count, 1, 2, c.kernels.pieces, out)
     return sizes
+
+
+cdef const char *_weights_at(const Plan *plan, Py_ssize_t group, Py_ssize_t filter, Py_ssize_t count, Py_ssize_t r, char *floats,
+                             Py_ssize_t *step) noexcept nogil:
+    """Return where a panel of ``count`` filters' weights is: the last one, beyond which there may be nothing, is copied."""
+    cdef const Conv *c = &plan.c
+    cdef const char *weights = plan.weights + ((group * c.filters + filter) * plan.filter_step + r) * c.item
+    step[0] = plan.filter_step
+    if r + c.panel <= c.channels * c.taps:
+        return weights
+    memset(floats, 0, <size_t>(count * c.panel * c.item))
+    c.kernels.transpose(weights, 1, step[0], c.channels * c.taps - r, count, floats, c.panel)
+    step[0] = c.panel
+    return floats
 
 
 cdef void _turn_weights(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_ssize_t channels, Py_ssize_t depth,

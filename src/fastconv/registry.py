@@ -108,9 +108,16 @@ def _columns(op: str, dims: ConvDims) -> str:
 def _few_pixels(dims: ConvDims) -> bool:
     """Whether, with a stride, so few pixels use the weights that it pays to read them where they are. (Measured.)"""
     pixels, filters = math.prod(dims.output_size), dims.group_out_channels
+    shared = dims.taps > 1 and not _apart(dims)
+    if shared and _multiplies_digits("conv_input_grad", dims):
+        return False
     if pixels <= 32:
         return filters >= 64
-    return isa() == "amx" and filters >= 512 and pixels <= (256 if dims.taps == 1 else 100)
+    if isa() != "amx":
+        return False
+    if shared:
+        return filters >= 512 and pixels <= 100
+    return filters >= (256 if dims.taps == 1 else 384) and pixels <= 256
 
 
 def _apart(dims: ConvDims) -> bool:
@@ -130,7 +137,8 @@ def _direct(op: str, dims: ConvDims) -> str:
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
     digits = _multiplies_digits(op, dims)
-    if dims.taps == 1 and (op != "conv_input_grad" or (few and not (digits and pixels <= 64))):
+    packs = digits and pixels <= (256 if set(dims.stride) == {1} else 64)  # to multiply it in direct's longer runs
+    if dims.taps == 1 and (op != "conv_input_grad" or (few and not packs)):
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
     if op != "conv_forward":
         return ""
