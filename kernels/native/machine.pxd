@@ -117,6 +117,8 @@ cdef extern from "ukernels.h" nogil:
         void (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const fc_scales *, void *) noexcept nogil
         void (*digits_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, void *) noexcept nogil
         void (*digits_run)(const void *, Py_ssize_t, float, void *, Py_ssize_t) noexcept nogil
+        void (*digits_cells)(const void *, Py_ssize_t, float, int, void *) noexcept nogil
+        void (*brgemm_cells)(const fc_reduction *, const void *, const void *, Py_ssize_t, void *, int) noexcept nogil
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 

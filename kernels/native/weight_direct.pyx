@@ -14,8 +14,8 @@
     channels |     image    |     x    |           | channels |         |
              +--------------+          +-----------+          +---------+
 
-Where the machine has a tile that multiplies pieces of numbers, ``weight_pieces`` has it, and this is for what it leaves. A
-depthwise convolution has a microkernel of its own.
+Where the machine has a tile that multiplies digits or pieces of numbers, ``weight_digits`` and ``weight_pieces`` have it, and this
+is for what they leave. A depthwise convolution has a microkernel of its own.
 """
 
 cimport numpy as cnp
@@ -30,6 +30,7 @@ from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
     start_task, store_bias, store_weight, sum_pixels, want_bias,
 )
+from fastconv.kernels.native.weight_digits cimport digits_weight_grad
 from fastconv.kernels.native.weight_pieces cimport split_weight_grad
 
 cdef enum:
@@ -43,7 +44,10 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
         for j in range(multiplier):
             part = None if grad_bias is None else grad_bias[j::multiplier]
             _depthwise_weight(input, grad_output[:, j::multiplier], grad_weight[j::multiplier], part, dims, options)
-    elif not split_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
+        return
+    if digits_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
+        return
+    if not split_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
         _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
 
 

@@ -35,7 +35,7 @@ from libc.string cimport memcpy, memset
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, piece_tile, round_up, use_tile,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_ORDINARY, FC_TINY, arena, fc_reduction, fc_ukernels
 from fastconv.kernels.native.patches cimport join_rows
 from fastconv.kernels.native.weight_chunks cimport (
     CHUNK_PIXELS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, plan_chunks, reduce_chunks, start_task,
@@ -49,30 +49,9 @@ cdef enum:
     FEWEST_TASKS = 2            # with fewer, some threads are idle
     CELLS = 256                 # of an image that are turned and split at a time: they stay in L1
     FILTERS = 8                 # the same
-    UNITS = 16                  # that are packed at a time, at most
     RATE = 3                    # products that it makes in the time of one of numbers, about
     IMAGE_COST = 2              # time of packing a number of the image in that of a gradient
 
-
-# How taps along one axis see phases.
-ctypedef struct Axis:
-    Py_ssize_t period, step     # tap h sees phase h % period, h // period * step cells further on
-    Py_ssize_t phases, reach    # that there are; cells from the first to the last tap, of a phase
-
-# What all tasks of one call share.
-ctypedef struct Plan:
-    WeightPlan base
-    Axis axes[3]
-    Py_ssize_t pitch            # cells from row to row
-    Py_ssize_t pixels           # of a unit, gaps included: a multiple of the tile's depth
-    Py_ssize_t cells            # of a phase
-    Py_ssize_t plane            # elements of a piece of a vector of channels
-    Py_ssize_t copy_bytes       # of a block of channels of a phase
-    Py_ssize_t phase_bytes      # with its copies
-    Py_ssize_t block_bytes      # of a block of channels
-    Py_ssize_t grad_bytes       # of a panel of gradients
-    Py_ssize_t float_bytes      # of numbers to be split
-    Py_ssize_t together         # units that are packed at a time
 
 # A task's workspace.
 ctypedef struct Workspace:
@@ -95,17 +74,24 @@ cdef int split_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarr
     if pieces == NULL:
         return False
     use_tile(c, pieces)
+    return plan_units(&plan, _size, grad_bias) and reduce_chunks(base, _weight_task, &plan)
+
+
+cdef bint plan_units(Plan *plan, SizeFunction size, grad_bias) except -1:
+    """Complete a plan whose tile is chosen; return whether that pays."""
+    cdef WeightPlan *base = &plan.base
+    cdef Conv *c = &base.c
     join_rows(c)
     for axis in range(3):
         _plan_axis(c, axis, &plan.axes[axis])
-    _plan_task(&plan)
-    _cut_units(&plan)
-    if not _pays(&plan) or _unit_bytes(&plan) > MOST_BYTES:
+    _plan_task(plan)
+    _cut_units(plan, size)
+    if not _pays(plan) or _unit_bytes(plan) > MOST_BYTES:
         return False
     plan_chunks(base, c.batch * base.blocks.count, grad_bias)
     base.filters_first = True
-    plan.together = max(1, min(min(<Py_ssize_t>UNITS, ceil_div(base.units, base.chunks)), UNIT_BYTES // _unit_bytes(&plan)))
-    return reduce_chunks(base, _weight_task, &plan)
+    plan.together = max(1, min(min(<Py_ssize_t>UNITS, ceil_div(base.units, base.chunks)), UNIT_BYTES // _unit_bytes(plan)))
+    return True
 
 
 cdef bint _pays(const Plan *plan) noexcept nogil:
@@ -144,7 +130,7 @@ cdef void _plan_task(Plan *plan) noexcept nogil:
     base.channel_blocks = ceil_div(blocks, ceil_div(blocks, base.channel_blocks))  # even parts
 
 
-cdef void _cut_units(Plan *plan) noexcept nogil:
+cdef void _cut_units(Plan *plan, SizeFunction size) noexcept nogil:
     """Cut the output into blocks: whole rows, or parts of one."""
     cdef Conv *c = &plan.base.c
     cdef Blocks *blocks = &plan.base.blocks
@@ -152,7 +138,7 @@ cdef void _cut_units(Plan *plan) noexcept nogil:
     cdef Py_ssize_t tasks = c.groups * max(1, c.panels // plan.base.task_panels)
     tasks *= max(1, c.channels // (plan.base.channel_blocks * c.panel))
     divide(c, rows, columns, blocks)
-    _size(plan)
+    size(plan)
     while (rows > 1 or columns > 2 * step) and (
         _unit_bytes(plan) > UNIT_BYTES
         or (tasks * c.batch * blocks.count < FEWEST_TASKS and blocks.rows * blocks.columns >= 2 * CHUNK_PIXELS)
@@ -167,26 +153,34 @@ cdef void _cut_units(Plan *plan) noexcept nogil:
             blocks.columns = columns
             blocks.across = ceil_div(c.out[2], columns)
             blocks.count = c.out[0] * blocks.down * blocks.across
-        _size(plan)
+        size(plan)
 
 
-cdef void _size(Plan *plan) noexcept nogil:
-    """Size what is packed for a unit."""
+cdef void size_rows(Plan *plan, Py_ssize_t align) noexcept nogil:
+    """Lay the rows of a unit one after another; those of a single column of taps begin at a multiple of ``align``."""
     cdef const Conv *c = &plan.base.c
     cdef const Blocks *blocks = &plan.base.blocks
-    cdef Py_ssize_t high = plan.axes[1].reach, wide = plan.axes[2].reach, shared = 0, pieces = c.kernels.pieces
+    cdef Py_ssize_t high = plan.axes[1].reach, wide = plan.axes[2].reach, shared = 0
     if blocks.across == 1 and plan.axes[2].period == 1:
         shared = max(0, min(min(wide, c.pad[2]), blocks.columns + wide - c.pad[2] - c.x.size[4]))
     plan.pitch = blocks.columns + wide - shared
     if wide == 0:
-        plan.pitch = round_up(plan.pitch, 2)  # then all shifts are even
+        plan.pitch = round_up(plan.pitch, align)
     plan.pixels = round_up((blocks.rows - 1) * plan.pitch + blocks.columns, c.kernels.depth_step)
     plan.cells = round_up(high * plan.pitch + wide + plan.pixels + 1, 2)
+
+
+cdef void _size(Plan *plan) noexcept nogil:
+    """Size what is packed for a unit: two copies, unless all shifts are even."""
+    cdef const Conv *c = &plan.base.c
+    cdef Py_ssize_t wide = plan.axes[2].reach, pieces = c.kernels.pieces
+    size_rows(plan, 2)
     plan.plane = (plan.cells // 2 | 1) * c.panel  # an odd number of lines: pieces are not in the same sets of L1
     plan.copy_bytes = 4 * pieces * plan.plane
     plan.phase_bytes = plan.copy_bytes * (2 if wide else 1)
     plan.block_bytes = c.kernel[0] * plan.axes[1].phases * plan.axes[2].phases * plan.phase_bytes
-    plan.grad_bytes = c.panel * plan.pixels * c.packed
+    plan.grad_row = plan.pixels * c.packed
+    plan.grad_bytes = c.panel * plan.grad_row
     plan.float_bytes = max((2 * CELLS + 1) * c.kernels.lanes, plan.pixels * c.panel) * c.item
 
 
@@ -243,8 +237,8 @@ cdef bint _split_grads(const Plan *plan, const WeightTask *t, Py_ssize_t unit, P
     for i in range(count):
         locate(&plan.base.c, &plan.base.blocks, unit + i, &block)
         for panel in range(t.panels):
-            sizes = _split_panel(
-                plan, t, &block, panel, space.floats, space.grads + (i * plan.base.task_panels + panel) * plan.grad_bytes
+            sizes = split_panel(
+                plan, t, &block, panel, 0, space.floats, space.grads + (i * plan.base.task_panels + panel) * plan.grad_bytes
             )
             if sizes & FC_HUGE or sizes == FC_TINY:
                 return False
@@ -294,7 +288,7 @@ cdef int _split_phase(const Plan *plan, const WeightTask *t, const Block *block,
     memset(floats, 0, <size_t>cell_bytes)
     for first from 0 <= first < plan.cells by CELLS:
         count = min(<Py_ssize_t>CELLS, plan.cells - first)
-        _lay_cells(plan, t, block, channel, d, h, w, first, count, cells, cells + CELLS * cell_bytes)
+        lay_cells(plan, t, block, channel, d, h, w, first, count, cells, cells + CELLS * cell_bytes)
         sizes |= c.kernels.split_pairs(
             cells, count, c.kernels.pieces, out, out + plan.copy_bytes if plan.axes[2].reach else NULL, plan.plane
         )
@@ -303,12 +297,15 @@ cdef int _split_phase(const Plan *plan, const WeightTask *t, const Block *block,
     return sizes
 
 
-cdef void _lay_cells(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t channel, Py_ssize_t d, Py_ssize_t h,
-                     Py_ssize_t w, Py_ssize_t first, Py_ssize_t count, char *out, char *row) noexcept nogil:
-    """Lay some cells of a phase, [cell][vector of channels], zeros in padding and gaps; ``row`` is room for as many."""
+cdef Py_ssize_t lay_cells(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t channel, Py_ssize_t d,
+                          Py_ssize_t h, Py_ssize_t w, Py_ssize_t first, Py_ssize_t count, char *out, char *row) noexcept nogil:
+    """Lay some cells of a phase, [cell][vector of channels], zeros in padding and gaps; ``row`` is room for as many.
+
+    Return how many cells are the image's.
+    """
     cdef const Conv *c = &plan.base.c
     cdef const View *x = &c.x
-    cdef Py_ssize_t lanes = c.kernels.lanes, step = c.stride[2], done = 0, r, y, at, end
+    cdef Py_ssize_t lanes = c.kernels.lanes, step = c.stride[2], done = 0, laid = 0, r, y, at, end
     cdef Py_ssize_t channels = min(lanes, c.channels - channel)
     cdef Py_ssize_t z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
     cdef Py_ssize_t top = block.top * c.stride[1] - c.pad[1] + h * c.dilation[1]
@@ -331,11 +328,13 @@ cdef void _lay_cells(const Plan *plan, const WeightTask *t, const Block *block, 
                 continue
             memset(out + done * lanes * c.item, 0, <size_t>((at - done) * lanes * c.item))
             done = end
+            laid += end - at
             _turn_cells(
                 c, image + (r * c.stride[1] * x.stride[3] + (first + at - r * plan.pitch) * step * x.stride[4]) * c.item,
                 channels, end - at, out + at * lanes * c.item, row,
             )
     memset(out + done * lanes * c.item, 0, <size_t>((count - done) * lanes * c.item))
+    return laid
 
 
 cdef void _turn_cells(const Conv *c, const char *cells, Py_ssize_t channels, Py_ssize_t count, char *out,
@@ -350,8 +349,8 @@ cdef void _turn_cells(const Conv *c, const char *cells, Py_ssize_t channels, Py_
     c.kernels.transpose(cells, channel_step, cell_step, channels, count, out, c.kernels.lanes)
 
 
-cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, char *floats,
-                      char *out) noexcept nogil:
+cdef int split_panel(const Plan *plan, const WeightTask *t, const Block *block, Py_ssize_t panel, float scale, char *floats,
+                     char *out) noexcept nogil:
     """Split a panel's gradients, add them to that of the bias, and return the sizes of the numbers."""
     cdef const Conv *c = &plan.base.c
     cdef const View *y = &c.y
@@ -369,12 +368,11 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
         )
         add_bias(&plan.base, t, panel, floats, block.rows * block.columns)
     memset(  # a tile reads half a panel
-        out + filters * plan.pixels * c.packed, 0,
-        <size_t>((round_up(filters, c.panel // 2) - filters) * plan.pixels * c.packed),
+        out + filters * plan.grad_row, 0, <size_t>((round_up(filters, c.panel // 2) - filters) * plan.grad_row)
     )
     if y.stride[4] == 1 and (block.rows == 1 or (block.columns == plan.pitch and y.stride[3] == plan.pitch)):
         if round_up(pixels, c.kernels.depth_step) == plan.pixels:  # without a gap: as they are
-            return c.kernels.split_rows(first, filters, y.stride[1], pixels, c.kernels.pieces, out)
+            return _split_rows(plan, first, filters, y.stride[1], pixels, scale, out)
     memset(floats, 0, <size_t>(FILTERS * plan.pixels * c.item))
     for filter from 0 <= filter < filters by FILTERS:
         count = min(<Py_ssize_t>FILTERS, filters - filter)
@@ -383,10 +381,20 @@ cdef int _split_panel(const Plan *plan, const WeightTask *t, const Block *block,
                 first + (filter * y.stride[1] + row * y.stride[3]) * c.item, y.stride[4], y.stride[1], block.columns, count,
                 floats + row * plan.pitch * c.item, plan.pixels,
             )
-        sizes |= c.kernels.split_rows(
-            floats, count, plan.pixels, plan.pixels, c.kernels.pieces, out + filter * plan.pixels * c.packed
-        )
+        sizes |= _split_rows(plan, floats, count, plan.pixels, plan.pixels, scale, out + filter * plan.grad_row)
     return sizes
+
+
+cdef int _split_rows(const Plan *plan, const char *numbers, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t n, float scale,
+                     char *out) noexcept nogil:
+    """Split rows of n numbers into pieces, or digits; return the sizes of the numbers."""
+    cdef const Conv *c = &plan.base.c
+    cdef Py_ssize_t row
+    if not c.kernels.digits:
+        return c.kernels.split_rows(numbers, rows, step, n, c.kernels.pieces, out)
+    for row in range(rows):
+        c.kernels.digits_rows(numbers + row * step * c.item, 1, 0, n, scale, out + row * plan.grad_row)
+    return FC_ORDINARY
 
 
 cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *space, Py_ssize_t units, Py_ssize_t b,
@@ -417,17 +425,22 @@ cdef void _multiply_taps(const Plan *plan, const fc_reduction *reduction, const 
                          Py_ssize_t filters, const char *image, int vectors, char *sums, bint accumulate) noexcept nogil:
     """Add the products of a panel and a block of channels, tap by tap."""
     cdef const Conv *c = &plan.base.c
-    cdef const Axis *high = &plan.axes[1]
-    cdef const Axis *wide = &plan.axes[2]
     cdef Py_ssize_t d, h, w, phase, shift
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             for w in range(c.kernel[2]):
-                phase = (d * high.phases + h % high.period) * wide.phases + w % wide.period
-                shift = h // high.period * high.step * plan.pitch + w // wide.period * wide.step
+                phase = phase_of(plan, d, h, w, &shift)
                 c.kernels.brgemm_pairs(
                     reduction, grads, rows, filters,
                     image + phase * plan.phase_bytes + shift % 2 * plan.copy_bytes + (shift + 1) // 2 * c.panel * 2, plan.plane,
                     vectors, sums, accumulate,
                 )
                 sums += c.panel * reduction.c_step * c.item
+
+
+cdef Py_ssize_t phase_of(const Plan *plan, Py_ssize_t d, Py_ssize_t h, Py_ssize_t w, Py_ssize_t *shift) noexcept nogil:
+    """Return the phase that a tap sees, and how far it is shifted."""
+    cdef const Axis *high = &plan.axes[1]
+    cdef const Axis *wide = &plan.axes[2]
+    shift[0] = h // high.period * high.step * plan.pitch + w // wide.period * wide.step
+    return (d * high.phases + h % high.period) * wide.phases + w % wide.period

@@ -72,9 +72,10 @@ INLINE void finish(const fc_reduction *r, integers sums[4][ROWS], ptrdiff_t n_ro
         }                                                              \
     } while (0)
 
-/* 16 rows by 16 filters; `products` is a constant where this is inlined. */
+/* 16 rows by 16 filters, whose blocks, digits and lines are so far apart; `products` is a constant where this is inlined. */
 INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, ptrdiff_t n_rows, const char *b,
-                 ptrdiff_t block_bytes, const int products, floats unit, const float *scale, float *c, int accumulate)
+                 ptrdiff_t block_bytes, const ptrdiff_t digit_bytes, const ptrdiff_t line_bytes, const int products,
+                 floats unit, const float *scale, float *c, int accumulate)
 {
     char copies[DIGITS][TILE_BYTES] __attribute__((aligned(64)));
     integers sums[4][ROWS];
@@ -88,18 +89,18 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, pt
         const char *image = a + r->taps[t] * DIGITS + rows->first;
         for (ptrdiff_t block = 0; block < blocks; block++, image += DIGITS * ROW_BYTES, weights += block_bytes) {
             LOAD_DIGIT(4, 0);
-            _tile_loadd(7, weights, ROW_BYTES);
+            _tile_loadd(7, weights, line_bytes);
             _tile_dpbssd(0, 4, 7);
             LOAD_DIGIT(5, 1);
             _tile_dpbssd(1, 5, 7);
             LOAD_DIGIT(6, 2);
             _tile_dpbssd(2, 6, 7);
-            _tile_loadd(7, weights + TILE_BYTES, ROW_BYTES);
+            _tile_loadd(7, weights + digit_bytes, line_bytes);
             _tile_dpbssd(1, 4, 7);
             _tile_dpbssd(2, 5, 7);
             if (products == 8)
                 _tile_dpbssd(3, 6, 7);
-            _tile_loadd(7, weights + 2 * TILE_BYTES, ROW_BYTES);
+            _tile_loadd(7, weights + 2 * digit_bytes, line_bytes);
             _tile_dpbssd(2, 4, 7);
             if (products == 8)
                 _tile_dpbssd(3, 5, 7);
@@ -128,11 +129,23 @@ static void fc_f32_brgemm_digits__amx(const fc_reduction *r, const void *a, cons
             place(&placed, rows + m, n_rows - m, DIGITS);
             STORES_DONE;
             if (r->products == 8)
-                tile(r, a, &placed, n_rows - m, weights, block_bytes, 8, unit, scale, sums, accumulate);
+                tile(r, a, &placed, n_rows - m, weights, block_bytes, TILE_BYTES, ROW_BYTES, 8, unit, scale, sums, accumulate);
             else
-                tile(r, a, &placed, n_rows - m, weights, block_bytes, 6, unit, scale, sums, accumulate);
+                tile(r, a, &placed, n_rows - m, weights, block_bytes, TILE_BYTES, ROW_BYTES, 6, unit, scale, sums, accumulate);
         }
     }
+}
+
+static void fc_f32_brgemm_cells__amx(const fc_reduction *r, const void *a, const void *b, ptrdiff_t block_bytes, void *c,
+                                     int accumulate)
+{
+    const tile_rows rows = {.offset = {0, r->a_step * DIGITS}, .evenly = 1};
+    const floats unit = *(const floats *)r->scales->scale * 0x1p-32F;
+    const ptrdiff_t line = DIGITS * ROW_BYTES;
+    if (r->products == 8)
+        tile(r, a, &rows, ROWS, b, block_bytes, ROW_BYTES, line, 8, unit, r->scale, c, accumulate);
+    else
+        tile(r, a, &rows, ROWS, b, block_bytes, ROW_BYTES, line, 6, unit, r->scale, c, accumulate);
 }
 
 static ptrdiff_t fc_f32_saturate_digits__amx(ptrdiff_t rounds, void *sums)
@@ -350,6 +363,37 @@ static void fc_f32_digits_weights__amx(const void *weights, ptrdiff_t step, ptrd
             }
 }
 
+/* Lines of digits of cells, of 16 channels: word r is cells r, r + 16, r + 32 and r + 48, for each r, so that a tile begins at any
+ * cell, or for those with which it would begin at each 64th. A cell becomes an integer once, and so do pairs of them, digits 0 and
+ * 2, and digit 1, of cells r and r + 16: two rings of some lines of L1. */
+static void fc_f32_digits_cells__amx(const void *cells, ptrdiff_t n, float scale, int anywhere, void *out)
+{
+    enum { RING = 64, APART = CHANNELS / 4 };
+    words numbers[RING], pairs[RING][2];
+    const words even = 0x00ff00ff + (words){0}, low = 0x0000ffff + (words){0};
+    const float *in = cells;
+    char *line = out;
+    for (ptrdiff_t i = 0; i < n + 3 * APART; i++) {
+        words x = 0x808080 + (words){0};
+        if (i < n)
+            x = rounded(*(const floats *)(in + i * LANES) * scale);
+        numbers[i % RING] = x ^= 0x808080 + (words){0};
+        if (i < APART)
+            continue;
+        const words before = numbers[(i - APART) % RING];
+        const words b02 = (before & even) | (x << BYTE & ~even), b13 = (before >> BYTE & even) | (x & ~even);
+        pairs[(i - APART) % RING][0] = b02;
+        pairs[(i - APART) % RING][1] = b13;
+        if (i < 3 * APART || (!anywhere && (i - 3 * APART) % CHANNELS >= APART))
+            continue;
+        const words a02 = pairs[(i - 3 * APART) % RING][0], a13 = pairs[(i - 3 * APART) % RING][1];
+        *(words *)line = a02 >> 2 * BYTE | (b02 & ~low);
+        *(words *)(line + ROW_BYTES) = (a13 & low) | b13 << 2 * BYTE;
+        *(words *)(line + 2 * ROW_BYTES) = (a02 & low) | b02 << 2 * BYTE;
+        line += DIGITS * ROW_BYTES;
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------------------- table */
 
 void fc_fill_digits(fc_ukernels *table)
@@ -372,6 +416,8 @@ void fc_fill_digits(fc_ukernels *table)
     table->digits_weights = fc_f32_digits_weights__amx;
     table->digits_rows = fc_f32_digits_rows__amx;
     table->digits_run = fc_f32_digits_run__amx;
+    table->digits_cells = fc_f32_digits_cells__amx;
+    table->brgemm_cells = fc_f32_brgemm_cells__amx;
     table->tally = fc_f32_tally__amx;
     table->spread = fc_f32_spread__amx;
 }

@@ -249,7 +249,10 @@ typedef struct {
      * spread:  makes of the n that were counted the scale, 0 if they can't be scaled, and keeps the worse of two spreads
      * spread_lanes, spread_weights: the same for each lane, for each filter of a panel; return 0 if some can't be scaled
      * digits_rows, digits_weights: as split_rows, for numbers of one scale, and split_weights
-     * digits_run: whole steps of them in order, [digit][n], `plane` apart */
+     * digits_run: whole steps of them in order, [digit][n], `plane` apart
+     * digits_cells: n cells of `lanes` channels to a line for each, [cell][digit][64], so that a tile's b may begin anywhere, or for
+     *               those of a tile in each depth_step
+     * brgemm_cells: a tile of rows a_step apart and one vector of such b, whose blocks of depth_step are so far apart */
     int digits;
     void (*tally)(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally);
     float (*spread)(const fc_tally *tally, ptrdiff_t n, fc_spread *spread);
@@ -259,6 +262,9 @@ typedef struct {
                            const fc_scales *scales, void *out);
     void (*digits_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, float scale, void *out);
     void (*digits_run)(const void *image, ptrdiff_t n, float scale, void *out, ptrdiff_t plane);
+    void (*digits_cells)(const void *cells, ptrdiff_t n, float scale, int anywhere, void *out);
+    void (*brgemm_cells)(const fc_reduction *reduction, const void *a, const void *b, ptrdiff_t block_bytes, void *c,
+                         int accumulate);
     void (*enter)(void);
     void (*leave)(void);
 } fc_ukernels;
