@@ -85,7 +85,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     elif dims.depthwise:
         depthwise.conv_forward(input, weight, bias, output, dims, options)
     else:
-        by_forms(_forward, input, output, (weight, bias, dims, options))
+        by_forms(_forward, input, output, dims.reduction, (weight, bias, dims, options))
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -100,7 +100,7 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
         return
     swapped = interleave.swap_channels(weight, dims.groups)
-    by_forms(_forward, grad_output, grad_input, (swapped, bias, dims, options, merged))
+    by_forms(_forward, grad_output, grad_input, dims.group_out_channels * dims.taps, (swapped, bias, dims, options, merged))
 
 
 # --------------------------------------------------------------------------------------------------------- forward

@@ -76,7 +76,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
         rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
-    by_forms(_forward, input, output, (weight, rows, bias, dims, options))
+    by_forms(_forward, input, output, dims.reduction, (weight, rows, bias, dims, options))
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):

@@ -55,12 +55,21 @@ ctypedef struct Plan:
     Py_ssize_t first            # of the channel blocks that are counted together
 
 
-def by_forms(convolve, input, output, rest, form=DIGITS):
-    """Convolve with the tile for ``form``, and images that it refuses with the next one."""
-    for _, run in groupby(enumerate(convolve(input, output, form, *rest)), lambda item: item[1] - item[0]):
+def by_forms(convolve, input, output, summed, rest):
+    """Convolve with the tile for digits, for sums of so many products that there may be one, or pieces; refused images with
+    the next."""
+    cdef bint digits = summed >= SUMMED and digit_ukernels(input.itemsize) != NULL
+    _by_forms(convolve, input, output, DIGITS if digits else PIECES, rest)
+
+
+def _by_forms(convolve, input, output, form, rest):
+    refused = convolve(input, output, form, *rest)
+    if not refused:  # nearly always, and a call should take microseconds
+        return
+    for _, run in groupby(enumerate(refused), lambda item: item[1] - item[0]):
         images = [image for _, image in run]  # neighbours are left together
         some = slice(images[0], images[0] + len(images))
-        by_forms(convolve, input[some], output[some], rest, form - 1)
+        _by_forms(convolve, input[some], output[some], form - 1, rest)
 
 
 cdef const fc_ukernels *digit_tile(const Conv *c, str precision, Py_ssize_t summed):

@@ -90,7 +90,7 @@ ctypedef fused real:
 
 cdef void input_by_columns(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options):
     """See ``conv_input_grad`` in ``fastconv.kernels``."""
-    by_forms(_input_by_columns, grad_output, grad_input, (weight, bias, dims, options))
+    by_forms(_input_by_columns, grad_output, grad_input, dims.group_out_channels, (weight, bias, dims, options))
 
 
 def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form, cnp.ndarray weight, bias, dims, options):
