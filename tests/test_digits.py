@@ -10,7 +10,7 @@ from cases import Array, ConvCase, conv_function, for_every_row, how, rows_of
 
 import fastconv as fc
 from fastconv.registry import Row
-from fastconv.runtime import isa
+from fastconv.runtime import isa, why_missing
 
 CASES = [
     ConvCase("3x3 of 64 channels", (5, 64, 9, 8), (40, 64, 3, 3), 1, 1),
@@ -90,3 +90,35 @@ def test_kept_weights_give_the_same_bits(row: Row, case: ConvCase) -> None:
     for size in (1e4, 1.0):
         x[0, 0, 0, 0] = size
         assert layer(x).tobytes() == convolve(case, x, w, row).tobytes()
+
+
+ZEROS = [
+    ("direct", ConvCase("3x3", (8, 256, 16, 16), (40, 256, 3, 3), 1, 1)),
+    ("im2col", ConvCase("1x1", (8, 1280, 16, 16), (48, 1280, 1, 1))),
+]
+PLAIN = 0.294 / 2**24  #: error of a sum of one product, by which that of plain sums grows as the root of their length
+
+
+def rms(result: Array, exact: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(result - exact)) / np.mean(np.square(exact))))
+
+
+@pytest.mark.skipif(bool(why_missing("cython")), reason="only the native engine has digits")
+@pytest.mark.parametrize(("algorithm", "case"), ZEROS)
+def test_channels_of_zeros_make_sums_no_longer(algorithm: str, case: ConvCase) -> None:
+    x, w, _, _ = case.arrays(np.float32)
+    channels = case.input[1] // 4
+    x[:, channels:] = 0
+    asked = {"engine": "cython", "algorithm": algorithm, **case.geometry}
+    exact = fc.conv2d(x.astype(np.float64), w.astype(np.float64), **asked)
+    assert rms(fc.conv2d(x, w, **asked), exact) < PLAIN * np.sqrt(channels * case.dims.taps)
+
+
+@pytest.mark.skipif(bool(why_missing("cython")), reason="only the native engine has digits")
+def test_images_of_zeros_make_sums_no_longer() -> None:
+    case = ZEROS[0][1]
+    x, w, _, dy = case.arrays(np.float32)
+    dy[1:] = 0
+    gradient, asked = conv_function(2, "weight"), {"engine": "cython", "algorithm": "direct", **case.geometry}
+    exact = gradient(x.astype(np.float64), w.shape, dy.astype(np.float64), **asked)
+    assert rms(gradient(x, w.shape, dy, **asked), exact) < PLAIN * np.sqrt(dy[0, 0].size)

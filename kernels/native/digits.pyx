@@ -7,7 +7,8 @@ numbers x and w that are rounded to 24 bits of the largest, X and W, has a mean 
     2/9 X^2 W^2                 two products of digits that are dropped, if 6 are made and not 8
 
 and adds up like noise: n such products miss n times that. Adding up n float32 numbers one after another rounds ever larger sums,
-and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities. So "highest" asks for
+and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities, or if some of an image's channel blocks are far
+above the others, by their evenness. So "highest" asks for
 
     (X^2/x^2 + W^2/w^2) / 3 + [6 products] 2/9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
 
@@ -88,17 +89,19 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     cdef Plan plan
     cdef Scales scales = Scales()
     cdef cnp.ndarray memory
-    cdef Py_ssize_t blocks, some_blocks, number
+    cdef Py_ssize_t blocks, some_blocks, number, first
     cdef fc_spread some
+    cdef float *squares
     plan.c, plan.x, plan.channels, plan.width = c, x, channels, width
     plan.channel_blocks = ceil_div(channels, width)
     plan.step = c.stride[1] if x == &c.x and c.kernel[1] == 1 else 1
     plan.top = (plan.step - c.pad[1] % plan.step) % plan.step
     plan.parts = PARTS if width * x.size[3] * x.size[4] >= SMALL else 1  # whatever the number of threads
     blocks = c.batch * c.groups * plan.channel_blocks
-    scales.memory = memory = np.empty((3, blocks), np.float32)
+    scales.memory = memory = np.empty((4, blocks), np.float32)
     scales.scale = <float *>cnp.PyArray_DATA(memory)
     scales.spread = <fc_spread *>(scales.scale + blocks)
+    squares = scales.scale + 3 * blocks
     some_blocks = min(blocks, <Py_ssize_t>TOGETHER)  # workspace doesn't grow with the batch
     plan.tallies = <fc_tally *>arena(FC_ARENA_WEIGHTS, some_blocks * plan.parts * (sizeof(fc_tally) + sizeof(Py_ssize_t)))
     if plan.tallies == NULL:
@@ -111,14 +114,27 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
         if number % some_blocks == 0:
             plan.first = number
             run_tasks(_measure_task, &plan, min(some_blocks, blocks - number) * plan.parts, c.threads)
-        scales.scale[number] = _sum_up(&plan, number - plan.first, &scales.spread[number])
+        scales.scale[number] = _sum_up(&plan, number - plan.first, &scales.spread[number], &squares[number])
+    for number in range(blocks):
+        first = number - number % plan.channel_blocks
+        scales.spread[number].density *= _evenness(&squares[first], plan.channel_blocks)
         if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
 
 
-cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread) noexcept nogil:
-    """Return the scale of a channel block, from its parts in their order."""
+cdef double _evenness(const float *squares, Py_ssize_t blocks) noexcept nogil:
+    """Return which part of a sum's products it seems to have, if channel blocks have such mean squares: 1 where all are alike."""
+    cdef double total = 0, fourth = 0
+    cdef Py_ssize_t b
+    for b in range(blocks):
+        total += squares[b]
+        fourth += <double>squares[b] * squares[b]
+    return total * total / (blocks * fourth) if fourth > 0 else 1
+
+
+cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread, float *squares) noexcept nogil:
+    """Return the scale of a channel block, from its parts in their order, and its mean square."""
     cdef const fc_tally *parts = plan.tallies + block * plan.parts
     cdef const Py_ssize_t *counted = plan.counted + block * plan.parts
     cdef fc_tally all = parts[0]
@@ -130,6 +146,9 @@ cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread) noexce
             all.squares[i] += parts[part].squares[i]
             if parts[part].largest[i] > all.largest[i] or parts[part].largest[i] != parts[part].largest[i]:
                 all.largest[i] = parts[part].largest[i]
+    squares[0] = 0
+    for i in range(LANES):
+        squares[0] += all.squares[i] / max(<Py_ssize_t>1, count)
     spread.peak, spread.density = 0, 1
     return plan.c.kernels.spread(&all, max(<Py_ssize_t>1, count), spread)
 

@@ -24,7 +24,7 @@ more than pieces are, and needs no more than whole vectors. Where there is one t
 shifted, and each digit is stored once.
 
 Numbers that aren't alike, inf, NaN, and huge or tiny ones are left to ``weight_pieces``, and all others with them. What counts as
-a long sum is all that is added up, the whole batch (``digits.pyx``).
+a long sum is what one image adds up (``digits.pyx``).
 """
 
 cimport numpy as cnp
@@ -74,7 +74,8 @@ cdef int digits_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndar
 
 
 cdef Py_ssize_t _summed(const Conv *c) noexcept nogil:
-    return c.batch * c.out[0] * c.out[1] * c.out[2]
+    """Products of a sum that one image has: the gradients of all others may be zeros."""
+    return c.out[0] * c.out[1] * c.out[2]
 
 
 cdef bint _shifted(const Plan *plan) noexcept nogil:
