@@ -7,8 +7,8 @@ numbers x and w that are rounded to 24 bits of the largest, X and W, has a mean 
     2/9 X^2 W^2                 two products of digits that are dropped, if 6 are made and not 8
 
 and adds up like noise: n such products miss n times that. Adding up n float32 numbers one after another rounds ever larger sums,
-and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities, or if some of an image's channel blocks are far
-above the others, by their evenness. So "highest" asks for
+and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities, or if some channel blocks, of an image or
+of a few filters that are tried, are far above the others, by their evenness. So "highest" asks for
 
     (X^2/x^2 + W^2/w^2) / 3 + [6 products] 2/9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
 
@@ -92,6 +92,7 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     cdef Py_ssize_t blocks, some_blocks, number, first
     cdef fc_spread some
     cdef float *squares
+    cdef double even
     plan.c, plan.x, plan.channels, plan.width = c, x, channels, width
     plan.channel_blocks = ceil_div(channels, width)
     plan.step = c.stride[1] if x == &c.x and c.kernel[1] == 1 else 1
@@ -107,9 +108,9 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     if plan.tallies == NULL:
         raise MemoryError("no memory for workspace")
     plan.counted = <Py_ssize_t *>(plan.tallies + some_blocks * plan.parts)
-    some.peak = some.density = 1
+    some.peak = some.density = even = 1
     if x == &c.x:
-        _try_weights(c, &some)
+        even = _try_weights(c, width, &some)
     for number in range(blocks):
         if number % some_blocks == 0:
             plan.first = number
@@ -117,7 +118,7 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
         scales.scale[number] = _sum_up(&plan, number - plan.first, &scales.spread[number], &squares[number])
     for number in range(blocks):
         first = number - number % plan.channel_blocks
-        scales.spread[number].density *= _evenness(&squares[first], plan.channel_blocks)
+        scales.spread[number].density *= even * _evenness(&squares[first], plan.channel_blocks)
         if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
@@ -146,24 +147,43 @@ cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread, float 
             all.squares[i] += parts[part].squares[i]
             if parts[part].largest[i] > all.largest[i] or parts[part].largest[i] != parts[part].largest[i]:
                 all.largest[i] = parts[part].largest[i]
-    squares[0] = 0
-    for i in range(LANES):
-        squares[0] += all.squares[i] / max(<Py_ssize_t>1, count)
+    squares[0] = _sum(all.squares) / max(<Py_ssize_t>1, count)
     spread.peak, spread.density = 0, 1
     return plan.c.kernels.spread(&all, max(<Py_ssize_t>1, count), spread)
 
 
-cdef void _try_weights(const Conv *c, fc_spread *spread) noexcept nogil:
-    """Find the worst spread of a few filters, if their weights are neighbours: before all are packed in vain."""
+cdef double _try_weights(const Conv *c, Py_ssize_t width, fc_spread *spread) noexcept nogil:
+    """Find the worst spread of a few filters, before all are packed in vain, and return the worst evenness of their channel
+    blocks; if their weights are neighbours."""
     cdef const View *w = &c.w
-    cdef Py_ssize_t filters = c.groups * c.filters, n = c.channels * c.taps, i
+    cdef Py_ssize_t filters = c.groups * c.filters, i, first, n
+    cdef const char *filter
+    cdef double worst = 1, total, fourth, square
     cdef fc_tally tally
     if w.stride[1] * (c.channels > 1) not in (0, c.taps) or not taps_continue(c) or (c.taps > 1 and w.stride[4] != 1):
-        return
+        return worst
     for i in range(TRIED):
-        memset(&tally, 0, sizeof(tally))
-        c.kernels.tally(w.data + filters * i // TRIED * w.stride[0] * c.item, 1, 0, n, &tally)
-        c.kernels.spread(&tally, n, spread)
+        filter = w.data + filters * i // TRIED * w.stride[0] * c.item
+        total = fourth = 0
+        for first from 0 <= first < c.channels by width:
+            n = min(width, c.channels - first) * c.taps
+            memset(&tally, 0, sizeof(tally))
+            c.kernels.tally(filter + first * c.taps * c.item, 1, 0, n, &tally)
+            c.kernels.spread(&tally, n, spread)
+            square = _sum(tally.squares) / n
+            total += square
+            fourth += square * square
+        if fourth > 0:
+            worst = min(worst, total * total / (ceil_div(c.channels, width) * fourth))
+    return worst
+
+
+cdef double _sum(const float *lanes) noexcept nogil:
+    cdef double total = 0
+    cdef int i
+    for i in range(LANES):
+        total += lanes[i]
+    return total
 
 
 cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
