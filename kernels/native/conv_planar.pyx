@@ -20,6 +20,9 @@ made neighbours when they are copied. In the gradient of the input, with a strid
 phases: where there is a single filter, their sums stay in L1 until they are interleaved, row by row. The first layer of a network, from three channels to many filters, is such a convolution, the gradient
 of its input, and groups of few channels. So is a depthwise one. There, and for any single filter, a tile is a vector of pixels in
 each of 7 rows: a cell that was loaded once serves a column of taps, and weights are read where the caller has them.
+
+Where the machine has a tile that multiplies pieces of numbers, and sums are long enough for their products to take longer than storing
+them, planes are split, and a vector of cells of two taps is a row of that tile (``amx_planes.h``).
 """
 
 cimport numpy as cnp
@@ -27,13 +30,16 @@ from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, divide, extent, locate, make_conv, pack_bias, part_cells, round_up,
-    run_tasks, taps_continue,
+    Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, divide, extent, locate, make_conv, pack_bias, part_cells,
+    piece_tile, round_up, run_tasks, split_pays, taps_continue, use_tile,
 )
+from fastconv.kernels.native.digits cimport NUMBERS, PIECES
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_padding, fc_planes,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_LAID_BYTES, FC_ORDINARY, FC_TINY, arena, fc_epilogue, fc_padding, fc_planes,
+    fc_ukernels,
 )
 
+from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_direct import conv_weight_grad as turned_weight_grad
 from fastconv.kernels.native.weight_im2col import conv_weight_grad as patches_weight_grad
 
@@ -49,6 +55,11 @@ cdef enum:
     STRANDS = 16                # phases of a stride whose sums are interleaved
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
 
+    # Where pieces of numbers are multiplied:
+    LINES = 16                  # filters of a tile
+    LAID_BYTES = 3 << 17        # of planes, and what is laid of them: part of L2
+    SPLIT_PRODUCTS = 49         # of a sum, at least: what takes long of shorter ones is to store them
+
     # The gradient of the weights:
     UNIT_PIXELS = 1 << 10       # of a unit: the gradients of some filters are in L1
     UNIT_BYTES = 1 << 21        # of the planes that it sees, at most: what has more is left to other algorithms
@@ -60,7 +71,7 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    _forward(input, weight, bias, output, dims, options)
+    by_forms(_forward, input, output, 0, (weight, bias, dims, options))
 
 
 def suits(input, output, dims):
@@ -76,7 +87,7 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         merged = interleave.merge(dims)
         if len(merged.taps) and merged.kernel[0] <= 2 * dims.kernel_size[0]:  # of depths, all are copied
             swapped = interleave.swap_channels(weight, dims.groups)
-            _forward(grad_output, swapped, bias, grad_input, dims, options, merged)
+            _forward(grad_output, grad_input, NUMBERS, swapped, bias, dims, options, merged)
             return
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
@@ -94,7 +105,7 @@ ctypedef struct Plan:
     fc_planes planes            # ... and all blocks
     bint one                    # filter in a group, by columns of taps
     bint in_place               # pixels are neighbours in the output, too, or two apart
-    Py_ssize_t group_weights    # elements of a group's packed weights
+    Py_ssize_t group_weights    # bytes of a group's packed weights
     const char *weights
     const char *bias
     Py_ssize_t columns          # pixels of a row of sums that are not in place
@@ -103,19 +114,41 @@ ctypedef struct Plan:
     Py_ssize_t step[3]          # ... and cells from one of a phase to the next
     const Py_ssize_t *phase     # of each: its first tap, and how many, (d, h, w)
     const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in the filter
+    unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
 
 
-cdef void _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options, merged=None):
+def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight, bias, dims, options, merged=None):
+    """Convolve; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
     cdef Conv *c = &plan.c
+    cdef unsigned char[::1] refused = bytearray(input.shape[0] + 1)
     make_conv(c, input, weight, output, dims, options)
     _set_strands(&plan, merged, options.threads)
+    if form == PIECES:
+        _multiply_pieces(&plan, options.precision)
     _cut(&plan)
-    plan.in_place = plan.strands == 0 and (c.y.stride[4] == 1 or (c.y.stride[4] == 2 and plan.together == c.channels))
+    plan.in_place = plan.strands == 0 and c.y.stride[4] == 1
+    if c.y.stride[4] == 2 and plan.strands == 0 and c.kernels.pieces == 0:
+        plan.in_place = plan.together == c.channels
     plan.planes.relu = options.activation == "relu"
+    plan.refused = &refused[0]
     _find_weights(&plan, bias)
     cdef Py_ssize_t tasks = c.batch * plan.blocks.count * ceil_div(c.groups, plan.groups)
-    run_tasks(_forward_task, &plan, tasks, c.threads)
+    if not refused[c.batch]:
+        run_tasks(_forward_task, &plan, tasks, c.threads)
+    return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _multiply_pieces(Plan *plan, str precision):
+    """Change to the tile that multiplies pieces of numbers, if the machine has one and filters, taps and pixels of a row fill it."""
+    cdef Conv *c = &plan.c
+    cdef const fc_ukernels *kernels = piece_tile(c, precision, c.channels * c.taps)
+    if kernels == NULL or plan.strands or c.channels > FEW_CHANNELS or c.channels * c.taps < SPLIT_PRODUCTS or c.dilation[1] > 1:
+        return
+    cdef double padded = round_up(2 * _row_pairs(c) * c.kernel[1], kernels.depth_step) / <double>(c.channels * c.taps)
+    padded *= round_up(c.filters, LINES) / <double>c.filters * round_up(c.out[2], kernels.lanes) / c.out[2]
+    if split_pays(kernels, padded):
+        use_tile(c, kernels)
 
 
 cdef void _set_strands(Plan *plan, merged, threads):
@@ -149,7 +182,7 @@ cdef void _cut(Plan *plan) noexcept nogil:
     plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)
     _lay_out(plan)
     plan.ahead = 1
-    if plan.together == c.channels:
+    if plan.together == c.channels and c.kernels.pieces == 0:
         plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
         if plan.strands:
             plan.ahead = min(plan.ahead, max(1, STRAND_BYTES // (plan.strands * blocks.rows * plan.columns * c.item)))
@@ -176,8 +209,11 @@ cdef void _divide(Plan *plan) noexcept nogil:
     """Cut the output into blocks of some rows: a multiple of what a tile of one filter has, and of parts of rows only if these are long."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t cell = plan.together * c.item, step = c.kernels.planar_rows
+    cdef Py_ssize_t laid = _row_pairs(c) * 2 * c.kernels.lanes * c.packed if c.kernels.pieces else 0
     cdef Py_ssize_t rows = c.out[1], columns = c.out[2]
-    while rows > step and part_cells(c, rows, columns) * cell > NEAR_BYTES:
+    while rows > step and (
+        part_cells(c, rows, columns) * cell + extent(c, 1, rows) * laid > (LAID_BYTES if c.kernels.pieces else NEAR_BYTES)
+    ):
         rows = round_up((rows + 1) // 2, step) if rows > 2 * step else step
     while columns > LONG_ROW and part_cells(c, rows, columns) * cell > PLANE_BYTES:
         columns = (columns + 1) // 2
@@ -195,28 +231,32 @@ cdef void _find_weights(Plan *plan, bias):
     cdef Conv *c = &plan.c
     cdef fc_planes *planes = &plan.planes
     cdef Py_ssize_t n = plan.together * c.taps, group
-    plan.group_weights = 0 if plan.one else c.filters * c.channels * c.taps
-    cdef char *memory = arena(
-        FC_ARENA_WEIGHTS, 2 * n * sizeof(Py_ssize_t) + c.groups * (plan.group_weights + c.filters) * c.item
-    )
+    plan.group_weights = 0 if plan.one else c.filters * c.channels * c.taps * c.item
+    if c.kernels.pieces:
+        plan.group_weights = round_up(c.filters, LINES) * round_up(2 * _row_pairs(c) * c.kernel[1], c.kernels.depth_step) * c.packed
+    cdef Py_ssize_t tap_bytes = round_up(2 * n * sizeof(Py_ssize_t), 64)
+    cdef char *memory = arena(FC_ARENA_WEIGHTS, tap_bytes + c.groups * (plan.group_weights + c.filters * c.item))
     if memory == NULL:
         raise MemoryError("no memory for packed weights")
     cdef Py_ssize_t *taps = <Py_ssize_t *>memory
-    cdef char *weights = memory + 2 * n * sizeof(Py_ssize_t)
+    cdef char *weights = memory + tap_bytes
     planes.taps, planes.weight_taps = taps, taps + n
     if plan.strands:
         _strand_columns(plan, taps, taps + n)
         plan.weights = c.w.data
-    elif plan.one:
+    elif plan.one or c.kernels.pieces:
         _columns(plan, taps, taps + n)
         planes.high, planes.weight_row = c.kernel[1], c.w.stride[3]
         plan.weights = c.w.data
+        if c.kernels.pieces:
+            plan.weights = weights
+            _split_weights(plan, weights)
     else:
         _taps(plan, taps)
         for group in range(c.groups):
-            _pack_group(plan, group, weights + group * plan.group_weights * c.item)
+            _pack_group(plan, group, weights + group * plan.group_weights)
         plan.weights = weights
-    plan.bias = pack_bias(c, bias, weights + c.groups * plan.group_weights * c.item)
+    plan.bias = pack_bias(c, bias, weights + c.groups * plan.group_weights)
 
 
 cdef Py_ssize_t _tap_column(const Plan *plan, Py_ssize_t tap) noexcept nogil:
@@ -295,6 +335,32 @@ cdef void _pack_group(const Plan *plan, Py_ssize_t group, char *out) noexcept no
                         out += c.kernel[2] * filters * c.item
 
 
+cdef Py_ssize_t _row_pairs(const Conv *c) noexcept nogil:
+    """Pairs of taps in a row of a filter, of all channels and depths; the last may have but one."""
+    return ceil_div(c.channels * c.kernel[0] * c.kernel[2], 2)
+
+
+cdef void _split_weights(const Plan *plan, char *out) except *:
+    """Split all groups' weights, [filter][row of taps][channel, depth, column], an even number in each row."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t taps = c.channels * c.kernel[0] * c.kernel[2], pitch = 2 * _row_pairs(c), n = c.kernel[1] * pitch
+    cdef Py_ssize_t filter_bytes = round_up(n, c.kernels.depth_step) * c.packed, filter, h, t
+    cdef float *numbers = <float *>arena(FC_ARENA_BLOCK, n * c.item)
+    cdef const float *row
+    cdef char *pieces
+    if numbers == NULL:
+        raise MemoryError("no memory for packed weights")
+    for filter in range(c.groups * c.filters):
+        for h in range(c.kernel[1]):
+            row = <const float *>c.w.data + filter * c.w.stride[0] + h * c.w.stride[3]
+            numbers[(h + 1) * pitch - 1] = 0
+            for t in range(taps):
+                numbers[h * pitch + t] = row[plan.planes.weight_taps[t]]
+        pieces = out + filter // c.filters * plan.group_weights + filter % c.filters * filter_bytes
+        if c.kernels.split_rows(numbers, 1, 0, n, c.kernels.pieces, pieces) & FC_HUGE:
+            plan.refused[c.batch] = 1
+
+
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -306,33 +372,54 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t plane_bytes = plan.ahead * plan.together * plan.plane * c.item
     cdef Py_ssize_t strands = max(<Py_ssize_t>1, plan.strands)
     cdef Py_ssize_t sum_bytes = 0 if plan.in_place else plan.ahead * c.filters * strands * block.rows * plan.columns * c.item
-    cdef char *memory = arena(FC_ARENA_BLOCK, sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
+    cdef Py_ssize_t laid_bytes = 0
+    if c.kernels.pieces:
+        laid_bytes = FC_LAID_BYTES(plan.high * _row_pairs(c), c.filters)
+    cdef char *memory = arena(FC_ARENA_BLOCK, laid_bytes + sum_bytes + plane_bytes + 4 * c.kernels.lanes * c.item)
     if memory == NULL:
         return 1
-    cdef char *cells = memory + sum_bytes
+    cdef char *sums = memory + laid_bytes
+    cdef char *cells = sums + sum_bytes
     cdef Py_ssize_t end = min(group + plan.groups, c.groups), count, channel, channels
     cdef fc_planes planes = plan.planes
     planes.rows, planes.columns = block.rows, block.columns
     planes.out_row = c.y.stride[3] if plan.in_place else plan.columns
     planes.out_column = c.y.stride[4] if plan.in_place else 1
     planes.out_filter = c.y.stride[1] if plan.in_place else strands * block.rows * plan.columns
-    planes.laid, planes.ahead = NULL, 0
+    planes.laid, planes.ahead = memory if laid_bytes else NULL, 0
     planes.weight_group, planes.cell_group = c.w.stride[0], c.channels * plan.plane
     for group from group <= group < end by plan.ahead:
         count = min(plan.ahead, end - group)
         for channel from 0 <= channel < c.channels by plan.together:
             channels = min(plan.together, c.channels - channel)
             _pad(plan, &block, group * c.channels + channel, count * channels, cells)
-            _multiply(plan, &block, &planes, group, count, channel, channels, cells, memory)
+            if c.kernels.pieces:
+                _fill_gaps(plan, cells)
+            if not _multiply(plan, &block, &planes, group, count, channel, channels, cells, sums):
+                plan.refused[block.image] = 1
+                break
     return 0
 
 
-cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t groups,
+cdef void _fill_gaps(const Plan *plan, char *cells) noexcept nogil:
+    """Write zeros behind all planes: what is read there is multiplied, if for nothing, and had better be a number."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t cells_seen = c.kernel[0] * plan.high * plan.padding.phases * plan.padding.wide, i
+    for i in range(c.channels):
+        memset(cells + (i * plan.plane + cells_seen) * c.item, 0, <size_t>((plan.plane - cells_seen) * c.item))
+    memset(cells + c.channels * plan.plane * c.item, 0, <size_t>(4 * c.kernels.lanes * c.item))
+
+
+cdef bint _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t groups,
                     Py_ssize_t channel, Py_ssize_t channels, const char *cells, char *sums) noexcept nogil:
-    """Add the products of some channels to some groups' sums for a block of pixels; store them after the last channels."""
+    """Add the products of some channels to some groups' sums for a block of pixels; store them after the last channels.
+
+    Return whether numbers can be split, if that is what the tile multiplies.
+    """
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
     cdef Py_ssize_t first = group * c.filters, i
+    cdef int sizes = FC_ORDINARY
     cdef bint last = channel + channels == c.channels
     cdef char *out = y.data + (
         block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
@@ -349,8 +436,13 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
         )
         if last:
             _interleave(plan, block, planes, first, groups, sums)
-        return
-    if plan.one:
+        return True
+    if c.kernels.pieces:
+        planes.n_taps = c.channels * c.kernel[0] * c.kernel[2]
+        c.kernels.enter()
+        sizes = c.kernels.planar_split(planes, plan.weights + group * plan.group_weights, c.filters, cells, target)
+        c.kernels.leave()
+    elif plan.one:
         planes.n_taps = channels * c.kernel[0] * c.kernel[2]
         c.kernels.planar_one(
             planes, groups, plan.weights + (first * c.w.stride[0] + channel * c.w.stride[1]) * c.item, cells, target
@@ -360,11 +452,12 @@ cdef void _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_
         for i in range(groups):
             planes.bias = bias_at(plan.bias, (first + i * c.filters) * c.item) if last else NULL
             c.kernels.planar(
-                planes, plan.weights + ((group + i) * plan.group_weights + channel * c.filters * c.taps) * c.item, c.filters,
+                planes, plan.weights + (group + i) * plan.group_weights + channel * c.filters * c.taps * c.item, c.filters,
                 cells + i * planes.cell_group * c.item, target + i * c.filters * planes.out_filter * c.item,
             )
     if last and not plan.in_place:
         _store(plan, block, planes, groups * c.filters, sums, out)
+    return not sizes & FC_HUGE and sizes != FC_TINY
 
 
 cdef void _multiply_strands(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t groups, Py_ssize_t channels,

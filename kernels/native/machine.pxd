@@ -105,6 +105,7 @@ cdef extern from "ukernels.h" nogil:
         int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_runs)(const void *, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil
         int (*split_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int, void *) noexcept nogil
+        int (*planar_split)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
         int (*split_pairs)(const void *, Py_ssize_t, int, void *, void *, Py_ssize_t) noexcept nogil
         void (*brgemm_pairs)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, int,
                              void *, int) noexcept nogil
@@ -123,6 +124,7 @@ cdef extern from "ukernels.h" nogil:
         void (*leave)() noexcept nogil
 
     const double FC_SUM_LIMIT
+    Py_ssize_t FC_LAID_BYTES(Py_ssize_t, Py_ssize_t) noexcept nogil
     enum: FC_TINY, FC_ORDINARY, FC_HUGE
     enum: FC_INPUTS, FC_TAPS, FC_OUTPUTS
 

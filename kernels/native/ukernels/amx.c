@@ -396,6 +396,10 @@ static void fc_f32_lay_patches__amx(const fc_patches *patches, const void *cells
         lay_patches(patches, cells, pixels, n_pixels, 1, 2, out);
 }
 
+/* ---------------------------------------------------------------------------------------------------------- planes */
+
+#include "amx_planes.h"
+
 /* ------------------------------------------------------------------------------------------------------ tile registers */
 
 typedef struct {
@@ -484,10 +488,13 @@ const fc_isa *fc_start_amx(const fc_isa *below)
         }
         tables[0].brgemm = fc_f32_brgemm_x1__amx;
         tables[0].brgemm_pairs = fc_f32_brgemm_pairs_x1__amx;
+        tables[0].planar_split = fc_f32_planar_split_x1__amx;
         tables[1].brgemm = fc_f32_brgemm_x3__amx;
         tables[1].brgemm_pairs = fc_f32_brgemm_pairs_x3__amx;
+        tables[1].planar_split = fc_f32_planar_split_x3__amx;
         tables[2].brgemm = fc_f32_brgemm_x6__amx;
         tables[2].brgemm_pairs = fc_f32_brgemm_pairs_x6__amx;
+        tables[2].planar_split = fc_f32_planar_split_x6__amx;
         digits = tables[2];
         fc_fill_digits(&digits);
         isa.f32 = below->f32;

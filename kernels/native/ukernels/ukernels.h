@@ -118,6 +118,9 @@ typedef struct {
     ptrdiff_t ahead;             /* 0, or how far on the cells are that are needed next, and had better be fetched */
 } fc_planes;
 
+/* What planar_split takes of `laid`, for so many pairs of taps, of all rows that are seen, and filters. */
+#define FC_LAID_BYTES(pairs, filters) (((pairs) + 16) * 6 * 64 + ((filters) + 31) / 32 * 32 * 128)
+
 /* Tiles of Winograd's convolution. A side is a number of three digits, its stride, outputs and taps: 143 is F(4, 3). A tile
  * whose rows have the greater one has its axes exchanged. */
 typedef struct {
@@ -230,6 +233,8 @@ typedef struct {
      *          unless that is NULL, pairs that begin at odd cells, the first of them the cell before
      * brgemm_pairs takes such b, [vector][piece], `plane` apart, from the pair on where the reduction begins; offsets of b are
      * in elements of 2 bytes.
+     * planar_split is planar for columns of taps, `high` of them, tap_row apart, a whole number of which come to cell_row. Weights are
+     * rows, [filter][high][tap], taps filled up to an even number. Returns the size of the largest number.
      * lay_patches writes the patch of each pixel, [depth / depth_step][piece][depth_step]; up to 2 * depth_step - 1 cells beyond
      * a row are read. */
     int pieces;
@@ -238,6 +243,7 @@ typedef struct {
     int (*split_runs)(const void *image, ptrdiff_t n, ptrdiff_t run, int pieces, void *out);
     int (*split_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors, int pieces,
                          void *out);
+    int (*planar_split)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
     int (*split_pairs)(const void *cells, ptrdiff_t n, int pieces, void *even, void *odd, ptrdiff_t plane);
     void (*brgemm_pairs)(const fc_reduction *reduction, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                          ptrdiff_t plane, int vectors, void *c, int accumulate);
