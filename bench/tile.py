@@ -21,7 +21,7 @@ CALLS, ROUNDS = 200, 100_000
 class Tile(NamedTuple):
     """Operations per second, of one thread."""
 
-    pieces: int  #: that numbers are split into; 0: they are not; 6, 8: products of digits
+    pieces: int  #: that numbers are split into; 0: they are not; 6 to 8: products of digits
     speed: float  #: of the tile, on operands that stay in the first-level cache
     ceiling: float  #: of multiply-adds alone
 

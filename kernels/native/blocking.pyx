@@ -147,8 +147,8 @@ cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil:
 
 
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil:
-    """Vectors in a panel: two, or one where the last panel has no more filters than that."""
-    return 1 if c.filters - panel * c.panel <= c.kernels.lanes else 2
+    """Vectors in a panel: two, or one where panels, or what is left for the last, are no more than that."""
+    return 1 if min(c.panel, c.filters - panel * c.panel) <= c.kernels.lanes else 2
 
 
 cdef bint taps_continue(const Conv *c) noexcept nogil:

@@ -213,8 +213,16 @@ cdef bint _use_digits(Plan *plan, str precision):
         plan.summed = plan.summed // (plan.strands[0] * plan.strands[1] * plan.strands[2])
     kernels = digit_tile(c, precision, plan.summed)
     if kernels != NULL:
-        use_tile(c, kernels)
+        _use_tile(c, kernels)
     return kernels != NULL
+
+
+cdef void _use_tile(Conv *c, const fc_ukernels *kernels) noexcept nogil:
+    """Change to a tile; panels of one that multiplies digits are one vector, so that L1 has them while they are turned, measured and split."""
+    use_tile(c, kernels)
+    if kernels.digits:
+        c.panel = kernels.lanes
+        c.panels = ceil_div(c.filters, c.panel)
 
 
 cdef void _set_strands(Plan *plan, merged, threads):
@@ -301,10 +309,10 @@ cdef bint _multiply_patches(Plan *plan, str precision, int form):
         return False
     if form == PIECES and c.filters < PATCH_FILTERS:
         return False
-    use_tile(c, kernels)
+    _use_tile(c, kernels)
     if c.depth > FC_PATCH or c.out[1] * c.out[2] < kernels.tile_rows or not split_pays(kernels, c.depth / <double>c.channels):
         return False
-    use_tile(&plan.of, kernels)
+    _use_tile(&plan.of, kernels)
     return True
 
 

@@ -4,16 +4,16 @@ An image's channel block, and a filter's, have one scale each, that of the large
 numbers x and w that are rounded to 24 bits of the largest, X and W, has a mean square of
 
     (X^2 w^2 + W^2 x^2) / 3     rounding, in units of 2^-48                (x^2, w^2: the mean squares)
-    2/9 X^2 W^2                 two products of digits that are dropped, if 6 are made and not 8
+    1/9 X^2 W^2                 each product of digits that is dropped: none of 8, one if 7 are made, two if 6
 
 and adds up like noise: n such products miss n times that. Adding up n float32 numbers one after another rounds ever larger sums,
 and misses 0.0864 n^2 x^2 w^2; less if many of them are zeros, by both densities, or if some channel blocks, of an image or
 of a few filters that are tried, are far above the others, by their evenness. So "highest" asks for
 
-    (X^2/x^2 + W^2/w^2) / 3 + [6 products] 2/9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
+    (X^2/x^2 + W^2/w^2) / 3 + dropped / 9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
 
 of each channel block and panel: long sums of numbers none of which is far above the others. Six products are made where that is
-enough, else eight; where they aren't, the image is left to another tile. What decides is the image and the weights alone.
+enough, else seven or eight; where they aren't, the image is left to another tile. What decides is the image and the weights alone.
 
 The constants come from the distributions: a rounding error of a unit is 1/sqrt(12) of it, two digits of the same product are
 independent, and a float32 sum is off by 0.42 units of 2^-24 on average. ``tests/test_precision.py`` holds them to it.
@@ -40,7 +40,7 @@ cdef enum:
     MOST_TAPS = 400         # sums of a channel block's products fit int32
 
 cdef double ROUNDING = 1 / 3.0
-cdef double DROPPED = 2 / 9.0
+cdef double DROPPED = 1 / 9.0
 cdef double PLAIN = 0.0864
 cdef double MARGIN = 1.2
 
@@ -222,9 +222,12 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
 
 
 cdef int products(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
-    """Return how many products of digits are enough for sums of so many numbers: 6, 8, or 0 if more were needed."""
+    """Return how many products of digits are enough for sums of so many numbers: 6, 7, 8, or 0 if more were needed."""
     cdef double allowed = PLAIN / MARGIN * summed * image.density * weights.density
     cdef double rounding = ROUNDING * (image.peak + weights.peak)
-    if rounding + DROPPED * image.peak * weights.peak <= allowed:
+    cdef double dropped = DROPPED * image.peak * weights.peak
+    if rounding + 2 * dropped <= allowed:
         return 6
+    if rounding + dropped <= allowed:
+        return 7
     return 8 if rounding <= allowed else 0

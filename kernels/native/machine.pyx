@@ -106,9 +106,9 @@ def compiler() -> str:
 
 
 def tiles() -> list[int]:
-    """Return into how many pieces the tiles of float32 split a number; 0 is the tile that does not, 6 and 8 that of digits
+    """Return into how many pieces the tiles of float32 split a number; 0 is the tile that does not, 6 to 8 that of digits
     with so many products."""
-    return [0] + [pieces for pieces in range(1, 4) if _isa.split[pieces - 1] != NULL] + [6, 8] * (_isa.digits != NULL)
+    return [0] + [pieces for pieces in range(1, 4) if _isa.split[pieces - 1] != NULL] + [6, 7, 8] * (_isa.digits != NULL)
 
 
 cdef const fc_ukernels *_tile(int pieces) except NULL:

@@ -3,11 +3,12 @@
  *
  *    products                            of digits that are dropped    time
  *    6: 00 | 01 10 | 02 11 20            12 21 22                      half of x6's (amx.c)
+ *    7: 00 | 01 10 | 02 11 20 | 12       21 22                         0.6 of it
  *    8: 00 | 01 10 | 02 11 20 | 12 21    22                            two thirds
  *
  * Image and weights have a scale for each of their channel blocks, the weights for each filter, too; the largest number of a block
  * takes up the first digit. The further it is above the others, the fewer digits these have: ``digits.pyx`` says how far it may be.
- * A scale has 4 bits, so that small integers stay what they are.
+ * A scale has 12 bits, or 4 where the largest number has few, so that small integers stay what they are.
  *
  * H. Ootomo, K. Ozaki, R. Yokota, "DGEMM on Integer Matrix Multiplication Unit", arXiv 2306.11975.
  *
@@ -48,7 +49,7 @@ INLINE void finish(const fc_reduction *r, integers sums[4][ROWS], ptrdiff_t n_ro
     floats scaled = unit * *scale, inverse = 1 / scaled;
     for (int m = 0; m < ROWS && m < n_rows; m++, c += r->c_step) {
         floats y = __builtin_convertvector(sums[2][m], floats);
-        if (products == 8)
+        if (products > 6)
             y += __builtin_convertvector(sums[3][m], floats) * digit;
         y = y * digit + __builtin_convertvector(sums[1][m], floats);
         if (r->scale_step) {
@@ -102,14 +103,14 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows *rows, pt
                 _tile_dpbssd(3, 6, 7);
             _tile_loadd(7, weights + 2 * digit_bytes, line_bytes);
             _tile_dpbssd(2, 4, 7);
-            if (products == 8)
+            if (products > 6)
                 _tile_dpbssd(3, 5, 7);
         }
     }
     _tile_stored(0, sums[0], ROW_BYTES);
     _tile_stored(1, sums[1], ROW_BYTES);
     _tile_stored(2, sums[2], ROW_BYTES);
-    if (products == 8)
+    if (products > 6)
         _tile_stored(3, sums[3], ROW_BYTES);
     STORES_DONE;
     finish(r, sums, n_rows, products, unit, scale, c, accumulate);
@@ -130,6 +131,8 @@ static void fc_f32_brgemm_digits__amx(const fc_reduction *r, const void *a, cons
             STORES_DONE;
             if (r->products == 8)
                 tile(r, a, &placed, n_rows - m, weights, block_bytes, TILE_BYTES, ROW_BYTES, 8, unit, scale, sums, accumulate);
+            else if (r->products == 7)
+                tile(r, a, &placed, n_rows - m, weights, block_bytes, TILE_BYTES, ROW_BYTES, 7, unit, scale, sums, accumulate);
             else
                 tile(r, a, &placed, n_rows - m, weights, block_bytes, TILE_BYTES, ROW_BYTES, 6, unit, scale, sums, accumulate);
         }
@@ -144,6 +147,8 @@ static void fc_f32_brgemm_cells__amx(const fc_reduction *r, const void *a, const
     const ptrdiff_t line = DIGITS * ROW_BYTES;
     if (r->products == 8)
         tile(r, a, &rows, ROWS, b, block_bytes, ROW_BYTES, line, 8, unit, r->scale, c, accumulate);
+    else if (r->products == 7)
+        tile(r, a, &rows, ROWS, b, block_bytes, ROW_BYTES, line, 7, unit, r->scale, c, accumulate);
     else
         tile(r, a, &rows, ROWS, b, block_bytes, ROW_BYTES, line, 6, unit, r->scale, c, accumulate);
 }
@@ -258,16 +263,17 @@ static void fc_f32_tally__amx(const void *numbers, ptrdiff_t rows, ptrdiff_t ste
  * overflow, inf or NaN. */
 INLINE float scale_of(float largest)
 {
-    enum { FOUR_BITS = ~0U << 20 };
+    enum { LOWER = 0xfff, BITS_4 = ~0xfffffU, BITS_12 = ~LOWER };
     float scale;
-    uint32_t bits;
+    uint32_t bits, largest_bits;
     if (largest == 0)
         return 1;
     if (!(largest >= 0x1p-40F && largest <= 0x1p40F))
         return 0;
     scale = 127 * (float)(1 << FIRST) / largest; /* carries take the rest of the first digit */
     memcpy(&bits, &scale, sizeof bits);
-    bits &= FOUR_BITS;
+    memcpy(&largest_bits, &largest, sizeof largest_bits);
+    bits &= largest_bits & LOWER ? BITS_12 : BITS_4; /* products of scales are exact */
     memcpy(&scale, &bits, sizeof bits);
     return scale;
 }

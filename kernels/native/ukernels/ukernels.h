@@ -46,7 +46,7 @@ typedef struct {
     const fc_scales *scales; /* a tile of digits: of b; ... */
     const float *scale;      /* ... of rows of a, ... */
     ptrdiff_t scale_step;    /* ... so far apart; and how many products ... */
-    int products;            /* ... of two digits are made for a product, 6 or 8 */
+    int products;            /* ... of two digits are made for a product, 6, 7 or 8 */
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
