@@ -26,22 +26,20 @@ them, planes are split, and a vector of cells of two taps is a row of that tile 
 """
 
 cimport numpy as cnp
-from libc.string cimport memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, divide, extent, locate, make_conv, pack_bias, part_cells,
-    piece_tile, round_up, run_tasks, split_pays, taps_continue, use_tile,
+    piece_tile, round_up, run_tasks, split_pays, use_tile,
 )
 from fastconv.kernels.native.digits cimport NUMBERS, PIECES
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_LAID_BYTES, FC_ORDINARY, FC_TINY, arena, fc_epilogue, fc_padding, fc_planes,
-    fc_ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_LAID_BYTES, FC_ORDINARY, FC_TINY, arena, fc_epilogue, fc_planes, fc_ukernels,
 )
+from fastconv.kernels.native.planes cimport Plan, fill_gaps, lay_out, pad_planes, tap_column, write_taps
 
 from fastconv.kernels.native.digits import by_forms
-from fastconv.kernels.native.weight_direct import conv_weight_grad as turned_weight_grad
-from fastconv.kernels.native.weight_im2col import conv_weight_grad as patches_weight_grad
+from fastconv.kernels.native.weight_planar import conv_weight_grad
 
 cdef enum:
     NEAR_BYTES = 1 << 15        # of planes that a block sees: L1, if it has some rows then,
@@ -60,13 +58,6 @@ cdef enum:
     LAID_BYTES = 3 << 17        # of planes, and what is laid of them: part of L2
     SPLIT_PRODUCTS = 49         # of a sum, at least: what takes long of shorter ones is to store them
 
-    # The gradient of the weights:
-    UNIT_PIXELS = 1 << 10       # of a unit: the gradients of some filters are in L1
-    UNIT_BYTES = 1 << 21        # of the planes that it sees, at most: what has more is left to other algorithms
-    SUM_BYTES = 3 << 18         # of sums, each a vector, that a task has: they stay in L2
-    CHUNK_PIXELS = 1 << 12      # of a chunk of the reduction, at least: adding up the lanes takes as long as a few hundred
-    FAR_BYTES = 1 << 20         # of gradients: more come from beyond L2, and had better be fetched early
-    CHUNKS = 16                 # for all tasks of a chunk together
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -90,31 +81,6 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
             _forward(grad_output, grad_input, NUMBERS, swapped, bias, dims, options, merged)
             return
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
-
-
-# What all tasks of one call share.
-ctypedef struct Plan:
-    Conv c
-    Blocks blocks
-    Py_ssize_t groups           # that a task has
-    Py_ssize_t together         # channels whose products are added up by themselves
-    Py_ssize_t ahead            # groups whose planes are copied before any is read: a load waits for what was just stored
-    Py_ssize_t high             # rows of a plane
-    Py_ssize_t plane            # elements from one to the next
-    fc_padding padding          # what is the same for all planes, ...
-    fc_planes planes            # ... and all blocks
-    bint one                    # filter in a group, by columns of taps
-    bint in_place               # pixels are neighbours in the output, too, or two apart
-    Py_ssize_t group_weights    # bytes of a group's packed weights
-    const char *weights
-    const char *bias
-    Py_ssize_t columns          # pixels of a row of sums that are not in place
-    Py_ssize_t strands          # phases of the output, each with taps of its own; 0: there is but one
-    Py_ssize_t count[3]         # the same along each axis, ...
-    Py_ssize_t step[3]          # ... and cells from one of a phase to the next
-    const Py_ssize_t *phase     # of each: its first tap, and how many, (d, h, w)
-    const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in the filter
-    unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
 
 
 def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight, bias, dims, options, merged=None):
@@ -180,29 +146,12 @@ cdef void _cut(Plan *plan) noexcept nogil:
     _divide(plan)
     plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
     plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)
-    _lay_out(plan)
+    lay_out(plan)
     plan.ahead = 1
     if plan.together == c.channels and c.kernels.pieces == 0:
         plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
         if plan.strands:
             plan.ahead = min(plan.ahead, max(1, STRAND_BYTES // (plan.strands * blocks.rows * plan.columns * c.item)))
-
-
-cdef void _lay_out(Plan *plan) noexcept nogil:
-    """Lay out planes, ``high`` rows for a block, with the phases of the stride side by side."""
-    cdef Conv *c = &plan.c
-    cdef fc_padding *padding = &plan.padding
-    plan.columns = round_up(plan.blocks.columns, c.kernels.lanes)
-    padding.row_step = c.x.stride[3]
-    padding.cell_step = c.x.stride[4]
-    padding.image_step = c.x.stride[1]
-    padding.phases = c.stride[2]
-    padding.wide = round_up(ceil_div(extent(c, 2, plan.blocks.columns), c.stride[2]), c.kernels.lanes)
-    plan.plane = c.kernel[0] * plan.high * padding.phases * padding.wide
-    plan.plane = (plan.plane // c.kernels.lanes | 1) * c.kernels.lanes  # planes a power of two apart would share few sets of L1
-    padding.plane_step = plan.plane
-    plan.planes.tap_row = c.dilation[1] * padding.phases * padding.wide
-    plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
 
 
 cdef void _divide(Plan *plan) noexcept nogil:
@@ -252,29 +201,11 @@ cdef void _find_weights(Plan *plan, bias):
             plan.weights = weights
             _split_weights(plan, weights)
     else:
-        _taps(plan, taps)
+        write_taps(plan, taps)
         for group in range(c.groups):
             _pack_group(plan, group, weights + group * plan.group_weights)
         plan.weights = weights
     plan.bias = pack_bias(c, bias, weights + c.groups * plan.group_weights)
-
-
-cdef Py_ssize_t _tap_column(const Plan *plan, Py_ssize_t tap) noexcept nogil:
-    """Where the cell that a tap of a row sees is in a row of a plane."""
-    cdef Py_ssize_t column = tap * plan.c.dilation[2]
-    return column % plan.padding.phases * plan.padding.wide + column // plan.padding.phases
-
-
-cdef void _taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil:
-    """Write where the taps of some channels are in their planes."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channel, d, h, w, line = plan.padding.phases * plan.padding.wide
-    for channel in range(plan.together):
-        for d in range(c.kernel[0]):
-            for h in range(c.kernel[1]):
-                for w in range(c.kernel[2]):
-                    taps[0] = channel * plan.plane + d * plan.high * line + h * plan.planes.tap_row + _tap_column(plan, w)
-                    taps += 1
 
 
 cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
@@ -284,7 +215,7 @@ cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) 
     for channel in range(plan.together):
         for d in range(c.kernel[0]):
             for w in range(c.kernel[2]):
-                taps[n] = channel * plan.plane + d * plan.high * line + _tap_column(plan, w)
+                taps[n] = channel * plan.plane + d * plan.high * line + tap_column(plan, w)
                 weight_taps[n] = channel * c.w.stride[1] + d * c.w.stride[2] + w * c.w.stride[4]
                 n += 1
 
@@ -392,22 +323,13 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
         count = min(plan.ahead, end - group)
         for channel from 0 <= channel < c.channels by plan.together:
             channels = min(plan.together, c.channels - channel)
-            _pad(plan, &block, group * c.channels + channel, count * channels, cells)
+            pad_planes(plan, &block, group * c.channels + channel, count * channels, cells)
             if c.kernels.pieces:
-                _fill_gaps(plan, cells)
+                fill_gaps(plan, cells)
             if not _multiply(plan, &block, &planes, group, count, channel, channels, cells, sums):
                 plan.refused[block.image] = 1
                 break
     return 0
-
-
-cdef void _fill_gaps(const Plan *plan, char *cells) noexcept nogil:
-    """Write zeros behind all planes: what is read there is multiplied, if for nothing, and had better be a number."""
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t cells_seen = c.kernel[0] * plan.high * plan.padding.phases * plan.padding.wide, i
-    for i in range(c.channels):
-        memset(cells + (i * plan.plane + cells_seen) * c.item, 0, <size_t>((plan.plane - cells_seen) * c.item))
-    memset(cells + c.channels * plan.plane * c.item, 0, <size_t>(4 * c.kernels.lanes * c.item))
 
 
 cdef bint _multiply(const Plan *plan, const Block *block, fc_planes *planes, Py_ssize_t group, Py_ssize_t groups,
@@ -502,31 +424,6 @@ cdef void _interleave(const Plan *plan, const Block *block, const fc_planes *pla
                 )
 
 
-cdef void _pad(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil:
-    """Copy what a block sees of ``count`` channels, from ``first`` on."""
-    cdef const Conv *c = &plan.c
-    cdef const View *x = &c.x
-    cdef Py_ssize_t left = block.left * c.stride[2] - c.pad[2], top = block.top * c.stride[1] - c.pad[1]
-    cdef Py_ssize_t row = min(max(0, top), x.size[3]), cell = min(max(0, left), x.size[4]), i, d, z
-    cdef Py_ssize_t part = plan.high * plan.padding.phases * plan.padding.wide * c.item
-    cdef const char *base = x.data + (
-        block.image * x.stride[0] + first * x.stride[1] + row * x.stride[3] + cell * x.stride[4]
-    ) * c.item
-    cdef fc_padding padding = plan.padding
-    padding.above = min(max(0, -top), plan.high)
-    padding.rows = max(0, min(x.size[3], top + plan.high) - row)
-    padding.below = plan.high - padding.above - padding.rows
-    padding.before = min(max(0, -left), block.wide)
-    padding.cells = max(0, min(x.size[4], left + block.wide) - cell)
-    for d in range(c.kernel[0]):
-        z = block.depth * c.stride[0] - c.pad[0] + d * c.dilation[0]
-        if 0 <= z < x.size[2]:
-            c.kernels.pad(&padding, count, base + z * x.stride[2] * c.item, out + d * part)
-        else:
-            for i in range(count):
-                memset(out + d * part + i * plan.plane * c.item, 0, <size_t>part)
-
-
 cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, Py_ssize_t filters, const char *sums,
                  char *out) noexcept nogil:
     """Store the sums of a block, [filter][row][pixel], row by row."""
@@ -542,168 +439,3 @@ cdef void _store(const Plan *plan, const Block *block, const fc_planes *planes, 
             &epilogue, sums + row * planes.out_row * c.item, planes.out_filter, filters, block.columns,
             out + row * c.y.stride[3] * c.item,
         )
-
-
-# ------------------------------------------------------------------------------------------ gradient of the weights
-#
-#    grad_weight[k][i][t] = sum over rows, x of  grad_output[k][row][x] * planes[i][row * stride + rows of t][x + columns of t]
-#
-# Lanes are neighbouring pixels here, too, so that nothing is turned: a sum is a vector until its lanes are added up at the end. Gradients are
-# read where they are. The gradient of the bias is the weight of a plane of ones.
-
-# What all tasks of one call share: some groups, or some filters of one group, in one fixed chunk of the units of all images.
-ctypedef struct WeightPlan:
-    Plan base
-    Py_ssize_t n_taps           # of all channels
-    Py_ssize_t sums             # of a filter: one more if the gradient of the bias is wanted
-    Py_ssize_t filters          # of a task, ...
-    Py_ssize_t parts            # tasks of a chunk and group, or groups
-    Py_ssize_t group_tasks
-    Py_ssize_t units, chunks
-    Py_ssize_t chunk_bytes
-    char *totals                # [chunk][filter][sum]
-
-
-def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
-    """See ``fastconv.kernels``."""
-    near = input.strides[4] == input.itemsize and grad_output.strides[4] == input.itemsize
-    if not (near and _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)):
-        other = turned_weight_grad if dims.depthwise else patches_weight_grad
-        other(input, grad_output, grad_weight, grad_bias, dims, options)
-
-
-cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options) except *:
-    """Compute the gradients, unless a unit sees too much; return whether."""
-    cdef WeightPlan plan
-    cdef Conv *c = &plan.base.c
-    make_conv(c, input, grad_weight, grad_output, dims, options)
-    plan.base.one = False
-    plan.base.together = c.channels
-    divide(c, max(1, UNIT_PIXELS // c.out[2]), min(c.out[2], UNIT_PIXELS), &plan.base.blocks)
-    plan.base.high = extent(c, 1, plan.base.blocks.rows)
-    _lay_out(&plan.base)
-    if c.channels * plan.base.plane * c.item > UNIT_BYTES:
-        return False
-    plan.n_taps = c.channels * c.taps
-    plan.sums = plan.n_taps + (grad_bias is not None)
-    _share_weights(&plan)
-    run_tasks(_weight_task, &plan, plan.chunks * plan.group_tasks * plan.parts, c.threads)
-    _store_weights(&plan, grad_bias)
-    return True
-
-
-cdef void _share_weights(WeightPlan *plan) except *:
-    """Share out filters, which the bits don't depend on, and chunks, which depend on the shape alone."""
-    cdef Conv *c = &plan.base.c
-    cdef Py_ssize_t row_bytes = plan.sums * c.kernels.lanes * c.item, pixels = c.batch * c.out[0] * c.out[1] * c.out[2]
-    plan.filters = max(<Py_ssize_t>1, min(c.filters, SUM_BYTES // row_bytes))
-    plan.parts = ceil_div(c.filters, plan.filters)
-    plan.group_tasks = min(c.groups, <Py_ssize_t>CHUNKS)
-    plan.filters = ceil_div(c.filters, plan.parts)  # even parts
-    plan.units = c.batch * plan.base.blocks.count
-    plan.chunks = max(<Py_ssize_t>1, min(min(plan.units, pixels // CHUNK_PIXELS), CHUNKS // (plan.parts * plan.group_tasks)))
-    if c.threads > 1 and plan.chunks * plan.group_tasks * plan.parts < 2 * c.threads:
-        plan.parts = min(c.filters, plan.parts * 2 * c.threads)
-        plan.filters = ceil_div(c.filters, plan.parts)
-        plan.parts = ceil_div(c.filters, plan.filters)
-    plan.chunk_bytes = round_up(c.groups * c.filters * plan.sums, c.kernels.lanes) * c.item
-    plan.totals = arena(FC_ARENA_WEIGHTS, plan.chunks * plan.chunk_bytes)
-    if plan.totals == NULL:
-        raise MemoryError("no memory for the gradient of the weights")
-
-
-cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
-    """Sum up some filters, of one or more groups, over one chunk of the units."""
-    cdef const WeightPlan *plan = <const WeightPlan *>shared
-    cdef const Conv *c = &plan.base.c
-    cdef Py_ssize_t chunk = number // (plan.group_tasks * plan.parts), task = number // plan.parts % plan.group_tasks
-    cdef Py_ssize_t first = number % plan.parts * plan.filters, filters = min(plan.filters, c.filters - first), group
-    cdef Py_ssize_t tap_bytes = round_up(plan.sums * sizeof(Py_ssize_t), 64)
-    cdef Py_ssize_t sum_bytes = filters * plan.sums * c.kernels.lanes * c.item
-    cdef Py_ssize_t ones_bytes = plan.base.plane * c.item if plan.sums > plan.n_taps else 0
-    cdef Py_ssize_t plane_bytes = c.channels * plan.base.plane * c.item
-    cdef char *memory = arena(FC_ARENA_BLOCK, tap_bytes + sum_bytes + ones_bytes + plane_bytes)
-    if memory == NULL:
-        return 1
-    cdef char *sums = memory + tap_bytes
-    cdef char *ones = sums + sum_bytes
-    if ones_bytes:
-        _fill_ones(c, plan.base.plane, ones)
-    for group in range(c.groups * task // plan.group_tasks, c.groups * (task + 1) // plan.group_tasks):
-        memset(sums, 0, <size_t>sum_bytes)
-        _sum_units(plan, group, first, filters, chunk, <Py_ssize_t *>memory, ones, sums)
-        c.kernels.sum_lanes(
-            sums, filters * plan.sums,
-            plan.totals + chunk * plan.chunk_bytes + (group * c.filters + first) * plan.sums * c.item,
-        )
-    return 0
-
-
-cdef void _fill_ones(const Conv *c, Py_ssize_t n, char *out) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        if c.item == 4:
-            (<float *>out)[i] = 1
-        else:
-            (<double *>out)[i] = 1
-
-
-cdef void _sum_units(const WeightPlan *plan, Py_ssize_t group, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t chunk,
-                     Py_ssize_t *taps, char *ones, char *sums) noexcept nogil:
-    """Add a chunk's products for some filters of a group. Planes are behind the ones, if there are."""
-    cdef const Conv *c = &plan.base.c
-    cdef const View *y = &c.y
-    cdef Py_ssize_t unit
-    cdef char *cells = ones + (plan.base.plane * c.item if plan.sums > plan.n_taps else 0)
-    cdef Block block
-    cdef fc_planes planes = plan.base.planes
-    planes.taps, planes.n_taps = taps, plan.sums
-    planes.out_row, planes.out_filter = y.stride[3], y.stride[1]
-    planes.ahead = 0
-    if c.groups * c.filters * c.out[1] * c.out[2] * c.item > FAR_BYTES:
-        planes.ahead = plan.base.blocks.columns if plan.base.blocks.across > 1 else plan.base.blocks.rows * y.stride[3]
-    _taps(&plan.base, taps)
-    if plan.sums > plan.n_taps:
-        taps[plan.n_taps] = -plan.base.plane
-    for unit in range(plan.units * chunk // plan.chunks, plan.units * (chunk + 1) // plan.chunks):
-        locate(c, &plan.base.blocks, unit, &block)
-        planes.rows, planes.columns = block.rows, block.columns
-        _pad(&plan.base, &block, group * c.channels, c.channels, cells)
-        c.kernels.planar_weight(
-            &planes, filters,
-            y.data + (
-                block.image * y.stride[0] + (group * c.filters + first) * y.stride[1] + block.depth * y.stride[2]
-                + block.top * y.stride[3] + block.left
-            ) * c.item,
-            cells, sums,
-        )
-
-
-cdef void _store_weights(const WeightPlan *plan, grad_bias):
-    """Add up the chunks in their order, and store what they come to."""
-    cdef const Conv *c = &plan.base.c
-    cdef const View *w = &c.w
-    cdef Py_ssize_t chunk, filter, d, h, filters = c.groups * c.filters
-    cdef fc_epilogue epilogue
-    cdef const char *sums
-    for chunk in range(1, plan.chunks):
-        c.kernels.add(plan.totals, plan.totals + chunk * plan.chunk_bytes, plan.chunk_bytes // c.item)
-    if grad_bias is not None:
-        c.kernels.transpose(
-            plan.totals + plan.n_taps * c.item, plan.sums, 1, filters, 1, cnp.PyArray_BYTES(grad_bias),
-            cnp.PyArray_STRIDE(grad_bias, 0) // c.item,
-        )
-    if taps_continue(c) and w.stride[4] == 1 and (c.channels == 1 or w.stride[1] == c.taps):  # OIHW
-        c.kernels.transpose(plan.totals, 1, plan.sums, plan.n_taps, filters, w.data, w.stride[0])
-        return
-    epilogue.bias, epilogue.relu = NULL, False
-    epilogue.pixel_stride, epilogue.channel_stride = w.stride[1], w.stride[4]
-    for filter in range(filters):
-        sums = plan.totals + filter * plan.sums * c.item
-        for d in range(c.kernel[0]):
-            for h in range(c.kernel[1]):
-                c.kernels.epilogue(
-                    &epilogue, sums, c.taps, c.channels, c.kernel[2],
-                    w.data + (filter * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item,
-                )
-                sums += c.kernel[2] * c.item

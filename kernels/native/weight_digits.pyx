@@ -42,7 +42,7 @@ cdef enum:
     FEW_CHANNELS = 16       # most of a vector
     FEW_PIXELS = 256        # summed: with fewer, chance decides whether digits are enough, and a refusal costs as much as it gains
     FEW_PRODUCTS = 128      # of each number: with fewer, making digits takes longer than they save
-    SEGMENT = 512           # pixels whose gradients, of half a panel, stay in L1: 24 KB
+    SEGMENT = 384           # pixels whose gradients, of half a panel, stay in L1: 18 KB
 
 # A task's workspace.
 ctypedef struct Workspace:

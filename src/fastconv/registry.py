@@ -178,10 +178,20 @@ def _im2col(op: str, dims: ConvDims) -> str:
     return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
 
+def _taps_fill_pieces(dims: ConvDims) -> bool:
+    """Whether few channels' taps fill AMX's tile in the gradient of the weights, and rows share most. (Measured.)"""
+    columns, long = dims.output_size[2], 49 <= dims.reduction <= 1024 and dims.dilation[1] == 1
+    full = dims.group_out_channels >= 12 and columns >= 0.6 * 32 * math.ceil(columns / 32)
+    shared = 2 * dims.kernel_size[1] >= 3 * dims.stride[1]
+    return isa() == "amx" and dims.group_in_channels <= 4 and long and full and shared
+
+
 def _planar_weights(dims: ConvDims) -> str:
     """Say why the native planar isn't the choice for the gradient of the weights. (Measured on AVX-512 and AMX.)"""
     if dims.reduction > 1024:
         return "has the gradient of the weights for sums of few products only"
+    if _taps_fill_pieces(dims):
+        return ""
     columns = dims.output_size[2]
     if isa() not in ("amx", "avx512"):
         return "slower than direct or im2col: too few sums are in registers"
