@@ -11,7 +11,7 @@ inserted, no array is copied but the weights of a grouped convolution (whose swa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +35,17 @@ def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
         order, back = (*axes, 0, 2, 1), (n, n + 2, n + 1, *range(n))
     copy = np.ascontiguousarray(split.transpose(order)).transpose(back)
     return copy.swapaxes(1, 2).reshape(groups * c, k // groups, *kernel)
+
+
+def each_group(
+    grad_output: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, grad_input: np.ndarray, dims: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Yield each group's gradient of the input as a problem of its own, whose swapped channels are a view."""
+    filters, channels = dims.group_out_channels, dims.group_in_channels
+    group = dims._replace(in_channels=channels, out_channels=filters, groups=1)
+    for g in range(dims.groups):
+        rows, columns = slice(g * filters, (g + 1) * filters), slice(g * channels, (g + 1) * channels)
+        yield grad_output[:, rows], weight[rows], None if bias is None else bias[columns], grad_input[:, columns], group
 
 
 def input_grad(

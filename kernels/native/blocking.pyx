@@ -19,13 +19,14 @@ cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.string cimport memset
 
-from fastconv.kernels.native.machine cimport fc_epilogue, fc_ukernels, split_ukernels, ukernels, usable_threads
+from fastconv.kernels.native.machine cimport fc_epilogue, fc_fetch, fc_ukernels, split_ukernels, ukernels, usable_threads
 
 cdef enum:
     TILES_PER_CHUNK = 16        # so that accumulators and a panel's share of weights stay in L1
     CHUNK_PIXELS = 1024         # the same for tiles that read a panel from L2 as fast as from L1: accumulators in L2
     SPLIT_CHANNELS = 16         # half a step of the tile that multiplies pieces: with fewer, most of it is padding
     SPLIT_RATE = 13             # products of pieces that it makes in the time of one product of numbers, about
+    AHEAD = 4                   # channels whose weights are asked for before they are packed
     SPLIT_WEIGHT = 40           # products in the time that splitting a weight takes beyond packing it
     SERIAL_FLOPS = 4_000_000    # some 40 microseconds: less is not worth waking a thread
 
@@ -219,6 +220,8 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
         return
     run = c.taps if planes else c.kernel[2]
     for i in range(channels):
+        if i + AHEAD < channels and w.stride[0] == c.taps:  # of swapped channels, whose runs are too short for the hardware to see
+            fc_fetch(base + (i + AHEAD) * w.stride[1] * c.item, filters * c.taps * c.item)
         for d in range(1 if planes else c.kernel[0]):
             for h in range(1 if planes else c.kernel[1]):
                 c.kernels.transpose(

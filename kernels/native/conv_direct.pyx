@@ -75,6 +75,7 @@ cdef enum:
     PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
     DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
     STRANDS = 16                # phases of a stride whose sums for a chunk share L2
+    APART = 1 << 15             # weights of a group: to copy so many takes longer than a call for each group
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
 
@@ -92,6 +93,10 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     if dims.depthwise and grad_output.strides[4] == grad_input.strides[4] == grad_input.itemsize:
         conv_planar.conv_input_grad(grad_output, weight, bias, grad_input, dims, options)
+        return
+    if dims.groups > 1 and weight.size >= dims.groups * APART and options.packed is None:
+        for group in interleave.each_group(grad_output, weight, bias, grad_input, dims):
+            conv_input_grad(*group, options)
         return
     merged = None
     if not dims.depthwise and 1 < dims.stride[0] * dims.stride[1] * dims.stride[2] <= STRANDS:

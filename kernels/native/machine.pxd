@@ -123,6 +123,7 @@ cdef extern from "ukernels.h" nogil:
         void (*enter)() noexcept nogil
         void (*leave)() noexcept nogil
 
+    void fc_fetch(const void *, Py_ssize_t) noexcept nogil
     const double FC_SUM_LIMIT
     Py_ssize_t FC_LAID_BYTES(Py_ssize_t, Py_ssize_t) noexcept nogil
     enum: FC_TINY, FC_ORDINARY, FC_HUGE

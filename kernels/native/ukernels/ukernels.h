@@ -316,4 +316,11 @@ int fc_max_threads(void);
 int fc_usable_threads(int wanted);
 void fc_fence(void);
 
+/* Ask for some neighbouring lines before they are needed. */
+static inline void fc_fetch(const void *first, ptrdiff_t bytes)
+{
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)first + i);
+}
+
 #endif
