@@ -158,11 +158,11 @@ cdef void _divide(Plan *plan) noexcept nogil:
     """Cut the output into blocks of some rows: a multiple of what a tile of one filter has, and of parts of rows only if these are long."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t cell = plan.together * c.item, step = c.kernels.planar_rows
-    cdef Py_ssize_t laid = _row_pairs(c) * 2 * c.kernels.lanes * c.packed if c.kernels.pieces else 0
     cdef Py_ssize_t rows = c.out[1], columns = c.out[2]
-    while rows > step and (
-        part_cells(c, rows, columns) * cell + extent(c, 1, rows) * laid > (LAID_BYTES if c.kernels.pieces else NEAR_BYTES)
-    ):
+    if c.kernels.pieces:
+        _divide_split(plan)
+        return
+    while rows > step and part_cells(c, rows, columns) * cell > NEAR_BYTES:
         rows = round_up((rows + 1) // 2, step) if rows > 2 * step else step
     while columns > LONG_ROW and part_cells(c, rows, columns) * cell > PLANE_BYTES:
         columns = (columns + 1) // 2
@@ -173,6 +173,19 @@ cdef void _divide(Plan *plan) noexcept nogil:
         plan.blocks.rows = min(rows, c.out[1])
         plan.blocks.down = ceil_div(c.out[1], plan.blocks.rows)
         plan.blocks.count = c.out[0] * plan.blocks.down * plan.blocks.across
+
+
+cdef void _divide_split(Plan *plan) noexcept nogil:
+    """The same where pieces are multiplied: rows that planes, and what is laid of them, fit L2 with; some blocks, for threads to share."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t laid = _row_pairs(c) * 2 * c.kernels.lanes * c.packed, rows = c.out[1], columns = c.out[2]
+    if rows * columns >= TASK_PIXELS // 4:
+        rows = (rows + 1) // 2
+    while rows > 1 and part_cells(c, rows, columns) * c.channels * c.item + extent(c, 1, rows) * laid > LAID_BYTES:
+        rows = (rows + 1) // 2
+    while columns > LONG_ROW and part_cells(c, rows, columns) * c.channels * c.item > LAID_BYTES:
+        columns = (columns + 1) // 2
+    divide(c, rows, columns, &plan.blocks)
 
 
 cdef void _find_weights(Plan *plan, bias):
