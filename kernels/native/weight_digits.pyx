@@ -24,7 +24,7 @@ more than pieces are, and needs no more than whole vectors. Where there is one t
 shifted, and each digit is stored once.
 
 Numbers that aren't alike, inf, NaN, and huge or tiny ones are left to ``weight_pieces``, and all others with them. What counts as
-a long sum is what one image adds up (``digits.pyx``).
+a long sum is what one image adds up, or those whose units are packed together, if they are whole (``digits.pyx``).
 """
 
 cimport numpy as cnp
@@ -63,19 +63,22 @@ cdef int digits_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndar
     cdef Conv *c = &plan.base.c
     make_conv(c, input, grad_weight, grad_output, dims, options)
     cdef const fc_ukernels *digits = digit_ukernels(c.item)
-    if digits == NULL or options.precision != "highest" or c.channels < FEW_CHANNELS or _summed(c) < FEW_PIXELS:
+    if digits == NULL or options.precision != "highest" or c.channels < FEW_CHANNELS:
         return False
     if c.taps * min(c.channels, c.filters) < FEW_PRODUCTS:
         return False
     if c.y.stride[4] != 1 and c.y.stride[1] != 1:
         return False
     use_tile(c, digits)
-    return plan_units(&plan, _size, grad_bias) and reduce_chunks(&plan.base, _weight_task, &plan)
+    if not plan_units(&plan, _size, grad_bias) or _summed(&plan, plan.together) < FEW_PIXELS:
+        return False
+    return reduce_chunks(&plan.base, _weight_task, &plan)
 
 
-cdef Py_ssize_t _summed(const Conv *c) noexcept nogil:
-    """Products of a sum that one image has: the gradients of all others may be zeros."""
-    return c.out[0] * c.out[1] * c.out[2]
+cdef Py_ssize_t _summed(const Plan *plan, Py_ssize_t units) noexcept nogil:
+    """Products of a sum that one image has, or whole images that are measured together: the gradients of all others may be zeros."""
+    cdef const Conv *c = &plan.base.c
+    return c.out[0] * c.out[1] * c.out[2] * max(<Py_ssize_t>1, units // plan.base.blocks.count)
 
 
 cdef bint _shifted(const Plan *plan) noexcept nogil:
@@ -107,7 +110,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const WeightPlan *base = &plan.base
     cdef WeightTask t
     cdef Workspace space
-    cdef Py_ssize_t unit, count, v, channels
+    cdef Py_ssize_t unit, count, v, channels, part, parts, units
     if start_task(base, task, &t):
         return 1
     if t.first_unit == t.end_unit:  # of no images
@@ -115,8 +118,11 @@ cdef int _weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
     if not _make_workspace(plan, &space):
         return 1
     channels = min(base.channel_blocks * base.width, base.c.channels - t.channel)
-    for unit from t.first_unit <= unit < t.end_unit by plan.together:
-        count = min(plan.together, t.end_unit - unit)
+    units = t.end_unit - t.first_unit
+    parts = ceil_div(units, plan.together)
+    for part in range(parts):  # even ones: a short sum may be refused
+        unit = t.first_unit + units * part // parts
+        count = t.first_unit + units * (part + 1) // parts - unit
         if base.refused[0]:
             return 0
         if not _split_grads(plan, &t, unit, count, &space):
@@ -254,7 +260,7 @@ cdef bint _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
             reduction.depth = min(depth, plan.pixels - first)
             for panel in range(2 * t.panels):  # halves
                 reduction.scale = &space.grad_scale[panel // 2]
-                reduction.products = products(&space.scales.spread, &space.grad_spread[panel // 2], _summed(c))
+                reduction.products = products(&space.scales.spread, &space.grad_spread[panel // 2], _summed(plan, units))
                 enough = enough and reduction.products > 0
                 if not enough or (t.panel * 2 + panel) * half >= c.filters:
                     break
