@@ -31,7 +31,7 @@ from fastconv.kernels.native.machine cimport FC_ARENA_WEIGHTS, arena, digit_uker
 
 cdef enum:
     FEW_CHANNELS = 40       # that fill enough of a step of 64
-    SUMMED = 192            # products of a sum: with fewer, even normal numbers need more than 8 products of digits
+    SUMMED = 200            # products of a sum: with fewer, even normal numbers need more than 8 products of digits, often enough
     TRIED = 4               # filters
     PARTS = 4               # of a channel block's numbers, unless these are ...
     SMALL = 1 << 14         # ... fewer, about

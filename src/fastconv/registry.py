@@ -67,7 +67,7 @@ def _multiplies_digits(op: str, dims: ConvDims) -> bool:
     summed, pixels, phases = dims.group_in_channels, math.prod(dims.output_size), 1
     if op == "conv_input_grad":
         summed, pixels, phases = dims.group_out_channels, math.prod(dims.input_size), math.prod(dims.stride)
-    long = summed >= 40 and summed * dims.taps >= 192 * phases and dims.taps <= 400
+    long = summed >= 40 and summed * dims.taps >= 200 * phases and dims.taps <= 400
     return isa() == "amx" and op != "conv_weight_grad" and long and pixels >= 16 * phases
 
 
