@@ -12,7 +12,8 @@ of a few filters that are tried, are far above the others, by their evenness. So
 
     (X^2/x^2 + W^2/w^2) / 3 + dropped / 9 X^2/x^2 W^2/w^2  <=  0.0864 n density(x) density(w) / MARGIN
 
-of each channel block and panel: long sums of numbers none of which is far above the others. Six products are made where that is
+of each channel block and panel: long sums of numbers none of which is far above the others. What a few filters say of the weights decides
+unless it is near: then all are asked, for a filter that refuses when others are computed has them computed in vain. Six products are made where that is
 enough, else seven or eight; where they aren't, the image is left to another tile. What decides is the image and the weights alone.
 
 The constants come from the distributions: a rounding error of a unit is 1/sqrt(12) of it, two digits of the same product are
@@ -43,6 +44,7 @@ cdef double ROUNDING = 1 / 3.0
 cdef double DROPPED = 1 / 9.0
 cdef double PLAIN = 0.0864
 cdef double MARGIN = 1.2
+cdef double NEAR = 0.6
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -93,6 +95,7 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     cdef fc_spread some
     cdef float *squares
     cdef double even
+    cdef bint tried = False
     plan.c, plan.x, plan.channels, plan.width = c, x, channels, width
     plan.channel_blocks = ceil_div(channels, width)
     plan.step = c.stride[1] if x == &c.x and c.kernel[1] == 1 else 1
@@ -110,7 +113,7 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     plan.counted = <Py_ssize_t *>(plan.tallies + some_blocks * plan.parts)
     some.peak = some.density = even = 1
     if x == &c.x:
-        even = _try_weights(c, width, &some)
+        even = _try_weights(c, width, TRIED, &some)
     for number in range(blocks):
         if number % some_blocks == 0:
             plan.first = number
@@ -119,6 +122,9 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     for number in range(blocks):
         first = number - number % plan.channel_blocks
         scales.spread[number].density *= even * _evenness(&squares[first], plan.channel_blocks)
+        if x == &c.x and not tried and _is_near(&scales.spread[number], &some, summed):
+            tried = True
+            _try_weights(c, width, c.groups * c.filters, &some)
         if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
@@ -152,8 +158,8 @@ cdef float _sum_up(const Plan *plan, Py_ssize_t block, fc_spread *spread, float 
     return plan.c.kernels.spread(&all, max(<Py_ssize_t>1, count), spread)
 
 
-cdef double _try_weights(const Conv *c, Py_ssize_t width, fc_spread *spread) noexcept nogil:
-    """Find the worst spread of a few filters, before all are packed in vain, and return the worst evenness of their channel
+cdef double _try_weights(const Conv *c, Py_ssize_t width, Py_ssize_t count, fc_spread *spread) noexcept nogil:
+    """Find the worst spread of so many filters, before all are packed in vain, and return the worst evenness of their channel
     blocks; if their weights are neighbours."""
     cdef const View *w = &c.w
     cdef Py_ssize_t filters = c.groups * c.filters, i, first, n
@@ -162,8 +168,8 @@ cdef double _try_weights(const Conv *c, Py_ssize_t width, fc_spread *spread) noe
     cdef fc_tally tally
     if w.stride[1] * (c.channels > 1) not in (0, c.taps) or not taps_continue(c) or (c.taps > 1 and w.stride[4] != 1):
         return worst
-    for i in range(TRIED):
-        filter = w.data + filters * i // TRIED * w.stride[0] * c.item
+    for i in range(count):
+        filter = w.data + filters * i // count * w.stride[0] * c.item
         total = fourth = 0
         for first from 0 <= first < c.channels by width:
             n = min(width, c.channels - first) * c.taps
@@ -219,6 +225,13 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
                 c.kernels.tally(plane + i * x.stride[1] * c.item, rows, step * x.stride[3], columns, tally)
     plan.counted[number] = (end - first) * x.size[2] * rows * columns
     return 0
+
+
+cdef bint _is_near(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
+    """Whether a few filters leave it open whether digits are enough for all."""
+    cdef double allowed = PLAIN / MARGIN * summed * image.density * weights.density
+    cdef double rounding = ROUNDING * (image.peak + weights.peak)
+    return NEAR * allowed < rounding <= allowed
 
 
 cdef int products(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
