@@ -390,13 +390,23 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     if pieces == 0:
         pack_panel(&plan.of, group, panel, b * plan.width, channels, out)
         return True
-    pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
+    if c.kernels.digits and _lies_packed(plan, panel):
+        step = plan.of.w.stride[1]
+        floats = plan.of.w.data + (group * c.filters + panel * c.panel + b * plan.width * step) * c.item
+    else:
+        pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
     if not c.kernels.digits:
         return c.kernels.split_weights(floats, step, channels, c.taps, vectors, pieces, out) != FC_HUGE
     scales = _scales_of(plan, panel, b, out)
-    usable = c.kernels.spread_weights(floats, channels * c.taps, vectors, scales)
+    usable = c.kernels.spread_weights(floats, channels * c.taps, step // c.taps, vectors, scales)
     c.kernels.digits_weights(floats, step, channels, c.taps, vectors, scales, out)
     return usable
+
+
+cdef bint _lies_packed(const Plan *plan, Py_ssize_t panel) noexcept nogil:
+    """Whether a panel of 1x1 filters, which are neighbours, is where the caller has it as it would be packed."""
+    cdef const Conv *of = &plan.of
+    return of.taps == 1 and of.w.stride[0] == 1 and (panel + 1) * of.panel <= of.filters
 
 
 cdef fc_scales *_scales_of(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const char *weights) noexcept nogil:

@@ -114,7 +114,7 @@ cdef extern from "ukernels.h" nogil:
         void (*tally)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, fc_tally *) noexcept nogil
         float (*spread)(const fc_tally *, Py_ssize_t, fc_spread *) noexcept nogil
         int (*spread_lanes)(const fc_tally *, Py_ssize_t, float *, fc_spread *) noexcept nogil
-        int (*spread_weights)(const void *, Py_ssize_t, int, fc_scales *) noexcept nogil
+        int (*spread_weights)(const void *, Py_ssize_t, Py_ssize_t, int, fc_scales *) noexcept nogil
         void (*digits_weights)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const fc_scales *, void *) noexcept nogil
         void (*digits_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, void *) noexcept nogil
         void (*digits_run)(const void *, Py_ssize_t, float, void *, Py_ssize_t) noexcept nogil

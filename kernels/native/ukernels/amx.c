@@ -443,7 +443,7 @@ static int works(const fc_ukernels *kernels)
     }
     if (kernels->digits) {
         kernels->digits_rows(image, 1, 0, M * DEPTH, scale, a);
-        kernels->spread_weights(weights, DEPTH, 2, &scales);
+        kernels->spread_weights(weights, DEPTH, N, 2, &scales);
         kernels->digits_weights(weights, N, DEPTH, 1, 2, &scales, b);
     } else {
         kernels->split_rows(image, 1, 0, M * DEPTH, kernels->pieces, a);

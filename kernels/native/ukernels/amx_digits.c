@@ -237,6 +237,7 @@ static void fc_f32_tally__amx(const void *numbers, ptrdiff_t rows, ptrdiff_t ste
     floats sum[4] = {*(const floats *)tally->sum}, squares[4] = {*(const floats *)tally->squares};
     for (; n == LANES && rows >= 4; rows -= 4, in += 4 * step)
         UNROLL for (int v = 0; v < 4; v++) {
+            __builtin_prefetch(in + (v + 12) * step);
             count(*(const floats *)(in + v * step), &largest[v], &sum[v], &squares[v]);
         }
     for (; rows > 0; rows--, in += step) {
@@ -326,13 +327,13 @@ static int fc_f32_spread_lanes__amx(const fc_tally *tally, ptrdiff_t n, float *s
     return usable;
 }
 
-static int fc_f32_spread_weights__amx(const void *weights, ptrdiff_t n, int vectors, fc_scales *scales)
+static int fc_f32_spread_weights__amx(const void *weights, ptrdiff_t n, ptrdiff_t step, int vectors, fc_scales *scales)
 {
     int usable = 1;
     scales->spread = (fc_spread){0, 1};
     for (int v = 0; v < vectors; v++) {
         fc_tally tally = {{0}, {0}, {0}};
-        fc_f32_tally__amx((const float *)weights + v * LANES, n, vectors * LANES, LANES, &tally);
+        fc_f32_tally__amx((const float *)weights + v * LANES, n, step, LANES, &tally);
         usable &= fc_f32_spread_lanes__amx(&tally, n, &scales->scale[v * LANES], &scales->spread);
     }
     return usable;

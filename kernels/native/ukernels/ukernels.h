@@ -253,7 +253,7 @@ typedef struct {
     /* A tile of digits multiplies fixed-point numbers; it stores no more rows than are wanted.
      * tally:   counts rows of n numbers
      * spread:  makes of the n that were counted the scale, 0 if they can't be scaled, and keeps the worse of two spreads
-     * spread_lanes, spread_weights: the same for each lane, for each filter of a panel; return 0 if some can't be scaled
+     * spread_lanes, spread_weights: the same for each lane, for each filter of a panel, n weights `step` apart; return 0 if some can't be scaled
      * digits_rows, digits_weights: as split_rows, for numbers of one scale, and split_weights
      * digits_run: whole steps of them in order, [digit][n], `plane` apart
      * digits_cells: n cells of `lanes` channels to a line for each, [cell][digit][64], so that a tile's b may begin anywhere, or for
@@ -263,7 +263,7 @@ typedef struct {
     void (*tally)(const void *numbers, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, fc_tally *tally);
     float (*spread)(const fc_tally *tally, ptrdiff_t n, fc_spread *spread);
     int (*spread_lanes)(const fc_tally *tally, ptrdiff_t n, float *scale, fc_spread *spread);
-    int (*spread_weights)(const void *weights, ptrdiff_t n, int vectors, fc_scales *scales);
+    int (*spread_weights)(const void *weights, ptrdiff_t n, ptrdiff_t step, int vectors, fc_scales *scales);
     void (*digits_weights)(const void *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
                            const fc_scales *scales, void *out);
     void (*digits_rows)(const void *image, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n, float scale, void *out);
