@@ -10,7 +10,7 @@ from cases import Array, ConvCase, conv_function, for_every_row, how, rows_of
 
 import fastconv as fc
 from fastconv.registry import Row
-from fastconv.runtime import isa, why_missing
+from fastconv.runtime import isa
 
 CASES = [
     ConvCase("3x3 of 64 channels", (5, 64, 9, 8), (40, 64, 3, 3), 1, 1),
@@ -103,7 +103,7 @@ def rms(result: Array, exact: Array) -> float:
     return float(np.sqrt(np.mean(np.square(result - exact)) / np.mean(np.square(exact))))
 
 
-@pytest.mark.skipif(bool(why_missing("cython")), reason="only the native engine has digits")
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies digits")
 @pytest.mark.parametrize("where", ["image", "weights"])
 @pytest.mark.parametrize(("algorithm", "case"), ZEROS)
 def test_channels_of_zeros_make_sums_no_longer(algorithm: str, case: ConvCase, where: str) -> None:
@@ -115,7 +115,7 @@ def test_channels_of_zeros_make_sums_no_longer(algorithm: str, case: ConvCase, w
     assert rms(fc.conv2d(x, w, **asked), exact) < PLAIN * np.sqrt(channels * case.dims.taps)
 
 
-@pytest.mark.skipif(bool(why_missing("cython")), reason="only the native engine has digits")
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies digits")
 @pytest.mark.parametrize("side", [16, 13, 7])
 def test_images_of_zeros_make_sums_no_longer(side: int) -> None:
     """Small images are summed up together: by how many of them a sum is long."""
