@@ -65,6 +65,30 @@ static const struct {
     } while (0)
 #define ZERO(reg, at, stride) _tile_zero(reg)
 
+/* All products of a step's pieces, of one or (high) two registers of rows by one or (wide) two of columns, and something BESIDE. */
+#define MULTIPLY_PIECES(LOAD_ROWS, LOAD_COLUMNS, BESIDE)                              \
+    UNROLL for (int i = 0; i < PRODUCTS[pieces].n; i++) {                             \
+        const int p = PRODUCTS[pieces].image[i], q = PRODUCTS[pieces].weight[i];      \
+        if (i == 0 || p != PRODUCTS[pieces].image[i - 1]) {                           \
+            LOAD_ROWS(4, 0, p);                                                       \
+            if (high)                                                                 \
+                LOAD_ROWS(5, 1, p);                                                   \
+        }                                                                             \
+        if (i == 0 || q != PRODUCTS[pieces].weight[i - 1]) {                          \
+            LOAD_COLUMNS(6, 0, q);                                                    \
+            if (wide)                                                                 \
+                LOAD_COLUMNS(7, 1, q);                                                \
+        }                                                                             \
+        _tile_dpbf16ps(0, 4, 6);                                                      \
+        if (wide)                                                                     \
+            _tile_dpbf16ps(1, 4, 7);                                                  \
+        if (high)                                                                     \
+            _tile_dpbf16ps(2, 5, 6);                                                  \
+        if (high && wide)                                                             \
+            _tile_dpbf16ps(3, 5, 7);                                                  \
+        BESIDE                                                                        \
+    }
+
 /* A tile store that comes some 600 ns or more after the last one takes 250 ns longer (docs/performance.md). What it stores in
  * between is nobody's. */
 enum { PRODUCTS_BETWEEN_STORES = 96 };
@@ -100,26 +124,9 @@ INLINE void tile(const fc_reduction *r, const char *a, const tile_rows rows[2], 
         if (high)
             image[1] += rows[1].first;
         for (ptrdiff_t block = 0; block < blocks; block++) {
-            UNROLL for (int i = 0; i < PRODUCTS[pieces].n; i++) {
-                const int p = PRODUCTS[pieces].image[i], q = PRODUCTS[pieces].weight[i];
-                if (i == 0 || p != PRODUCTS[pieces].image[i - 1]) {
-                    LOAD_IMAGE(4, 0, p);
-                    if (high)
-                        LOAD_IMAGE(5, 1, p);
-                }
-                if (i == 0 || q != PRODUCTS[pieces].weight[i - 1]) {
-                    _tile_loadd(6, weights + q * weight_piece, ROW_BYTES);
-                    if (wide)
-                        _tile_loadd(7, weights + (pieces + q) * weight_piece, ROW_BYTES);
-                }
-                _tile_dpbf16ps(0, 4, 6);
-                if (wide)
-                    _tile_dpbf16ps(1, 4, 7);
-                if (high)
-                    _tile_dpbf16ps(2, 5, 6);
-                if (high && wide)
-                    _tile_dpbf16ps(3, 5, 7);
-            }
+#define LOAD_COLUMNS(reg, n, q) _tile_loadd(reg, weights + ((n) * pieces + (q)) * weight_piece, ROW_BYTES)
+            MULTIPLY_PIECES(LOAD_IMAGE, LOAD_COLUMNS, {});
+#undef LOAD_COLUMNS
             KEEP_STORING(4, scratch);
             image[0] += pieces * ROW_BYTES;
             image[1] += pieces * ROW_BYTES;

@@ -116,28 +116,14 @@ INLINE void planar_tile(const char *weights, ptrdiff_t spacing, const char *laid
     int unstored = 0;
     FOR_SUMS(ZERO);
     for (ptrdiff_t step = 0; step < steps; step++, weights += pieces * ROW_BYTES, laid += TILE_BYTES) {
-        UNROLL for (int i = 0; i < products; i++) {
-            const int p = PRODUCTS[pieces].image[i], q = PRODUCTS[pieces].weight[i];
-            if (i == 0 || p != PRODUCTS[pieces].image[i - 1]) {
-                _tile_loadd(4, weights + p * ROW_BYTES, spacing);
-                if (high)
-                    _tile_loadd(5, weights + ROWS * spacing + p * ROW_BYTES, spacing);
-            }
-            if (i == 0 || q != PRODUCTS[pieces].weight[i - 1]) {
-                _tile_loadd(6, laid + q * plane, ROW_BYTES);
-                if (wide)
-                    _tile_loadd(7, laid + (pieces + q) * plane, ROW_BYTES);
-            }
-            _tile_dpbf16ps(0, 4, 6);
-            if (wide)
-                _tile_dpbf16ps(1, 4, 7);
-            if (high)
-                _tile_dpbf16ps(2, 5, 6);
-            if (high && wide)
-                _tile_dpbf16ps(3, 5, 7);
+#define LOAD_ROWS(reg, n, p) _tile_loadd(reg, weights + (n) * ROWS * spacing + (p) * ROW_BYTES, spacing)
+#define LOAD_COLUMNS(reg, n, q) _tile_loadd(reg, laid + ((n) * pieces + (q)) * plane, ROW_BYTES)
+        MULTIPLY_PIECES(LOAD_ROWS, LOAD_COLUMNS, {
             store_rows(jobs, (BLOCK + products - 1) / products);
             lay_pairs(jobs, jobs->quota, pieces);
-        }
+        });
+#undef LOAD_ROWS
+#undef LOAD_COLUMNS
         KEEP_STORING(4, scratch);
     }
     FOR_SUMS(_tile_stored);
@@ -171,20 +157,24 @@ INLINE void planar_row(const char *weights, ptrdiff_t filters, ptrdiff_t row, pt
 
 INLINE int planar(const fc_planes *p, const char *weights, ptrdiff_t filters, const float *cells, const int pieces, float *out)
 {
-    const ptrdiff_t pairs = row_pairs(p), stride = p->cell_row / p->tap_row, high = (p->rows - 1) * stride + p->high;
-    planar_jobs jobs = {.planes = p, .laid = p->laid, .plane = (high * pairs + PAIRS) * ROW_BYTES};
+    const ptrdiff_t step = p->cell_row / p->tap_row * row_pairs(p), seen = planar_steps(p) * PAIRS; /* by a row of pixels */
+    const ptrdiff_t all = (p->rows - 1) * step + p->high * row_pairs(p);
+    planar_jobs jobs = {.planes = p, .laid = p->laid, .plane = (all + PAIRS) * ROW_BYTES};
     float *const sums = (float *)(jobs.laid + 2 * pieces * jobs.plane);
-    for (int i = 0; i < 2 * pieces; i++) /* what the weights' zeros meet is finite */
-        memset(jobs.laid + (i + 1) * jobs.plane - PAIRS * ROW_BYTES, 0, PAIRS * ROW_BYTES);
+    for (int i = 0; i < 2 * pieces; i++) /* what weights of zero meet had better be numbers, too */
+        memset(jobs.laid + i * jobs.plane + all * ROW_BYTES, 0, PAIRS * ROW_BYTES);
     for (ptrdiff_t x = 0; x < p->columns; x += PIXELS) {
         const ptrdiff_t n = p->columns - x < PIXELS ? p->columns - x : PIXELS;
         jobs.cells = cells + x;
         jobs.vectors = n > LANES ? 2 : 1;
         jobs.row = jobs.pair = 0;
-        jobs.left = p->high * pairs;
+        ptrdiff_t end = seen < all ? seen : all;
+        jobs.left = end;
         lay_pairs(&jobs, jobs.left, pieces);
         for (ptrdiff_t r = 0; r < p->rows; r++) {
-            jobs.left = r + 1 < p->rows ? stride * pairs : 0;
+            const ptrdiff_t next = (r + 1) * step + seen;
+            jobs.left = (next < all ? next : all) - end;
+            end += jobs.left;
             planar_row(weights, filters, r, n, pieces, sums, &jobs, out + r * p->out_row + x);
         }
     }
