@@ -39,6 +39,8 @@ NAMES = (
     "1x1 of whole channel blocks",
     "1x1 of many filters",
     "3x3 of many filters, stride 2",
+    "7x7, few channels, rows of 46, 33 filters",
+    "5x5, groups of few channels, stride 2 down",
 )
 CASES = [case for case in CONV_CASES if case.name in NAMES]
 
@@ -77,6 +79,18 @@ def test_nonfinite_images_spread_to_their_windows_and_no_further(
             continue  # whether a zero of the padding is multiplied by an infinite gradient is nobody's promise
         if result is not None:
             np.testing.assert_array_equal(kinds(result), kinds(answer), err_msg=name)
+
+
+@for_every_row(CASES)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_call_leaves_nothing_to_the_next(row: Row, case: ConvCase, dtype: Any) -> None:
+    """Workspace is kept from call to call: what was in it doesn't matter."""
+    arrays = case.arrays(dtype)
+    wanted = conv_results(case, arrays, row)
+    conv_results(case, ConvArrays(*(np.full_like(array, np.nan) for array in arrays)), row)
+    for name, result, before in zip(wanted._fields, conv_results(case, arrays, row), wanted, strict=True):
+        if result is not None:
+            assert result.tobytes() == before.tobytes(), name
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
