@@ -36,10 +36,13 @@ from fastconv.kernels.native.planes cimport Plan, fill_gaps, lay_out, pad_planes
 cdef enum:
     FEW_CHANNELS = 4        # more fill the tile of ``weight_pieces``
     PRODUCTS = 49           # of each gradient, at least: turning and splitting it takes as long as some
-    LINE_BYTES = 1 << 19    # of the lines of a block: with the gradients, they stay in L2
-    MOST_BYTES = 1 << 21    # the same where a block can't be cut as small
+    LINE_BYTES = 1 << 19    # of the lines of a block ...
+    GRAD_BYTES = 1 << 20    # ... and its gradients: they stay in L2
+    MOST_BYTES = 1 << 21    # of either, where a block can't be cut as small
+    SUM_BYTES = 1 << 22     # of all chunks together
     CHUNKS = 8
-    CHUNK_PIXELS = 1 << 11  # of a chunk, at least, and of a block, about, at most
+    BLOCK_PIXELS = 1 << 11  # at most, about: as many products are added up before sums go to memory
+    CHUNK_PIXELS = 1 << 10  # at least
 
 # What all tasks of one call share.
 ctypedef struct TapsPlan:
@@ -109,18 +112,28 @@ cdef Py_ssize_t _line_bytes(const TapsPlan *plan, Py_ssize_t rows) noexcept nogi
     return plan.steps * extent(c, 1, rows) * plan.row_lines * c.kernels.depth_step * c.packed
 
 
+cdef Py_ssize_t _grad_bytes(const TapsPlan *plan, Py_ssize_t rows) noexcept nogil:
+    """What the gradients of so many rows take."""
+    cdef const Conv *c = &plan.base.c
+    return c.panels * c.panel * rows * plan.steps * c.kernels.depth_step * c.packed
+
+
 cdef bint _cut(TapsPlan *plan) noexcept nogil:
-    """Cut the output into blocks of some rows, and lay out their planes; return whether a block's lines are few enough."""
+    """Cut the output into blocks of some rows, and lay out their planes; return whether a block is small enough."""
     cdef Conv *c = &plan.base.c
     cdef Py_ssize_t rows = c.out[1]
-    while rows > 1 and (_line_bytes(plan, rows) > LINE_BYTES or rows * c.out[2] > CHUNK_PIXELS):
+    while rows > 1 and (
+        _line_bytes(plan, rows) > LINE_BYTES or _grad_bytes(plan, rows) > GRAD_BYTES or rows * c.out[2] > BLOCK_PIXELS
+    ):
         rows -= ceil_div(rows, 8)
+    if rows < c.out[1]:
+        rows = ceil_div(c.out[1], round_up(ceil_div(c.out[1], rows), 2))  # for threads to share
     divide(c, rows, c.out[2], &plan.base.blocks)
     plan.base.one = False
     plan.base.together = c.channels
     plan.base.high = extent(c, 1, plan.base.blocks.rows)
     lay_out(&plan.base)
-    return _line_bytes(plan, plan.base.blocks.rows) <= MOST_BYTES
+    return max(_line_bytes(plan, plan.base.blocks.rows), _grad_bytes(plan, plan.base.blocks.rows)) <= MOST_BYTES
 
 
 cdef void _share_out(TapsPlan *plan) except *:
@@ -131,6 +144,7 @@ cdef void _share_out(TapsPlan *plan) except *:
     plan.blocks = c.batch * plan.base.blocks.count
     plan.chunks = max(<Py_ssize_t>1, min(min(plan.blocks, <Py_ssize_t>CHUNKS), pixels // CHUNK_PIXELS))
     plan.sum_bytes = c.panels * plan.lines * c.panel * c.item
+    plan.chunks = max(<Py_ssize_t>1, min(plan.chunks, SUM_BYTES // (c.groups * plan.sum_bytes)))
     cdef char *memory = arena(FC_ARENA_WEIGHTS, tap_bytes + (plan.chunks * c.groups + 1) * plan.sum_bytes)
     if memory == NULL:
         raise MemoryError("no memory for the gradient of the weights")
@@ -181,7 +195,7 @@ cdef bint _find_memory(const TapsPlan *plan, Workspace *space) noexcept nogil:
     cdef const Conv *c = &plan.base.c
     cdef Py_ssize_t rows = plan.base.blocks.rows, pixels = rows * plan.steps, step = c.kernels.depth_step, i
     cdef Py_ssize_t offset_bytes = round_up((plan.lines + 2 * pixels) * sizeof(Py_ssize_t), 64)
-    cdef Py_ssize_t line_bytes = _line_bytes(plan, rows), grad_bytes = c.panels * c.panel * pixels * step * c.packed
+    cdef Py_ssize_t line_bytes = _line_bytes(plan, rows), grad_bytes = _grad_bytes(plan, rows)
     cdef Py_ssize_t plane_bytes = (c.channels * plan.base.plane + 4 * c.kernels.lanes) * c.item
     cdef Py_ssize_t number_bytes = (step + step * c.kernels.lanes) * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, offset_bytes + number_bytes + line_bytes + grad_bytes + plane_bytes)
