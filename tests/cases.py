@@ -144,6 +144,7 @@ CONV_CASES = [
     ConvCase("7x7, stride 2, few channels, many filters", (2, 3, 21, 24), (50, 3, 7, 7), 2, 3),
     ConvCase("7x7, few channels, rows of 46, 33 filters", (1, 3, 14, 46), (33, 3, 7, 7), 1, 3),
     ConvCase("5x5, groups of few channels, stride 2 down", (2, 6, 12, 50), (36, 3, 5, 5), (2, 1), 2, 1, 2),
+    ConvCase("6x7, stride 3 across, few channels", (1, 3, 25, 91), (64, 3, 6, 7), (1, 3), (3, 5)),
     ConvCase("9x7, one channel, dilation 2 across", (1, 1, 20, 40), (18, 1, 9, 7), 1, (4, 6), (1, 2)),
     ConvCase("signal of few channels", (2, 4, 70), (20, 4, 15), 1, 7),
     ConvCase("volume of few channels, rows of 40", (1, 2, 4, 9, 40), (17, 2, 3, 3, 3), 1, 1),
