@@ -92,6 +92,21 @@ def test_kept_weights_give_the_same_bits(row: Row, case: ConvCase) -> None:
         assert layer(x).tobytes() == convolve(case, x, w, row).tobytes()
 
 
+@pytest.mark.skipif(isa() != "amx", reason="only AMX multiplies digits")
+def test_an_image_near_the_limit_leaves_its_neighbours_their_bits() -> None:
+    """For it all filters are asked: together they refuse what each of them allows, an image that isn't near."""
+    rng = np.random.default_rng(5)
+    x = rng.uniform(-1, 1, (2, 208, 20, 20)).astype(np.float32)
+    x[0] = rng.standard_normal(x[0].shape)
+    w = rng.standard_normal((64, 208, 1, 1)).astype(np.float32)
+    w[33:48] = np.where(np.arange(208) % 4, 0, 1)[:, None, None]  # not the first of each 16, which are tried
+    w[49:, 0] = 5
+    asked: dict[str, Any] = {"engine": "cython", "algorithm": "im2col"}
+    together = fc.conv2d(x, w, **asked)
+    for i in range(2):
+        assert together[i].tobytes() == fc.conv2d(x[i], w, **asked).tobytes()
+
+
 ZEROS = [
     ("direct", ConvCase("3x3", (8, 256, 16, 16), (40, 256, 3, 3), 1, 1)),
     ("im2col", ConvCase("1x1", (8, 1280, 16, 16), (48, 1280, 1, 1))),

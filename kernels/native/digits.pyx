@@ -92,7 +92,8 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     cdef Scales scales = Scales()
     cdef cnp.ndarray memory
     cdef Py_ssize_t blocks, some_blocks, number, first
-    cdef fc_spread some
+    cdef fc_spread some, every
+    cdef const fc_spread *judge
     cdef float *squares
     cdef double even
     cdef bint tried = False
@@ -112,6 +113,7 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
         raise MemoryError("no memory for workspace")
     plan.counted = <Py_ssize_t *>(plan.tallies + some_blocks * plan.parts)
     some.peak = some.density = even = 1
+    every = some
     if x == &c.x:
         even = _try_weights(c, width, TRIED, &some)
     for number in range(blocks):
@@ -122,10 +124,13 @@ cdef Scales measure(const Conv *c, const View *x, Py_ssize_t channels, Py_ssize_
     for number in range(blocks):
         first = number - number % plan.channel_blocks
         scales.spread[number].density *= even * _evenness(&squares[first], plan.channel_blocks)
-        if x == &c.x and not tried and _is_near(&scales.spread[number], &some, summed):
-            tried = True
-            _try_weights(c, width, c.groups * c.filters, &some)
-        if scales.scale[number] == 0 or products(&scales.spread[number], &some, summed) == 0:
+        judge = &some
+        if x == &c.x and _is_near(&scales.spread[number], &some, summed):
+            if not tried:
+                tried = True
+                _try_weights(c, width, c.groups * c.filters, &every)
+            judge = &every  # this image's alone: what becomes of one has nothing to do with others
+        if scales.scale[number] == 0 or products(&scales.spread[number], judge, summed) == 0:
             refused[number // (c.groups * plan.channel_blocks)] = 1
     return scales
 
