@@ -36,7 +36,9 @@ from fastconv.kernels.native.digits cimport NUMBERS, PIECES
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_LAID_BYTES, FC_ORDINARY, FC_TINY, arena, fc_epilogue, fc_planes, fc_ukernels,
 )
-from fastconv.kernels.native.planes cimport Plan, fill_gaps, lay_out, pad_planes, tap_column, write_taps
+from fastconv.kernels.native.planes cimport (
+    FEW_CHANNELS, SPLIT_PRODUCTS, Plan, fill_gaps, lay_out, pad_planes, tap_cell, write_taps,
+)
 
 from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_planar import conv_weight_grad
@@ -47,17 +49,12 @@ cdef enum:
     AHEAD_BYTES = 1 << 13       # of planes that are copied before any is read
     STRAND_BYTES = 3 << 12      # of sums that are interleaved while L1 has them
     LONG_ROW = 64               # pixels: longer ones may be cut
-    FEW_CHANNELS = 4            # that are at least added up before sums go to memory
+    LEAST_TOGETHER = 4          # channels that are at least added up before sums go to memory
     TERMS = 384                 # of a sum that are added up by themselves
     TASK_PIXELS = 1 << 12       # that are worth a task
     STRANDS = 16                # phases of a stride whose sums are interleaved
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
-
-    # Where pieces of numbers are multiplied:
-    LINES = 16                  # filters of a tile
-    LAID_BYTES = 3 << 17        # of planes, and what is laid of them: part of L2
-    SPLIT_PRODUCTS = 49         # of a sum, at least: what takes long of shorter ones is to store them
-
+    LAID_BYTES = 3 << 17        # of planes, and what is laid of their pieces: part of L2
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -112,7 +109,7 @@ cdef void _multiply_pieces(Plan *plan, str precision):
     if kernels == NULL or plan.strands or c.channels > FEW_CHANNELS or c.channels * c.taps < SPLIT_PRODUCTS or c.dilation[1] > 1:
         return
     cdef double padded = round_up(2 * _row_pairs(c) * c.kernel[1], kernels.depth_step) / <double>(c.channels * c.taps)
-    padded *= round_up(c.filters, LINES) / <double>c.filters * round_up(c.out[2], kernels.lanes) / c.out[2]
+    padded *= round_up(c.filters, kernels.lanes) / <double>c.filters * round_up(c.out[2], kernels.lanes) / c.out[2]
     if split_pays(kernels, padded):
         use_tile(c, kernels)
 
@@ -141,7 +138,7 @@ cdef void _cut(Plan *plan) noexcept nogil:
     cdef Blocks *blocks = &plan.blocks
     plan.one = c.filters == 1
     cdef Py_ssize_t rows = min(c.out[1], <Py_ssize_t>c.kernels.planar_rows)
-    plan.together = max(FEW_CHANNELS, min(TERMS // c.taps, NEAR_BYTES // (part_cells(c, rows, c.out[2]) * c.item)))
+    plan.together = max(LEAST_TOGETHER, min(TERMS // c.taps, NEAR_BYTES // (part_cells(c, rows, c.out[2]) * c.item)))
     plan.together = min(c.channels, max(1, plan.together))
     _divide(plan)
     plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
@@ -195,7 +192,7 @@ cdef void _find_weights(Plan *plan, bias):
     cdef Py_ssize_t n = plan.together * c.taps, group
     plan.group_weights = 0 if plan.one else c.filters * c.channels * c.taps * c.item
     if c.kernels.pieces:
-        plan.group_weights = round_up(c.filters, LINES) * round_up(2 * _row_pairs(c) * c.kernel[1], c.kernels.depth_step) * c.packed
+        plan.group_weights = round_up(c.filters, c.kernels.lanes) * round_up(2 * _row_pairs(c) * c.kernel[1], c.kernels.depth_step) * c.packed
     cdef Py_ssize_t tap_bytes = round_up(2 * n * sizeof(Py_ssize_t), 64)
     cdef char *memory = arena(FC_ARENA_WEIGHTS, tap_bytes + c.groups * (plan.group_weights + c.filters * c.item))
     if memory == NULL:
@@ -224,11 +221,11 @@ cdef void _find_weights(Plan *plan, bias):
 cdef void _columns(const Plan *plan, Py_ssize_t *taps, Py_ssize_t *weight_taps) noexcept nogil:
     """Write where the columns of taps of some channels are in their planes, and among the weights."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channel, d, w, n = 0, line = plan.padding.phases * plan.padding.wide
+    cdef Py_ssize_t channel, d, w, n = 0
     for channel in range(plan.together):
         for d in range(c.kernel[0]):
             for w in range(c.kernel[2]):
-                taps[n] = channel * plan.plane + d * plan.high * line + tap_column(plan, w)
+                taps[n] = tap_cell(plan, channel, d, w)
                 weight_taps[n] = channel * c.w.stride[1] + d * c.w.stride[2] + w * c.w.stride[4]
                 n += 1
 

@@ -1,6 +1,11 @@
 from fastconv.kernels.native.blocking cimport Block, Blocks, Conv
 from fastconv.kernels.native.machine cimport fc_padding, fc_planes
 
+# Where pieces of numbers are multiplied:
+cdef enum:
+    FEW_CHANNELS = 4            # at most: more fill the tile in other drivers
+    SPLIT_PRODUCTS = 49         # of a sum, at least: of shorter ones, storing or turning takes longer than products
+
 # What all tasks of one call share: how planes lie, and, of ``conv_planar``, the rest.
 ctypedef struct Plan:
     Conv c
@@ -27,7 +32,7 @@ ctypedef struct Plan:
 
 
 cdef void lay_out(Plan *plan) noexcept nogil
-cdef Py_ssize_t tap_column(const Plan *plan, Py_ssize_t tap) noexcept nogil
+cdef Py_ssize_t tap_cell(const Plan *plan, Py_ssize_t channel, Py_ssize_t d, Py_ssize_t w) noexcept nogil
 cdef void write_taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil
 cdef void pad_planes(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil
 cdef void fill_gaps(const Plan *plan, char *cells) noexcept nogil

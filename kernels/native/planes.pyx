@@ -31,21 +31,24 @@ cdef void lay_out(Plan *plan) noexcept nogil:
     plan.planes.cell_row = c.stride[1] * padding.phases * padding.wide
 
 
-cdef Py_ssize_t tap_column(const Plan *plan, Py_ssize_t tap) noexcept nogil:
-    """Where the cell that a tap of a row sees is in a row of a plane."""
-    cdef Py_ssize_t column = tap * plan.c.dilation[2]
-    return column % plan.padding.phases * plan.padding.wide + column // plan.padding.phases
+cdef Py_ssize_t tap_cell(const Plan *plan, Py_ssize_t channel, Py_ssize_t d, Py_ssize_t w) noexcept nogil:
+    """Where the cell that a tap of the first row sees is in the planes."""
+    cdef Py_ssize_t column = w * plan.c.dilation[2], line = plan.padding.phases * plan.padding.wide
+    return (
+        channel * plan.plane + d * plan.high * line
+        + column % plan.padding.phases * plan.padding.wide + column // plan.padding.phases
+    )
 
 
 cdef void write_taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil:
     """Write where the taps of some channels are in their planes."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t channel, d, h, w, line = plan.padding.phases * plan.padding.wide
+    cdef Py_ssize_t channel, d, h, w
     for channel in range(plan.together):
         for d in range(c.kernel[0]):
             for h in range(c.kernel[1]):
                 for w in range(c.kernel[2]):
-                    taps[0] = channel * plan.plane + d * plan.high * line + h * plan.planes.tap_row + tap_column(plan, w)
+                    taps[0] = tap_cell(plan, channel, d, w) + h * plan.planes.tap_row
                     taps += 1
 
 

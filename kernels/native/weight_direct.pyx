@@ -35,7 +35,7 @@ from fastconv.kernels.native.weight_pieces cimport split_weight_grad
 
 cdef enum:
     PIXELS = 256            # that one brgemm reduces over: a panel's share of them stays in L1
-    EXCHANGED = 512         # pixels
+    EXCHANGED = 512         # pixels of an image, at least, where gradients and image may change places
 
 
 def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):

@@ -23,7 +23,7 @@ from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, ceil_div, divide, extent, locate, make_conv, round_up, run_tasks, taps_continue,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_planes
-from fastconv.kernels.native.planes cimport Plan, lay_out, pad_planes, write_taps
+from fastconv.kernels.native.planes cimport SPLIT_PRODUCTS, Plan, lay_out, pad_planes, write_taps
 from fastconv.kernels.native.weight_taps cimport taps_weight_grad
 
 from fastconv.kernels.native.weight_direct import conv_weight_grad as turned_weight_grad
@@ -36,7 +36,6 @@ cdef enum:
     CHUNK_PIXELS = 1 << 12      # of a chunk of the reduction, at least: adding up the lanes takes as long as a few hundred
     FAR_BYTES = 1 << 20         # of gradients: more come from beyond L2, and had better be fetched early
     CHUNKS = 16                 # for all tasks of a chunk together
-    LONG_SUM = 49               # products of a pixel: of channels-last images direct's is faster than im2col's from there on
 
 
 # What all tasks of one call share: some groups, or some filters of one group, in one fixed chunk of the units of all images.
@@ -57,7 +56,7 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     near = input.strides[4] == input.itemsize and grad_output.strides[4] == input.itemsize
     done = near and taps_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
     if not done and not (near and _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)):
-        other = turned_weight_grad if dims.depthwise or dims.reduction >= LONG_SUM else patches_weight_grad
+        other = turned_weight_grad if dims.depthwise or dims.reduction >= SPLIT_PRODUCTS else patches_weight_grad
         other(input, grad_output, grad_weight, grad_bias, dims, options)
 
 

@@ -31,11 +31,9 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels,
 )
-from fastconv.kernels.native.planes cimport Plan, fill_gaps, lay_out, pad_planes, tap_column
+from fastconv.kernels.native.planes cimport FEW_CHANNELS, SPLIT_PRODUCTS, Plan, fill_gaps, lay_out, pad_planes, tap_cell
 
 cdef enum:
-    FEW_CHANNELS = 4        # more fill the tile of ``weight_pieces``
-    PRODUCTS = 49           # of each gradient, at least: turning and splitting it takes as long as some
     LINE_BYTES = 1 << 19    # of the lines of a block ...
     GRAD_BYTES = 1 << 20    # ... and its gradients: they stay in L2
     MOST_BYTES = 1 << 21    # of either, where a block can't be cut as small
@@ -98,7 +96,7 @@ cdef bint taps_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarr
 cdef bint _suits(const Conv *c, const fc_ukernels *kernels):
     """Whether few channels' taps, filters and pixels of a row fill the tile, and weights are stored one after another."""
     cdef Py_ssize_t taps = c.channels * c.taps
-    if c.channels > FEW_CHANNELS or taps < PRODUCTS or c.dilation[1] > 1:
+    if c.channels > FEW_CHANNELS or taps < SPLIT_PRODUCTS or c.dilation[1] > 1:
         return False
     if not taps_continue(c) or c.w.stride[4] != 1 or (c.channels > 1 and c.w.stride[1] != c.taps):
         return False
@@ -156,8 +154,7 @@ cdef void _share_out(TapsPlan *plan) except *:
             for phase in range(c.stride[2]):  # neighbours in a plane one after another
                 for w in range(c.kernel[2]):
                     if w * c.dilation[2] % c.stride[2] == phase:
-                        cells[n] = channel * plan.base.plane + tap_column(&plan.base, w)
-                        cells[n] += d * plan.base.high * plan.base.padding.phases * plan.base.padding.wide
+                        cells[n] = tap_cell(&plan.base, channel, d, w)
                         numbers[n] = channel * c.taps + d * c.kernel[1] * c.kernel[2] + w
                         n += 1
 
