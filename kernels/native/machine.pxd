@@ -65,6 +65,16 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *laid_taps
         Py_ssize_t ahead
 
+    ctypedef struct fc_phases:
+        Py_ssize_t stride[3]
+        Py_ssize_t before[3]
+        Py_ssize_t pitch[3]
+        Py_ssize_t phase
+
+    ctypedef struct fc_rows:
+        Py_ssize_t size[3]
+        Py_ssize_t step[3]
+
     ctypedef struct fc_tiles:
         int rows, columns, high, wide
         Py_ssize_t count
@@ -93,6 +103,13 @@ cdef extern from "ukernels.h" nogil:
         void (*zip)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*max_pool)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_runs *, const fc_runs *,
                          const fc_runs *) noexcept nogil
+        void (*max_pool_finite)(const fc_cells *, Py_ssize_t, const void *, void *, unsigned char *, const void *,
+                                Py_ssize_t) noexcept nogil
+        void (*max_pool_gather)(const fc_cells *, Py_ssize_t, const void *, const unsigned char *, void *, void *,
+                                Py_ssize_t) noexcept nogil
+        int (*to_phases)(const fc_phases *, const fc_rows *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*from_phases)(const fc_phases *, const fc_rows *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*copy_rows)(const fc_rows *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,
                               const fc_runs *, const fc_runs *) noexcept nogil
         void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil

@@ -1,3 +1,3 @@
 from fastconv.kernels.native.pooling cimport Pool
 
-cdef void gather_along_channels(Pool *p) noexcept
+cdef void gather_along_channels(Pool *p) except *

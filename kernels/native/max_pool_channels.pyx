@@ -12,7 +12,7 @@ from fastconv.kernels.native.machine cimport (
 from fastconv.kernels.native.pooling cimport Pool, Rows, locate, residue, runs_of, share_out, shift
 
 
-cdef void gather_along_channels(Pool *p) noexcept:
+cdef void gather_along_channels(Pool *p) except *:
     """Compute the gradient of the input."""
     _make_classes(p)
     tasks = share_out(p, p.x.size[2], ceil_div(p.x.size[3], p.stride[1]), p.y.size[4] * p.taps)

@@ -1,3 +1,3 @@
 from fastconv.kernels.native.pooling cimport Pool
 
-cdef void scatter(Pool *p) noexcept
+cdef void scatter(Pool *p) except *

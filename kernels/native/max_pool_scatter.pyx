@@ -17,7 +17,7 @@ cdef enum:
     CHANNELS = 64               # that a task has of a channels-last image
 
 
-cdef void scatter(Pool *p) noexcept:
+cdef void scatter(Pool *p) except *:
     """Compute the gradient of the input."""
     tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
     run_tasks(_scatter_task, p, tasks, p.threads)

@@ -26,12 +26,6 @@ ctypedef struct Pool:
     Py_ssize_t last[3]
     int columns                 # of classes that are done together
     Py_ssize_t rows, task_rows  # in all, of a task
-    Py_ssize_t groups[3]        # of cells, one of each class; the rest is for gathering along W
-    Py_ssize_t low[3]           # the first and the last window that group 0 sees
-    Py_ssize_t high[3]
-    bint padded                 # whether groups see windows that don't exist
-    Py_ssize_t parts, part      # of a plane, groups of a part: along H, or along D where there is one
-    Py_ssize_t task_planes
     int threads
     bint stream
 

@@ -85,6 +85,31 @@
 #define STREAM_16(to, from) memcpy(to, from, 16)
 #endif
 
+/* n bytes, often fewer than a vector's. */
+static inline void copy_bytes(ptrdiff_t n, const char *from, char *to)
+{
+#ifdef __AVX512BW__
+    for (; n > 64; n -= 64, from += 64, to += 64)
+        _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    const __mmask64 some = n < 64 ? ((__mmask64)1 << n) - 1 : ~(__mmask64)0;
+    _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
+#else
+#define LAST_PIECE(size)                                \
+    if (n >= size) {                                    \
+        for (ptrdiff_t i = 0; i + size < n; i += size)  \
+            memcpy(to + i, from + i, size);             \
+        memcpy(to + n - size, from + n - size, size);   \
+        return;                                         \
+    }
+    LAST_PIECE(32)
+    LAST_PIECE(16)
+    LAST_PIECE(8)
+    LAST_PIECE(4)
+    LAST_PIECE(1)
+#undef LAST_PIECE
+#endif
+}
+
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define SQUARES(name, side) PASTE(PASTE(FC(name), _x), side)

@@ -454,8 +454,6 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
 
 #undef V /* max_pool.h has its own, at two widths */
 
-#define SEGMENT 256 /* cells of a class that are kept in L1 until they are interleaved */
-
 #define POOL(name) FC(name##_vector)
 #define WIDTH (VECTOR_BYTES / T_BYTES)
 #include "max_pool.h"
@@ -541,6 +539,22 @@ static void FC(max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, con
 #undef STEP_CASE
 }
 
+static void FC(max_pool_finite)(const fc_cells *cells, ptrdiff_t n, const void *input, void *output, uint8_t *wins,
+                                const void *ahead, ptrdiff_t bytes)
+{
+    const T *in = input;
+    T *out = output;
+    const fc_runs winners = {.data = wins, .step = 1, .item = 1}, rest = {.data = wins ? wins + n % (4 * LANES) : NULL, .step = 1, .item = 1};
+    const ptrdiff_t odd = n % (4 * LANES), lines = n > odd ? (bytes + 63) / 64 / ((n - odd) / (4 * LANES)) + 1 : 0;
+    if (wins) {
+        FC(max_finite_vector)(cells, odd, in, 1, 1, out, &winners, NULL, 0);
+        FC(max_finite_vector)(cells, n - odd, in + odd, 4, 1, out + odd, &rest, ahead, lines);
+    } else {
+        FC(max_finite_vector)(cells, odd, in, 1, 0, out, &winners, NULL, 0);
+        FC(max_finite_vector)(cells, n - odd, in + odd, 4, 0, out + odd, &rest, ahead, lines);
+    }
+}
+
 static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const uint8_t *winners)
 {
     T sum = 0;
@@ -551,88 +565,54 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
     return sum;
 }
 
-/* The cells of one class. */
+/* Vectors that gradients are added to at once. */
+#if VECTOR_BYTES == 64
+#define MOST_WON 4
+#else
+#define MOST_WON (LANES <= 8 ? 2 : 1)
+#endif
+
+/* The cells of one class. `bytes` that will be written soon are fetched meanwhile. */
 static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad, const uint8_t *winners, T *out,
-                             ptrdiff_t step, int stream)
+                             ptrdiff_t step, int stream, char *ahead, ptrdiff_t bytes)
 {
-    if (n >= 2 * LANES && LANES <= 8 && stream)
-        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step, 1);
-    else if (n >= 2 * LANES && LANES <= 8)
-        FC(gather_class_vector)(sources, n, grad, winners, LANES <= 8 ? 2 : 1, out, step, 0);
+    const ptrdiff_t lines = bytes ? (bytes + 63) / 64 * (n >= MOST_WON * LANES ? MOST_WON * LANES : LANES) / n + 1 : 0;
+    if (n >= MOST_WON * LANES && MOST_WON > 1 && stream)
+        FC(gather_class_vector)(sources, n, grad, winners, MOST_WON, out, step, 1, ahead, lines);
+    else if (n >= MOST_WON * LANES && MOST_WON > 1)
+        FC(gather_class_vector)(sources, n, grad, winners, MOST_WON, out, step, 0, ahead, lines);
     else if (n >= LANES)
-        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step, stream);
+        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step, stream, ahead, lines);
 #if VECTOR_BYTES > 4 * T_BYTES
     else if (n >= 4)
-        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step, stream);
+        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step, stream, NULL, 0);
 #endif
     else
         for (ptrdiff_t i = 0; i < n; i++)
             out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
 }
 
-static inline __attribute__((always_inline)) void FC(interleave)(T (*x)[SEGMENT], const fc_classes *classes,
-                                                                 const int columns, ptrdiff_t gap, ptrdiff_t runs,
-                                                                 ptrdiff_t n, int rest, T *out, ptrdiff_t run, int stream)
+static void FC(max_pool_gather)(const fc_cells *sources, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out,
+                                void *ahead, ptrdiff_t bytes)
 {
-    if (n >= LANES && stream)
-        FC(interleave_vector)(x, classes, columns, gap, runs, n, rest, out, run, 1);
-    else if (n >= LANES)
-        FC(interleave_vector)(x, classes, columns, gap, runs, n, rest, out, run, 0);
-#if VECTOR_BYTES > 4 * T_BYTES
-    else if (n >= 4)
-        FC(interleave_quad)(x, classes, columns, gap, runs, n, rest, out, run, 0);
-#endif
-    else
-        for (ptrdiff_t r = 0; r < runs; r++)
-            for (int y = 0; y < classes->rows; y++)
-                for (ptrdiff_t i = 0; i < n * columns + rest; i++)
-                    out[r * run + y * classes->row_step + i] = x[y * columns + i % columns][r * gap + i / columns];
+    FC(gather_class)(sources, n, grad, winners, out, 1, 0, ahead, bytes);
 }
 
-/* Columns side by side: the classes of some runs, and of what is between them, are gathered into L1, and interleaved row by
- * row. */
-static void FC(gather_interleaved)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
-                                   const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
-{
-    T side_by_side[FC_CLASSES][SEGMENT];
-    const int columns = classes->columns, all = classes->rows * columns;
-    const ptrdiff_t gap = grad->run, run = out->run, groups = n + (classes->rest > 0);
-    const ptrdiff_t most = groups < SEGMENT ? groups : SEGMENT;
-    const ptrdiff_t together = groups <= gap && 2 * groups > gap && gap <= SEGMENT ? SEGMENT / gap : 1;
-    const int stream = FC(can_stream)(out, (run | classes->row_step | (most | n) * columns) * T_BYTES);
-    for (ptrdiff_t first = 0; first < runs; first += together)
-        for (ptrdiff_t next = 0; next < groups; next += most) {
-            const ptrdiff_t i = next + most <= groups ? next : groups - most, left = runs - first;
-            const ptrdiff_t count = left < together ? left : together, at = first * gap + i;
-            const int rest = i + most > n ? classes->rest : 0;
-            T *to = (T *)out->data + first * run + i * columns;
-            for (int c = 0; c < all; c++)
-                FC(gather_class)(&sources[c], (count - 1) * gap + most, (const T *)grad->data + at,
-                                 (const uint8_t *)winners->data + at, side_by_side[c], 1, 0);
-            if (columns == 2)
-                FC(interleave)(side_by_side, classes, 2, gap, count, most - (rest > 0), rest, to, run, stream);
-            else
-                FC(interleave)(side_by_side, classes, 4, gap, count, most - (rest > 0), rest, to, run, stream);
-        }
-}
-
+enum { FC(ahead) = 2048 };
 static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
     const int columns = classes->columns;
-    if (classes->column_step == 1 && (columns == 2 || columns == 4) && out->step == columns) {
-        FC(gather_interleaved)(sources, classes, runs, n, grad, winners, out);
-        return;
-    }
     const int stream = FC(can_stream)(out, (out->run | classes->row_step | classes->column_step | n) * T_BYTES);
     for (ptrdiff_t r = 0; r < runs; r++) {
         const T *from = (const T *)grad->data + r * grad->run;
         const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
         for (int y = 0; y < classes->rows; y++)
-            for (int x = 0; x < columns; x++)
-                FC(gather_class)(&sources[y * columns + x], n + (x < classes->rest), from, won,
-                                 (T *)out->data + r * out->run + y * classes->row_step + x * classes->column_step,
-                                 out->step, stream);
+            for (int x = 0; x < columns; x++) {
+                T *to = (T *)out->data + r * out->run + y * classes->row_step + x * classes->column_step;
+                FC(gather_class)(&sources[y * columns + x], n + (x < classes->rest), from, won, to, out->step, stream,
+                                 (char *)to + FC(ahead), n * T_BYTES);
+            }
     }
 }
 
@@ -659,7 +639,12 @@ static const fc_ukernels FC(table) = {
     .planar_one = FC(planar_one),
     .zip = FC(zip),
     .max_pool = FC(max_pool),
+    .max_pool_finite = FC(max_pool_finite),
+    .to_phases = FC(to_phases),
+    .from_phases = FC(from_phases),
+    .copy_rows = FC(copy_rows),
     .max_pool_grad = FC(max_pool_grad),
+    .max_pool_gather = FC(max_pool_gather),
     .winograd_transform = FC(winograd_transform),
     .winograd_gather = FC(winograd_gather),
     .add = FC(add),
@@ -669,5 +654,5 @@ static const fc_ukernels FC(table) = {
 
 #undef LANES
 #undef LINE
-#undef SEGMENT
+#undef MOST_WON
 #undef WIDE

@@ -9,20 +9,16 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define M POOL(mask)
 
 /* EVEN takes every other element of 2 WIDTH - 1 contiguous ones, whose last WIDTH are b, and ORDER puts what EVEN gives into
- * order: AVX2 shuffles fast only within 16 bytes. ZIP_LOW and ZIP_HIGH interleave. SWAP exchanges groups of n lanes.
+ * order: AVX2 shuffles fast only within 16 bytes. SWAP exchanges groups of n lanes.
  * OWN gives each byte that of its lane in one of `half` 2 vectors; each 16 bytes hold those of both lanes' vectors. */
 #define ORDER(x) x
 #if WIDTH == 2
 #define LANE_NUMBERS 0, 1
 #define EVEN(a, b) SHUFFLE(a, b, 0, 3)
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 2)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 1, 3)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0)
 #elif WIDTH == 4
 #define LANE_NUMBERS 0, 1, 2, 3
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 5, 7)
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2)
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1)
 #elif WIDTH == 8
@@ -30,16 +26,12 @@ typedef int64_t POOL(longs) __attribute__((vector_size(WIDTH * sizeof(T)), may_a
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 9, 11, 4, 6, 13, 15)
 #undef ORDER
 #define ORDER(x) SHUFFLE(x, x, 0, 1, 4, 5, 2, 3, 6, 7)
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5)
 #define SWAP_4(x) SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3)
 #else
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31)
-#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #endif
@@ -126,8 +118,8 @@ static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
     return x << 8 * byte;
 }
 
-/* Adds the gradients of 1 or 2 vectors of windows (no more than 16 windows) where the winner has that number. Without registers
- * for masks, bytes are compared and then widened. */
+/* Adds the gradients of some vectors of windows where the winner has that number. Without registers for masks there are 16 windows
+ * at most: bytes are compared and then widened. */
 static inline __attribute__((always_inline)) void POOL(add_won)(uint8_t number, const uint8_t *winners, const T *grad,
                                                                 const int vectors, V *sum)
 {
@@ -265,14 +257,50 @@ static inline __attribute__((always_inline)) void POOL(max_run)(const fc_cells *
     }
 }
 
+/* n windows, a whole number of `vectors`; `vectors` and `wanted` are constants where this is inlined. A NaN is where no cell is. `lines`
+ * of memory are fetched ahead beside each `vectors`. */
+static inline __attribute__((always_inline)) void POOL(max_finite)(const fc_cells *cells, ptrdiff_t n, const T *in,
+                                                                   const int vectors, const int wanted, T *out,
+                                                                   const fc_runs *winners, const char *ahead, ptrdiff_t lines)
+{
+    for (ptrdiff_t i = 0; i < n; i += vectors * WIDTH) {
+        for (ptrdiff_t line = 0; line < lines; line++, ahead += 64)
+            __builtin_prefetch(ahead, 0, 2);
+        V best[4];
+        M winner[4];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            best[v] = (V){0} - (T)INFINITY;
+            winner[v] = (M){0};
+        }
+        for (ptrdiff_t t = 0; t < cells->count; t++) {
+            const T *cell = in + i + cells->offsets[t];
+            const M number = (M){0} + cells->numbers[t];
+            UNROLL for (int v = 0; v < vectors; v++) {
+                const V x = *(const V *)(cell + v * WIDTH);
+                const M take = x > best[v];
+                if (wanted)
+                    winner[v] = (take & number) | (~take & winner[v]);
+                best[v] = GREATER(x, best[v]);
+            }
+        }
+        UNROLL for (int v = 0; v < vectors; v++) {
+            *(V *)(out + i + v * WIDTH) = best[v];
+            if (wanted)
+                POOL(store_winners)(winners, i + v * WIDTH, winner[v]);
+        }
+    }
+}
+
 /* n >= vectors * WIDTH cells of one class of max_pool_grad. Those of the last vectors overlap those before them. */
 static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, ptrdiff_t n, const T *grad,
                                                                const uint8_t *winners, const int vectors, T *out,
-                                                               ptrdiff_t step, const int stream)
+                                                               ptrdiff_t step, const int stream, char *ahead, ptrdiff_t lines)
 {
     for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
         const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
-        V sum[2] = {{0}};
+        V sum[4] = {{0}};
+        for (ptrdiff_t line = 0; line < lines; line++, ahead += 64)
+            __builtin_prefetch(ahead, 1);
         UNROLL for (ptrdiff_t t = 0; t < sources->count; t++) {
             const ptrdiff_t from = i + sources->offsets[t];
             POOL(add_won)((uint8_t)sources->numbers[t], winners + from, grad + from, vectors, sum);
@@ -289,67 +317,33 @@ static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *s
 static inline __attribute__((always_inline)) void POOL(gather_few)(const fc_cells *sources, const int count, ptrdiff_t n,
                                                                    const T *grad, const uint8_t *winners,
                                                                    const int vectors, T *out, ptrdiff_t step,
-                                                                   const int stream)
+                                                                   const int stream, char *ahead, ptrdiff_t lines)
 {
-    ptrdiff_t offsets[4];
-    int32_t numbers[4];
+    ptrdiff_t offsets[9];
+    int32_t numbers[9];
     UNROLL for (int t = 0; t < count; t++) {
         offsets[t] = sources->offsets[t];
         numbers[t] = sources->numbers[t];
     }
     const fc_cells few = {count, offsets, numbers};
-    POOL(gather)(&few, n, grad, winners, vectors, out, step, stream);
+    POOL(gather)(&few, n, grad, winners, vectors, out, step, stream, ahead, lines);
 }
 
 static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad,
                                                                      const uint8_t *winners, const int vectors, T *out,
-                                                                     ptrdiff_t step, const int stream)
+                                                                     ptrdiff_t step, const int stream, char *ahead,
+                                                                     ptrdiff_t lines)
 {
     if (sources->count == 1)
-        POOL(gather_few)(sources, 1, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 1, n, grad, winners, vectors, out, step, stream, ahead, lines);
     else if (sources->count == 2)
-        POOL(gather_few)(sources, 2, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 2, n, grad, winners, vectors, out, step, stream, ahead, lines);
     else if (sources->count == 4)
-        POOL(gather_few)(sources, 4, n, grad, winners, vectors, out, step, stream);
+        POOL(gather_few)(sources, 4, n, grad, winners, vectors, out, step, stream, ahead, lines);
+    else if (sources->count == 9)
+        POOL(gather_few)(sources, 9, n, grad, winners, vectors, out, step, stream, ahead, lines);
     else
-        POOL(gather)(sources, n, grad, winners, vectors, out, step, stream);
-}
-
-/* out[r][y][i * columns + c] = x[y * columns + c][r * gap + i] for i < n, n >= WIDTH, 2 or 4 columns; and of the rest. */
-static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMENT], const fc_classes *classes,
-                                                                   const int columns, ptrdiff_t gap, ptrdiff_t runs,
-                                                                   ptrdiff_t n, int rest, T *out, ptrdiff_t run,
-                                                                   int stream)
-{
-    const int rows = classes->rows;
-    const ptrdiff_t row_step = classes->row_step;
-    for (ptrdiff_t r = 0; r < runs; r++)
-        for (int y = 0; y < rows; y++)
-            for (ptrdiff_t next = 0; next < n; next += WIDTH) {
-                const ptrdiff_t i = next + WIDTH <= n ? next : n - WIDTH;
-                const T *from = x[y * columns] + r * gap + i;
-                T *to = out + r * run + y * row_step + i * columns;
-                V in[4], zipped[4];
-                UNROLL for (int c = 0; c < columns; c++)
-                    in[c] = *(const V *)(from + c * SEGMENT);
-                if (columns == 2) {
-                    zipped[0] = ZIP_LOW(in[0], in[1]);
-                    zipped[1] = ZIP_HIGH(in[0], in[1]);
-                } else {
-                    V even[2] = {ZIP_LOW(in[0], in[2]), ZIP_HIGH(in[0], in[2])};
-                    V odd[2] = {ZIP_LOW(in[1], in[3]), ZIP_HIGH(in[1], in[3])};
-                    UNROLL for (int h = 0; h < 2; h++) {
-                        zipped[2 * h] = ZIP_LOW(even[h], odd[h]);
-                        zipped[2 * h + 1] = ZIP_HIGH(even[h], odd[h]);
-                    }
-                }
-                UNROLL for (int c = 0; c < columns; c++)
-                    POOL(put)(to + c * WIDTH, zipped[c], stream);
-            }
-    for (int c = 0; c < rest; c++)
-        for (ptrdiff_t r = 0; r < runs; r++)
-            for (int y = 0; y < rows; y++)
-                out[r * run + y * row_step + n * columns + c] = x[y * columns + c][r * gap + n];
+        POOL(gather)(sources, n, grad, winners, vectors, out, step, stream, ahead, lines);
 }
 
 #undef V
@@ -357,8 +351,6 @@ static inline __attribute__((always_inline)) void POOL(interleave)(T (*x)[SEGMEN
 #undef LANE_NUMBERS
 #undef EVEN
 #undef ORDER
-#undef ZIP_LOW
-#undef ZIP_HIGH
 #undef SWAP_1
 #undef SWAP_2
 #undef SWAP_4

@@ -206,13 +206,6 @@ static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
             }
     }
 }
-#undef EVERY_SECOND
-#undef EVERY_SECOND_2
-#undef EVERY_SECOND_4
-#undef EVERY_SECOND_8
-#undef EVERY_SECOND_16
-#undef FOUR
-
 /* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
 static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
 {
@@ -251,6 +244,60 @@ static void FC(pad)(const fc_padding *p, ptrdiff_t planes, const void *image, vo
 {
     for (ptrdiff_t i = 0; i < planes; i++)
         FC(pad_plane)(p, (const T *)image + i * p->image_step, (T *)out + i * p->plane_step);
+}
+
+/* A row of n cells to one phase, or to the two that even and odd cells belong to. Vectors are stored whole: those of a row that begins
+ * there come later. What is added to `sum` is 0, or a NaN where a cell is not finite. */
+typedef T_INT FC(bits) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+#define BOTH(x, y) (V)((FC(bits))(x) | (FC(bits))(y))
+static inline void FC(row_to_phase)(const T *in, ptrdiff_t n, FC(lanes) some, V nan, T *out, V *sum)
+{
+    for (; n >= LANES; n -= LANES, in += LANES, out += LANES) {
+        const V x = *(const V *)in;
+        *sum += x * 0;
+        *(V *)out = x;
+    }
+    if (n) {
+        const V x = LOAD_LANES(some, in);
+        *sum += x * 0;
+        *(V *)out = BOTH(x, nan);
+    }
+}
+
+static inline void FC(row_to_two)(const T *in, ptrdiff_t n, const FC(lanes) *some, const V *nan, T *even, T *odd, V *sum)
+{
+    for (; n >= 2 * LANES; n -= 2 * LANES, in += 2 * LANES, even += LANES, odd += LANES) {
+        const V x = *(const V *)in, y = *(const V *)(in + LANES);
+        *sum += x * 0 + y * 0;
+        *(V *)even = SHUFFLE(x, y, EVERY_SECOND(0));
+        *(V *)odd = SHUFFLE(x, y, EVERY_SECOND(1));
+    }
+    if (n) {
+        V x = LOAD_LANES(some[0], in), y = LOAD_LANES(some[1], in + LANES);
+        *sum += x * 0 + y * 0;
+        x = BOTH(x, nan[0]);
+        y = BOTH(y, nan[1]);
+        *(V *)even = SHUFFLE(x, y, EVERY_SECOND(0));
+        *(V *)odd = SHUFFLE(x, y, EVERY_SECOND(1));
+    }
+}
+
+#undef EVERY_SECOND
+#undef EVERY_SECOND_2
+#undef EVERY_SECOND_4
+#undef EVERY_SECOND_8
+#undef EVERY_SECOND_16
+#undef FOUR
+
+static void FC(copy_rows)(const fc_rows *rows, const ptrdiff_t *out_step, ptrdiff_t bytes, const void *in, void *out)
+{
+    for (ptrdiff_t plane = 0; plane < rows->size[0]; plane++)
+        for (ptrdiff_t z = 0; z < rows->size[1]; z++) {
+            const char *from = (const char *)in + plane * rows->step[0] + z * rows->step[1];
+            char *to = (char *)out + plane * out_step[0] + z * out_step[1];
+            for (ptrdiff_t y = 0; y < rows->size[2]; y++, from += rows->step[2], to += out_step[2])
+                copy_bytes(bytes, from, to);
+        }
 }
 
 /* --------------------------------------------------------------------------------------------------- some filters */
@@ -623,31 +670,127 @@ static void FC(planar_one)(const fc_planes *planes, ptrdiff_t groups, const void
 #define ZIPPED 4
 #define TURNS TURNS_4
 #endif
+/* A row of n cells of which even ones come from one place and odd ones from another. */
+static inline void FC(row_from_two)(const T *even, const T *odd, ptrdiff_t n, const FC(lanes) *some, T *out)
+{
+#ifdef ZIPPED
+    for (; n >= 2 * LANES; n -= 2 * LANES, even += LANES, odd += LANES, out += 2 * LANES) {
+        *(V *)out = SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(0));
+        *(V *)(out + LANES) = SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(ZIPPED / 2));
+    }
+    if (n)
+        STORE_LANES(out, some[0], SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(0)));
+    if (n > LANES)
+        STORE_LANES(out + LANES, some[1], SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(ZIPPED / 2)));
+#else
+    (void)some;
+    for (ptrdiff_t i = 0; i < n; i++)
+        out[i] = (i % 2 ? odd : even)[i / 2];
+#endif
+}
+
+static inline void FC(move_cell)(T *cell, T *of_phase, V *sum, const int back)
+{
+    if (back) {
+        *cell = *of_phase;
+    } else {
+        *of_phase = *cell;
+        (*sum)[0] += *cell * 0;
+    }
+}
+
 static void FC(zip)(const void *input, ptrdiff_t tiles, ptrdiff_t tile_step, ptrdiff_t rows, ptrdiff_t in_row, ptrdiff_t n,
                     void *output, ptrdiff_t out_row)
 {
+    const ptrdiff_t left = n % (2 * LANES);
+    const FC(lanes) some[2] = {FC(between)(0, left), FC(between)(0, left - LANES)};
     const T *in = input;
     T *out = output;
-#ifdef ZIPPED
-    if (tiles == 2) { /* a strip of two vectors after another */
-        for (ptrdiff_t i = 0; i < n; i += 2 * LANES) {
-            const FC(lanes) some = FC(between)(0, n - i), more = FC(between)(0, n - i - LANES);
-            const T *x = in + i / 2, *y = x + tile_step;
-            T *to = out + i;
-            for (ptrdiff_t r = 0; r < rows; r++, x += in_row, y += in_row, to += out_row) {
-                STORE_LANES(to, some, SHUFFLE(*(const V *)x, *(const V *)y, TURNS(0)));
-                if (n - i > LANES)
-                    STORE_LANES(to + LANES, more, SHUFFLE(*(const V *)x, *(const V *)y, TURNS(ZIPPED / 2)));
-            }
-        }
-        return;
+    for (ptrdiff_t r = 0; r < rows; r++, in += in_row, out += out_row) {
+        if (tiles == 1)
+            copy_bytes(n * T_BYTES, (const char *)in, (char *)out);
+        else if (tiles == 2)
+            FC(row_from_two)(in, in + tile_step, n, some, out);
+        else
+            for (ptrdiff_t t = 0; t < tiles; t++)
+                for (ptrdiff_t i = 0; i * tiles + t < n; i++)
+                    out[i * tiles + t] = in[t * tile_step + i];
     }
-#endif
-    for (ptrdiff_t r = 0; r < rows; r++, in += in_row, out += out_row)
-        for (ptrdiff_t t = 0; t < tiles; t++)
-            for (ptrdiff_t k = 0; k * tiles + t < n; k++)
-                out[k * tiles + t] = in[t * tile_step + k];
 }
+
+/* What a row is moved with: which lanes of its last one or two vectors are cells, and NaNs in the others; whether cells are finite. */
+typedef struct {
+    FC(lanes) some[2];
+    V nan[2], sum;
+} FC(moved);
+
+/* Rows of a slab to phases, or back. `wide`, the stride along them (other than 1 and 2: 0), and `back` are constants where this is
+ * inlined. The first cell is the cell before[2] of row before[1] of the phases. */
+static inline __attribute__((always_inline)) void FC(move_slab)(const fc_phases *p, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n,
+                                                                T *cells, T *phases, const int wide, const int back, FC(moved) *m)
+{
+    const ptrdiff_t high = p->stride[1], every = p->stride[2], phase = p->phase, pitch = p->pitch[2], column = p->before[2];
+    const ptrdiff_t even = column % every * phase + column / every, odd = (column + 1) % every * phase + (column + 1) / every;
+    const FC(moved) moved = *m; /* for the compiler: what is stored doesn't change it */
+    V sum = m->sum;
+    ptrdiff_t of = p->before[1] % high;
+    T *line = phases + p->before[1] / high * pitch, *row = line + of * every * phase;
+    for (ptrdiff_t y = 0; y < rows; y++, cells += step) {
+        if (wide == 2 && back)
+            FC(row_from_two)(row + even, row + odd, n, moved.some, cells);
+        else if (wide == 2)
+            FC(row_to_two)(cells, n, moved.some, moved.nan, row + even, row + odd, &sum);
+        else if (wide == 1 && back)
+            copy_bytes(n * T_BYTES, (const char *)(row + even), (char *)cells);
+        else if (wide == 1)
+            FC(row_to_phase)(cells, n, moved.some[0], moved.nan[0], row + even, &sum);
+        else
+            for (ptrdiff_t x = 0; x < n; x++)
+                FC(move_cell)(cells + x, row + (column + x) % every * phase + (column + x) / every, &sum, back);
+        row += every * phase;
+        if (++of == high) {
+            of = 0;
+            row = line += pitch;
+        }
+    }
+    m->sum = sum;
+}
+
+static inline __attribute__((always_inline)) int FC(move_rows)(const fc_phases *p, const fc_rows *rows, ptrdiff_t n, T *image,
+                                                               T *phases, const int back)
+{
+    const ptrdiff_t wide = p->stride[2], left = n % (wide == 2 ? 2 * LANES : LANES), slab_phases = p->stride[1] * wide * p->phase;
+    FC(moved) moved = {.some = {FC(between)(0, left), FC(between)(0, left - LANES)}};
+    for (ptrdiff_t i = 0; i < 2 * LANES; i++)
+        moved.nan[i / LANES][i % LANES] = i < left ? 0 : (T)NAN;
+    for (ptrdiff_t plane = 0; plane < rows->size[0]; plane++)
+        for (ptrdiff_t z = 0; z < rows->size[1]; z++) {
+            const ptrdiff_t slab = p->before[0] + z;
+            T *cells = image + plane * rows->step[0] + z * rows->step[1], *to = phases + plane * p->pitch[0];
+            if (p->stride[0] > 1 || slab > 0)
+                to += slab / p->stride[0] * p->pitch[1] + slab % p->stride[0] * slab_phases;
+            if (wide == 1)
+                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 1, back, &moved);
+            else if (wide == 2)
+                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 2, back, &moved);
+            else
+                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 0, back, &moved);
+        }
+    for (ptrdiff_t i = 1; i < LANES; i++)
+        moved.sum[0] += moved.sum[i];
+    return moved.sum[0] == 0;
+}
+
+static int FC(to_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *image, void *out)
+{
+    return FC(move_rows)(phases, rows, n, (T *)image, out, 0);
+}
+
+static void FC(from_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *in, void *image)
+{
+    FC(move_rows)(phases, rows, n, image, (T *)in, 1);
+}
+
 #undef TURNS_4
 #undef TURNS_8
 #undef TURNS_16

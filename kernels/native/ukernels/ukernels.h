@@ -100,6 +100,19 @@ typedef struct {
     ptrdiff_t image_step, plane_step; /* from plane to plane */
 } fc_padding;
 
+/* Rows of an image, [plane][slab][row]: how many, and how far apart. */
+typedef struct {
+    ptrdiff_t size[3], step[3];
+} fc_rows;
+
+/* The phases of a stride: cells a stride apart are neighbours. [z % stride[0]][y % stride[1]][x % stride[2]], each `phase` elements
+ * from the one before, has rows that are pitch[] apart, from plane to plane, slab to slab, row to row. The first cell of the image
+ * is the cell before[] of them. */
+typedef struct {
+    ptrdiff_t stride[3], before[3], pitch[3];
+    ptrdiff_t phase;
+} fc_phases;
+
 /* Rows of pixels, and what they see of padded planes. */
 typedef struct {
     const ptrdiff_t *taps;       /* from the first cell that a pixel sees */
@@ -198,11 +211,28 @@ typedef struct {
     void (*max_pool)(const fc_cells *cells, ptrdiff_t runs, ptrdiff_t n, const fc_runs *in, const fc_runs *out,
                      const fc_runs *winners);
 
+    /* The same for a single run of neighbours, n a multiple of `lanes`, of cells that are finite or, where there is none, a NaN.
+     * winners may be NULL. So many bytes that are read next are fetched meanwhile. */
+    void (*max_pool_finite)(const fc_cells *cells, ptrdiff_t n, const void *in, void *out, uint8_t *winners, const void *ahead,
+                            ptrdiff_t bytes);
+
+    /* Rows of n neighbouring cells to phases; returns whether all are finite. A row of a phase is followed by NaNs for a vector at
+     * most, unless the next one is there. And back. */
+    int (*to_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *image, void *out);
+    void (*from_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *in, void *image);
+
+    /* Rows of so many bytes, steps in bytes, too. */
+    void (*copy_rows)(const fc_rows *rows, const ptrdiff_t *out_step, ptrdiff_t bytes, const void *in, void *out);
+
     /* What each cell of the input gets from the windows that it may have won, in their order. Each class of cells has its
      * own sources; grad and winners have step 1 and the same runs.
      *     out[r][i][y][x] = sum over t of grad[r][i + offsets[y][x][t]] where winners[r][i + offsets[y][x][t]] = numbers[y][x][t] */
     void (*max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
+
+    /* The same for a run of n neighbours of one class. So many bytes that are written next are fetched meanwhile. */
+    void (*max_pool_gather)(const fc_cells *sources, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out, void *ahead,
+                            ptrdiff_t bytes);
 
     /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
      * points to cells. Of inputs, taps and (gradients of) outputs in one direction, of outputs and taps in the other. */
