@@ -164,6 +164,10 @@ LAYERS: tuple[Layer, ...] = (
     ConvLayer("volume_unet", (1, 32, 32, 32, 32), (32, 32, 3, 3, 3), padding=1),
     PoolLayer("pool_2x2", (8, 64, 112, 112), kernel=2, stride=2),
     PoolLayer("pool_3x3_s2", (8, 64, 112, 112), kernel=3, stride=2, padding=1),
+    # AlexNet's second pool, one in front of a 1x1 convolution in an Inception block, and VGG's last.
+    PoolLayer("pool_alexnet2", (1, 192, 27, 27), kernel=3, stride=2),
+    PoolLayer("pool_inception3", (1, 192, 28, 28), kernel=3, stride=1, padding=1),
+    PoolLayer("pool_vgg5", (1, 512, 14, 14), kernel=2, stride=2),
     PoolLayer("pool_audio", (4, 128, 3981), kernel=4, stride=4),
     PoolLayer("pool_volume", (1, 64, 16, 56, 56), kernel=2, stride=2),
 )

@@ -327,6 +327,12 @@ POOL_CASES = [
     PoolCase("volume", (2, 3, 6, 7, 8), 2),
     PoolCase("volume, all different", (1, 2, 6, 7, 8), (1, 2, 3), (1, 3, 2), (0, 1, 1), (2, 1, 1), True),
     PoolCase("many channels", (1, 67, 5, 6), 2, 1),
+    PoolCase("many planes of several images", (3, 41, 9, 8), 3, 2, 1),
+    PoolCase("many planes of whole windows", (2, 60, 14, 14), 2),
+    PoolCase("planes larger than half of L1", (1, 2, 130, 61), (3, 2), (1, 2), (1, 1)),
+    PoolCase("slabs larger than half of L1", (1, 2, 7, 45, 40), 3, (2, 1, 2), 1),
+    PoolCase("5x5, stride 1", (2, 9, 13, 13), 5, 1, 2),
+    PoolCase("stride 3, padding", (1, 5, 22, 21), 4, 3, 2),
     PoolCase("empty batch", (0, 3, 8, 8), 2),
 ]
 

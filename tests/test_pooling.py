@@ -74,6 +74,38 @@ def test_pooling_with_nan_keeps_its_neighbours(pool_row: Row, rng: np.random.Gen
     np.testing.assert_array_equal(clean, fc.max_pool2d(x, 2, **how(pool_row)))
 
 
+@pytest.mark.parametrize("odd", [NAN, INF, -INF])
+def test_a_number_that_is_not_finite_is_nobody_elses_matter(pool_row: Row, odd: float, rng: np.random.Generator) -> None:
+    """Planes and images beside it have the maxima and winners that they have without it."""
+    x = rng.standard_normal((3, 20, 9, 9)).astype(np.float32)
+    window = (3, 2, 1)
+    wanted = fc.max_pool2d(x, *window, return_indices=True, **how(pool_row))
+    x[1, 7, 0, 4] = odd
+    results = fc.max_pool2d(x, *window, return_indices=True, **how(pool_row))
+    for result, clean in zip(results, wanted, strict=True):
+        others = np.ones(result.shape[:2], bool)
+        others[1, 7] = False
+        np.testing.assert_array_equal(result[others], clean[others])
+
+
+def test_results_go_where_out_says(pool_row: Row, rng: np.random.Generator) -> None:
+    """Every second row and channel of a larger array; what lies between stays as it was."""
+    x = rng.standard_normal((2, 5, 11, 9))
+    window = (3, 2, 1)
+    y, winners = fc.max_pool2d(x, *window, return_indices="compact", **how(pool_row))
+    dx = fc.grad.max_pool2d(x.shape, winners, y, *window, **how(pool_row))
+    for result, call in (
+        (y, lambda out: fc.max_pool2d(x, *window, out=out, **how(pool_row))),
+        (dx, lambda out: fc.grad.max_pool2d(x.shape, winners, y, *window, out=out, **how(pool_row))),
+    ):
+        n, c, h, w = result.shape
+        large = np.full((n, 2 * c, 2 * h, w), 7.0)
+        call(large[:, ::2, ::2])
+        np.testing.assert_array_equal(large[:, ::2, ::2], result)
+        assert (large[:, 1::2] == 7).all()
+        assert (large[:, :, 1::2] == 7).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Max pooling: the index
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ ctypedef unsigned short ushort
 
 cdef enum:
     CHANNELS = 64               # that a task has of a channels-last image
+    PLANES = 8                  # of another: sums into neighbours of one plane would wait for each other
 
 
 cdef void scatter(Pool *p) except *:
     """Compute the gradient of the input."""
-    tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else 1)
+    tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else PLANES)
     run_tasks(_scatter_task, p, tasks, p.threads)
 
 
@@ -38,7 +39,7 @@ ctypedef fused index:
 
 cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Pool *p = <const Pool *>shared
-    cdef Py_ssize_t most = CHANNELS if p.along_channels else 1, parts = ceil_div(p.x.size[1], most), d, h, w
+    cdef Py_ssize_t most = CHANNELS if p.along_channels else PLANES, parts = ceil_div(p.x.size[1], most), d, h, w
     cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
     cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.taps * <Py_ssize_t>sizeof(Cell))
     cdef Cell *cell = cells
@@ -131,8 +132,9 @@ cdef void _zero(const View *vx, Py_ssize_t channels, real *x) noexcept nogil:
     for z in range(vx.size[2]):
         for y in range(vx.size[3]):
             row = x + z * vx.stride[2] + y * vx.stride[3]
-            if channels == 1 and vx.stride[4] == 1:
-                memset(row, 0, <size_t>(vx.size[4] * <Py_ssize_t>sizeof(real)))
+            if vx.stride[4] == 1:
+                for c in range(channels):
+                    memset(row + c * vx.stride[1], 0, <size_t>(vx.size[4] * <Py_ssize_t>sizeof(real)))
                 continue
             for i in range(vx.size[4]):
                 for c in range(channels):

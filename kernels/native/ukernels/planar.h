@@ -706,16 +706,15 @@ static void FC(zip)(const void *input, ptrdiff_t tiles, ptrdiff_t tile_step, ptr
     const FC(lanes) some[2] = {FC(between)(0, left), FC(between)(0, left - LANES)};
     const T *in = input;
     T *out = output;
-    for (ptrdiff_t r = 0; r < rows; r++, in += in_row, out += out_row) {
-        if (tiles == 1)
-            copy_bytes(n * T_BYTES, (const char *)in, (char *)out);
-        else if (tiles == 2)
-            FC(row_from_two)(in, in + tile_step, n, some, out);
-        else
-            for (ptrdiff_t t = 0; t < tiles; t++)
-                for (ptrdiff_t i = 0; i * tiles + t < n; i++)
-                    out[i * tiles + t] = in[t * tile_step + i];
-    }
+    for (ptrdiff_t i = 0; i < n && tiles == 2; i += 2 * LANES) /* a strip of two vectors after another */
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const T *even = in + r * in_row + i / 2;
+            FC(row_from_two)(even, even + tile_step, n - i < 2 * LANES ? n - i : 2 * LANES, some, out + r * out_row + i);
+        }
+    for (ptrdiff_t r = 0; r < rows && tiles != 2; r++, in += in_row, out += out_row)
+        for (ptrdiff_t t = 0; t < tiles; t++)
+            for (ptrdiff_t i = 0; i * tiles + t < n; i++)
+                out[i * tiles + t] = in[t * tile_step + i];
 }
 
 /* What a row is moved with: which lanes of its last one or two vectors are cells, and NaNs in the others; whether cells are finite. */
