@@ -75,7 +75,9 @@ def test_pooling_with_nan_keeps_its_neighbours(pool_row: Row, rng: np.random.Gen
 
 
 @pytest.mark.parametrize("odd", [NAN, INF, -INF])
-def test_a_number_that_is_not_finite_is_nobody_elses_matter(pool_row: Row, odd: float, rng: np.random.Generator) -> None:
+def test_a_number_that_is_not_finite_is_nobody_elses_matter(
+    pool_row: Row, odd: float, rng: np.random.Generator
+) -> None:
     """Planes and images beside it have the maxima and winners that they have without it."""
     x = rng.standard_normal((3, 20, 9, 9)).astype(np.float32)
     window = (3, 2, 1)
