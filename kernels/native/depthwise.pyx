@@ -1,6 +1,17 @@
 """Depthwise convolution where channels are neighbours: vectors of them, tap by tap.
 
-    output[p][c] = sum over taps t of  part[p * stride + t * dilation][c] * weight[t][c]
+    output[p][c] = sum over taps t of  image[p * stride + t * dilation][c] * weight[t][c]
+
+A channels-last image is read where it is:
+
+    for rows of output pixels:                             in parallel
+        for columns that see the same columns of taps:     (the interior, or a single one at the border)
+            for pixel: sums over the taps that are inside the image    in registers
+        bias, activation
+
+The gradient of its input is computed alike, from the gradient of the output: cells a stride apart are a class, and see the same windows.
+
+Of others, a block of channels at a time is packed to be so:
 
     for image, block of output pixels, 16 channels:        in parallel
         pack the part of the image that the block sees    [kernel depth][high][wide][16]
@@ -21,19 +32,32 @@ cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, Block, Blocks, Conv, View, bias_at, cut, locate, make_conv, pack_bias, pack_image, part_cells,
-    pixel_offsets, run_tasks, store, tap_offsets,
+    CHANNELS, DEPTHWISE_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, part_cells,
+    pixel_offsets, round_up, run_tasks, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_depthwise, ukernels
+
+cdef enum:
+    TASK_PRODUCTS = 65_536      # at least: fewer are not worth a task of their own
 
 # What all tasks of one call share.
 ctypedef struct Plan:
     Conv c
-    Blocks blocks
+    bint backward               # in place: whether c.x is the gradient of the output and c.y that of the input
+    Py_ssize_t classes[3]       # pixels so far apart along an axis see their cells alike ...
+    Py_ssize_t step[3]          # ... so far apart
+    Py_ssize_t rows, task_rows  # of pixels in all, of a task
+    const Py_ssize_t *pixels    # the first cells of the pixels of a class in a row
+    Blocks blocks               # packed
     Py_ssize_t channel_blocks
     const char *weights         # packed
     const char *bias
     int relu
+
+# Some pixels of a row, and one class: the first of them and how many; how many taps they see, if they see the same.
+ctypedef struct Columns:
+    Py_ssize_t residue, first, count
+    int wide
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -44,39 +68,178 @@ def conv_forward(input, weight, bias, output, dims, options):
         _convolve(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
 
 
+def gradient_in_place(grad_output, weight, grad_input, dims):
+    """Whether ``conv_input_grad`` can do it: channels-last arrays, a filter for each channel, channels enough to fill a vector."""
+    if weight.shape[0] != dims.groups:
+        return False
+    return grad_output.strides[1] == grad_input.strides[1] == grad_input.itemsize and dims.groups >= ukernels(grad_input.itemsize).lanes
+
+
+def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
+    """See ``fastconv.kernels``."""
+    cdef Plan plan
+    make_conv(&plan.c, grad_output, weight, grad_input, dims, options)
+    plan.relu = options.activation == "relu"
+    plan.backward = True
+    _convolve_in_place(&plan, bias)
+
+
 cdef void _convolve(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
     """One filter for each channel: weight (C, 1, ...), output (N, C, ...)."""
     cdef Plan plan
     cdef Conv *c = &plan.c
+    make_conv(c, input, weight, output, dims, options)
+    plan.relu = options.activation == "relu"
+    plan.backward = False
+    if c.x.stride[1] == c.y.stride[1] == 1 and c.groups >= c.kernels.lanes:
+        _convolve_in_place(&plan, bias)
+    else:
+        _convolve_blocks(&plan, bias)
+
+
+# -------------------------------------------------------------------------------------------------------- in place
+
+cdef void _convolve_in_place(Plan *plan, bias) except *:
+    """Convolve channels-last images where they are."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t list_bytes = round_up(c.out[2] * <Py_ssize_t>sizeof(Py_ssize_t), 64), x
+    cdef char *memory = arena(FC_ARENA_WEIGHTS, list_bytes + c.groups * (c.taps + 1) * c.item)
+    cdef int axis
+    if memory == NULL:
+        raise MemoryError("no memory for packed weights")
+    for axis in range(3):
+        plan.classes[axis] = c.stride[axis] if plan.backward else 1
+        plan.step[axis] = 1 if plan.backward else c.stride[axis]
+    for x in range(c.out[2]):
+        (<Py_ssize_t *>memory)[x] = x * plan.step[2] * c.x.stride[4]
+    plan.pixels = <Py_ssize_t *>memory
+    _pack(c, 0, c.groups, c.groups, memory + list_bytes)
+    plan.weights = memory + list_bytes
+    plan.bias = pack_bias(c, bias, memory + list_bytes + c.groups * c.taps * c.item)
+    plan.rows = c.batch * c.out[0] * c.out[1]
+    plan.task_rows = 1 + TASK_PRODUCTS // (c.out[2] * c.groups * c.taps)
+    run_tasks(_rows_task, plan, ceil_div(plan.rows, plan.task_rows), c.threads)
+
+
+cdef int _rows_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t *taps = <Py_ssize_t *>arena(FC_ARENA_BLOCK, 2 * c.taps * <Py_ssize_t>sizeof(Py_ssize_t))
+    cdef Py_ssize_t row, residue, x
+    cdef Columns inner, border
+    if taps == NULL:
+        return 1
+    border.count, border.wide = 1, 0
+    for row in range(task * plan.task_rows, min(task * plan.task_rows + plan.task_rows, plan.rows)):
+        for residue in range(min(plan.classes[2], c.out[2])):
+            _find_interior(plan, residue, &inner)
+            if inner.count:
+                _convolve_columns(plan, row, &inner, taps)
+            border.residue = residue
+            for x in range(ceil_div(c.out[2] - residue, plan.classes[2]) - inner.count):
+                border.first = x if x < inner.first else x + inner.count
+                _convolve_columns(plan, row, &border, taps)
+    return 0
+
+
+cdef bint _sees(const Plan *plan, int axis, Py_ssize_t residue, Py_ssize_t t, Py_ssize_t *shift) noexcept nogil:
+    """Whether a class of pixels has tap ``t``; how far it is from ``step`` times the pixel's number in the class."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t distance = t * c.dilation[axis] - c.pad[axis]
+    shift[0] = (residue - distance) // c.stride[axis] if plan.backward else distance
+    return not plan.backward or (residue - distance) % c.stride[axis] == 0
+
+
+cdef void _find_interior(const Plan *plan, Py_ssize_t residue, Columns *inner) noexcept nogil:
+    """Find the pixels of a class whose taps are all inside the image."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t t, shift, first = 0, last = ceil_div(c.out[2] - residue, plan.classes[2])
+    inner.residue, inner.wide = residue, 0
+    for t in range(c.kernel[2]):
+        if _sees(plan, 2, residue, t, &shift):
+            inner.wide += 1
+            first = max(first, ceil_div(max(<Py_ssize_t>0, -shift), plan.step[2]))
+            last = min(last, ceil_div(max(<Py_ssize_t>0, c.x.size[4] - shift), plan.step[2]))
+    inner.first = min(first, last)
+    inner.count = last - inner.first
+
+
+cdef void _convolve_columns(const Plan *plan, Py_ssize_t row, const Columns *columns, Py_ssize_t *taps) noexcept nogil:
+    """Compute some pixels of a row."""
+    cdef const Conv *c = &plan.c
+    cdef const View *x = &c.x
+    cdef const View *y = &c.y
+    cdef Py_ssize_t image = row // (c.out[0] * c.out[1]), depth = row // c.out[1] % c.out[0], high = row % c.out[1]
+    cdef char *out = y.data + (
+        image * y.stride[0] + depth * y.stride[2] + high * y.stride[3]
+        + (columns.first * plan.classes[2] + columns.residue) * y.stride[4]
+    ) * c.item
+    cdef fc_depthwise seen
+    _list_taps(plan, depth, high, columns, taps, &seen)
+    seen.wide, seen.channels = columns.wide, c.groups
+    seen.cell, seen.out_step = x.stride[4], plan.classes[2] * y.stride[4]
+    seen.bias, seen.relu = plan.bias, plan.relu
+    c.kernels.depthwise(
+        &seen, x.data + image * x.stride[0] * c.item, plan.pixels + columns.first, columns.count, plan.weights, out
+    )
+
+
+cdef void _list_taps(const Plan *plan, Py_ssize_t depth, Py_ssize_t high, const Columns *columns, Py_ssize_t *taps,
+                     fc_depthwise *seen) noexcept nogil:
+    """List the taps of some pixels that are inside the image, in the order of their cells."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t *weights = taps + c.taps
+    cdef Py_ssize_t i, t, d, h, w, z, y, x, n = 0
+    for i in range(c.taps):
+        t = c.taps - 1 - i if plan.backward else i
+        d, h, w = t // (c.kernel[1] * c.kernel[2]), t // c.kernel[2] % c.kernel[1], t % c.kernel[2]
+        if not (
+            _sees(plan, 0, depth % plan.classes[0], d, &z) and _sees(plan, 1, high % plan.classes[1], h, &y)
+            and _sees(plan, 2, columns.residue, w, &x)
+        ):
+            continue
+        z += depth // plan.classes[0] * plan.step[0]
+        y += high // plan.classes[1] * plan.step[1]
+        if 0 <= z < c.x.size[2] and 0 <= y < c.x.size[3] and 0 <= x + columns.first * plan.step[2] < c.x.size[4]:
+            taps[n] = z * c.x.stride[2] + y * c.x.stride[3] + x * c.x.stride[4]
+            weights[n] = t * c.groups
+            n += 1
+    seen.taps, seen.weights, seen.n_taps = taps, weights, n
+
+
+# ---------------------------------------------------------------------------------------------------------- packed
+
+cdef void _convolve_blocks(Plan *plan, bias) except *:
+    """Convolve blocks of channels that are packed."""
+    cdef Conv *c = &plan.c
     cdef Py_ssize_t b, tasks
     cdef char *weights
-    make_conv(c, input, weight, output, dims, options)
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
     weights = arena(FC_ARENA_WEIGHTS, plan.channel_blocks * CHANNELS * (c.taps + 1) * c.item)
     if weights == NULL:
         raise MemoryError("no memory for packed weights")
     for b in range(plan.channel_blocks):
-        _pack(c, b * CHANNELS, weights + b * CHANNELS * c.taps * c.item)
+        _pack(c, b * CHANNELS, min(<Py_ssize_t>CHANNELS, c.groups - b * CHANNELS), CHANNELS, weights + b * CHANNELS * c.taps * c.item)
     plan.weights = weights
     plan.bias = pack_bias(c, bias, weights + plan.channel_blocks * CHANNELS * c.taps * c.item)
-    plan.relu = options.activation == "relu"
     tasks = c.batch * plan.blocks.count * plan.channel_blocks
-    run_tasks(_task, &plan, tasks, c.threads)
+    run_tasks(_task, plan, tasks, c.threads)
 
 
-cdef void _pack(const Conv *c, Py_ssize_t first, char *out) noexcept nogil:
-    """Pack a block of channels' filters to [tap][channel], missing channels as zeros."""
+cdef void _pack(const Conv *c, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width, char *out) noexcept nogil:
+    """Pack filters of some channels to [tap][channel], missing channels as zeros."""
     cdef const View *w = &c.w
-    cdef Py_ssize_t d, h, count = min(<Py_ssize_t>CHANNELS, c.groups - first)
-    memset(out, 0, <size_t>(c.taps * CHANNELS * c.item))
+    cdef Py_ssize_t d, h
+    if count < width:
+        memset(out, 0, <size_t>(c.taps * width * c.item))
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             c.kernels.transpose(
                 w.data + (first * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item,
-                w.stride[0], w.stride[4], count, c.kernel[2], out, CHANNELS,
+                w.stride[0], w.stride[4], count, c.kernel[2], out, width,
             )
-            out += c.kernel[2] * CHANNELS * c.item
+            out += c.kernel[2] * width * c.item
 
 
 cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -88,7 +251,7 @@ cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
     locate(c, &plan.blocks, task // plan.channel_blocks, &block)
 
     cdef Py_ssize_t pixels = block.rows * block.columns
-    cdef Py_ssize_t offset_bytes = (pixels + c.taps + 8) // 8 * 64
+    cdef Py_ssize_t offset_bytes = (pixels + 2 * c.taps + 8) // 8 * 64
     cdef Py_ssize_t chunk_bytes = c.chunk * CHANNELS * c.item
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + chunk_bytes + CHANNELS * part_cells(c, block.rows, block.columns) * c.item
@@ -101,14 +264,17 @@ cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef char *part = accumulators + chunk_bytes
     cdef const char *bias = bias_at(plan.bias, first * c.item)
     cdef Py_ssize_t p, count
+    cdef fc_depthwise seen
+    seen.taps, seen.weights, seen.n_taps, seen.wide = taps, taps + c.taps, c.taps, <int>c.kernel[2]
+    seen.channels = seen.cell = seen.out_step = CHANNELS
+    seen.bias, seen.relu = NULL, False
+    for p in range(c.taps):
+        taps[c.taps + p] = p * CHANNELS
     pixel_offsets(c, &block, CHANNELS, offsets)
     tap_offsets(c, &block, CHANNELS, taps)
     pack_image(c, &block, first, channels, CHANNELS, part)
     for p from 0 <= p < pixels by c.chunk:
         count = min(c.chunk, pixels - p)
-        c.kernels.depthwise(
-            taps, c.taps, <int>c.kernel[2], part, offsets + p, count, plan.weights + first * c.taps * c.item, CHANNELS,
-            accumulators,
-        )
+        c.kernels.depthwise(&seen, part, offsets + p, count, plan.weights + first * c.taps * c.item, accumulators)
         store(c, &block, p, count, accumulators, CHANNELS, first, channels, bias, plan.relu)
     return 0

@@ -65,6 +65,15 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *laid_taps
         Py_ssize_t ahead
 
+    ctypedef struct fc_depthwise:
+        const Py_ssize_t *taps
+        const Py_ssize_t *weights
+        Py_ssize_t n_taps
+        int wide
+        Py_ssize_t channels, cell, out_step
+        const void *bias
+        int relu
+
     ctypedef struct fc_phases:
         Py_ssize_t stride[3]
         Py_ssize_t before[3]
@@ -90,8 +99,7 @@ cdef extern from "ukernels.h" nogil:
         void (*weave)(const fc_epilogue *, const void *const *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                       void *) noexcept nogil
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
-        void (*depthwise)(const Py_ssize_t *, Py_ssize_t, int, const void *, const Py_ssize_t *, Py_ssize_t,
-                          const void *, Py_ssize_t, void *) noexcept nogil
+        void (*depthwise)(const fc_depthwise *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, void *) noexcept nogil
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil

@@ -726,13 +726,21 @@ def max_pool3d(
 
 
 @lru_cache
-def ones_filter(dims: PoolDims, dtype: np.dtype[Any]) -> Array:
-    """Return depthwise (C, 1, KD, KH, KW) weights of ones; a single number in memory."""
-    return np.broadcast_to(np.ones((), dtype), (dims.channels, 1, *dims.kernel_size))
+def averaging(
+    dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]
+) -> tuple[Array, Array | None]:
+    """Return depthwise (C, 1, KD, KH, KW) weights, and what sums are divided by, broadcastable to (OD, OH, OW).
+
+    The weights are a single number in memory: 1, or what they are all divided by if that is a power of two, so that
+    nothing is rounded and nothing is left to divide by.
+    """
+    counts = _divisors(dims, count_include_pad, divisor_override, dtype)
+    exact = counts.size == 1 and abs(math.frexp(counts.item())[0]) == 0.5
+    weight = 1 / counts if exact else np.ones((), dtype)
+    return np.broadcast_to(weight.reshape(()), (dims.channels, 1, *dims.kernel_size)), None if exact else counts
 
 
-def divisors(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Array:
-    """Return what an average divides by, (OD, OH, OW) or broadcastable to it."""
+def _divisors(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Array:
     if divisor_override is None:
         return _window_counts(dims, count_include_pad, dtype)
     divisor = integer(divisor_override, "divisor_override", -(2**31))
@@ -751,6 +759,8 @@ def _window_counts(dims: PoolDims, count_include_pad: bool, dtype: np.dtype[Any]
         if not count_include_pad:
             start, stop = np.maximum(start, 0), np.minimum(stop, n)
         counts = counts * (stop - start).reshape([-1 if i == axis else 1 for i in range(3)])
+    if counts.size and (counts == counts.flat[0]).all():
+        counts = counts[:1, :1, :1]
     return counts.astype(dtype)
 
 
@@ -771,12 +781,13 @@ def _avg_pool(
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
     dims = pooling_dims(plain_shape(x, spatial), kernel_size, stride, padding, 1, ceil_mode)
-    counts = divisors(dims, count_include_pad, divisor_override, x.dtype)
+    weight, divisors = averaging(dims, count_include_pad, divisor_override, x.dtype)
     batched = is_batched(input, spatial)
     result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), batched, x)
-    target, ones = first_image(result, spatial, last), ones_filter(dims, x.dtype)
-    run("conv_forward", dims.as_depthwise(), x, ones, None, target, how=options(), engine=engine, algorithm=algorithm)
-    target /= counts
+    target = first_image(result, spatial, last)
+    run("conv_forward", dims.as_depthwise(), x, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
+    if divisors is not None:
+        target /= divisors
     return deliver(result, out, batched)
 
 

@@ -29,14 +29,13 @@ from .functional import (
     Array,
     Ints,
     allocate,
+    averaging,
     blur_plan,
     deliver,
-    divisors,
     freeze,
     is_batched,
     kernel,
     kernel_options,
-    ones_filter,
     options,
     pooling_dims,
     reflected,
@@ -955,11 +954,12 @@ def _avg_pool(
     first = first_shape(shape, spatial, last)
     dims = pooling_dims(first, kernel_size, stride, padding, 1, ceil_mode, "input_size")
     _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
-    share = g / divisors(dims, count_include_pad, divisor_override, g.dtype)
+    weight, divisors = averaging(dims, count_include_pad, divisor_override, g.dtype)
+    share = g if divisors is None else g / divisors
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g)
-    target, ones, conv = first_image(result, spatial, last), ones_filter(dims, g.dtype), dims.as_depthwise()
-    run("conv_input_grad", conv, share, ones, None, target, how=options(), engine=engine, algorithm=algorithm)
+    target, conv = first_image(result, spatial, last), dims.as_depthwise()
+    run("conv_input_grad", conv, share, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
     return deliver(result, out, batched)
 
 

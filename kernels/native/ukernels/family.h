@@ -235,6 +235,11 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         FC(copy_every)(in, i_stride, j_stride, ni, nj, out, out_stride);
 }
 
+static inline V FC(rectified)(V value)
+{
+    return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
+}
+
 static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
 {
     if (bias)
@@ -293,40 +298,52 @@ static void FC(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tile
 
 enum { FC(pixels) = 8 }; /* whose sums are in registers, beside a row of 7 weights */
 
-static void FC(depthwise_any)(const ptrdiff_t *taps, ptrdiff_t n_taps, const T *a, const ptrdiff_t *pixels,
-                              ptrdiff_t n_pixels, const T *b, ptrdiff_t block, T *c)
+/* Sums of channel i on, finished. */
+static inline __attribute__((always_inline)) V FC(finished)(const fc_depthwise *d, V sum, ptrdiff_t i)
+{
+    if (d->bias)
+        sum += *(const V *)((const T *)d->bias + i);
+    if (d->relu)
+        sum = FC(rectified)(sum);
+    return sum;
+}
+
+static void FC(depthwise_any)(const fc_depthwise *d, const T *a, const ptrdiff_t *pixels, ptrdiff_t n_pixels, const T *b, T *c)
 {
     enum { PIXELS = 6 };
     for (ptrdiff_t p = 0; p < n_pixels; p += PIXELS) {
         const T *row[PIXELS];
         UNROLL for (int n = 0; n < PIXELS; n++)
             row[n] = a + pixels[p + n < n_pixels ? p + n : n_pixels - 1];
-        for (ptrdiff_t i = 0; i < block; i += LANES) {
+        for (ptrdiff_t next = 0; next < d->channels; next += LANES) { /* the last channels overlap those before them */
+            const ptrdiff_t i = next + LANES <= d->channels ? next : d->channels - LANES;
             V acc[PIXELS] = {{0}};
-            for (ptrdiff_t t = 0; t < n_taps; t++) {
-                V w = *(const V *)(b + t * block + i);
+            for (ptrdiff_t t = 0; t < d->n_taps; t++) {
+                V w = *(const V *)(b + d->weights[t] + i);
                 UNROLL for (int n = 0; n < PIXELS; n++)
-                    acc[n] += *(const V *)(row[n] + taps[t] + i) * w;
+                    acc[n] += *(const V *)(row[n] + d->taps[t] + i) * w;
             }
             for (int n = 0; n < PIXELS && p + n < n_pixels; n++)
-                *(V *)(c + (p + n) * block + i) = acc[n];
+                *(V *)(c + (p + n) * d->out_step + i) = FC(finished)(d, acc[n], i);
         }
     }
 }
 
 /* Neighbouring pixels and rows of `wide` (a constant) neighbouring taps: a cell is loaded once for all taps of a row. */
-static inline __attribute__((always_inline)) void FC(depthwise_run)(const ptrdiff_t *taps, ptrdiff_t n_taps, const int wide,
-                                                                    const T *a, const T *b, ptrdiff_t block, T *c)
+static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_depthwise *d, const int wide, const T *a, const T *b,
+                                                                    T *c)
 {
     enum { PIXELS = FC(pixels) };
-    for (ptrdiff_t i = 0; i < block; i += LANES) {
+    const ptrdiff_t cell = d->cell, out_step = d->out_step;
+    for (ptrdiff_t next = 0; next < d->channels; next += LANES) {
+        const ptrdiff_t i = next + LANES <= d->channels ? next : d->channels - LANES;
         V acc[PIXELS] = {{0}};
-        for (ptrdiff_t t = 0; t < n_taps; t += wide) {
-            const T *cells = a + taps[t] + i;
+        for (ptrdiff_t t = 0; t < d->n_taps; t += wide) {
+            const T *cells = a + d->taps[t] + i;
             V w[7];
             UNROLL for (int n = 0; n < wide; n++)
-                w[n] = *(const V *)(b + (t + n) * block + i);
-            UNROLL for (int j = 0; j < PIXELS + wide - 1; j++, cells += block) {
+                w[n] = *(const V *)(b + d->weights[t + n] + i);
+            UNROLL for (int j = 0; j < PIXELS + wide - 1; j++, cells += cell) {
                 const V x = *(const V *)cells;
                 UNROLL for (int n = 0; n < wide; n++)
                     if (j - n >= 0 && j - n < PIXELS)
@@ -334,32 +351,32 @@ static inline __attribute__((always_inline)) void FC(depthwise_run)(const ptrdif
             }
         }
         UNROLL for (int n = 0; n < PIXELS; n++)
-            *(V *)(c + n * block + i) = acc[n];
+            *(V *)(c + n * out_step + i) = FC(finished)(d, acc[n], i);
     }
 }
 
-static void FC(depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, int wide, const void *image, const ptrdiff_t *pixels,
-                          ptrdiff_t n_pixels, const void *weight, ptrdiff_t block, void *out)
+static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdiff_t *pixels, ptrdiff_t n_pixels,
+                          const void *weight, void *out)
 {
     const T *a = image, *b = weight;
     T *c = out;
-    const int known = wide == 3 || wide == 5 || wide == 7;
-    const int neighbours = known && taps[1] - taps[0] == block && n_pixels > 1 && pixels[1] - pixels[0] == block;
+    const int wide = d->wide, known = wide == 3 || wide == 5 || wide == 7;
+    const int neighbours = known && d->taps[1] - d->taps[0] == d->cell && n_pixels > 1 && pixels[1] - pixels[0] == d->cell;
     for (ptrdiff_t p = 0, run; p < n_pixels; p += run) {
-        for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * block;)
+        for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * d->cell;)
             run++;
         if (!neighbours || run < FC(pixels)) {
-            FC(depthwise_any)(taps, n_taps, a, pixels + p, run, b, block, c + p * block);
+            FC(depthwise_any)(d, a, pixels + p, run, b, c + p * d->out_step);
             continue;
         }
         for (ptrdiff_t next = 0; next < run; next += FC(pixels)) { /* the last pixels overlap those before them */
             const ptrdiff_t i = p + (next + FC(pixels) <= run ? next : run - FC(pixels));
             if (wide == 3)
-                FC(depthwise_run)(taps, n_taps, 3, a + pixels[i], b, block, c + i * block);
+                FC(depthwise_run)(d, 3, a + pixels[i], b, c + i * d->out_step);
             else if (wide == 5)
-                FC(depthwise_run)(taps, n_taps, 5, a + pixels[i], b, block, c + i * block);
+                FC(depthwise_run)(d, 5, a + pixels[i], b, c + i * d->out_step);
             else
-                FC(depthwise_run)(taps, n_taps, 7, a + pixels[i], b, block, c + i * block);
+                FC(depthwise_run)(d, 7, a + pixels[i], b, c + i * d->out_step);
         }
     }
 }

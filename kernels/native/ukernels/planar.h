@@ -2,11 +2,6 @@
  * the output are stored, as they lie there.
  */
 
-static inline V FC(rectified)(V value)
-{
-    return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
-}
-
 /* Which lanes of a vector are meant: those from `first` on, up to `end`, where both may lie anywhere. */
 #if defined(MASKED_LOAD)
 typedef unsigned FC(lanes);

@@ -100,6 +100,17 @@ typedef struct {
     ptrdiff_t image_step, plane_step; /* from plane to plane */
 } fc_padding;
 
+/* What pixels see of a depthwise convolution whose channels are neighbours. */
+typedef struct {
+    const ptrdiff_t *taps, *weights; /* from a pixel's first cell, from the first weights */
+    ptrdiff_t n_taps;
+    int wide;                        /* taps come in rows of so many, all alike; 0: they don't */
+    ptrdiff_t channels, cell;        /* cells that are neighbours are so far apart */
+    ptrdiff_t out_step;
+    const void *bias;                /* of each channel, or NULL */
+    int relu;
+} fc_depthwise;
+
 /* Rows of an image, [plane][slab][row]: how many, and how far apart. */
 typedef struct {
     ptrdiff_t size[3], step[3];
@@ -173,10 +184,10 @@ typedef struct {
     void (*transpose)(const void *in, ptrdiff_t i_stride, ptrdiff_t j_stride, ptrdiff_t ni, ptrdiff_t nj, void *out,
                       ptrdiff_t out_stride);
 
-    /* c[p][i] = sum over taps of a[pixels[p] + taps[t] + i] * b[t * block + i] for i < block, a multiple of `lanes`; taps
-     * come in rows of `wide`, all alike. */
-    void (*depthwise)(const ptrdiff_t *taps, ptrdiff_t n_taps, int wide, const void *a, const ptrdiff_t *pixels,
-                      ptrdiff_t n_pixels, const void *b, ptrdiff_t block, void *c);
+    /* c[p * out_step + i] = bias[i] + sum over taps of a[pixels[p] + taps[t] + i] * b[weights[t] + i] for i < channels, `lanes` at
+     * least. */
+    void (*depthwise)(const fc_depthwise *depthwise, const void *a, const ptrdiff_t *pixels, ptrdiff_t n_pixels, const void *b,
+                      void *c);
 
     /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * block + i] for i < block. */
     void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
