@@ -94,7 +94,7 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     if dims.depthwise and grad_output.strides[4] == grad_input.strides[4] == grad_input.itemsize:
         conv_planar.conv_input_grad(grad_output, weight, bias, grad_input, dims, options)
         return
-    if dims.depthwise and depthwise.gradient_in_place(grad_output, weight, grad_input, dims):
+    if dims.depthwise and depthwise.gradient_in_place(grad_output, weight, grad_input, dims, options):
         depthwise.conv_input_grad(grad_output, weight, bias, grad_input, dims, options)
         return
     if dims.groups > 1 and weight.size >= dims.groups * APART and options.packed is None:

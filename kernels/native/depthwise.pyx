@@ -35,10 +35,13 @@ from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, part_cells,
     pixel_offsets, round_up, run_tasks, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_depthwise, ukernels
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_depthwise
 
 cdef enum:
     TASK_PRODUCTS = 65_536      # at least: fewer are not worth a task of their own
+    SEEN = 4                    # how often a cell may be seen, for it not to be worth packing, ...
+    SEEN_FAR = 9                # ... or so often, by neighbouring pixels of ...
+    FAR_BYTES = 1 << 19         # ... an image that is far from L1 wherever it is
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -68,11 +71,22 @@ def conv_forward(input, weight, bias, output, dims, options):
         _convolve(input, weight[j::multiplier], part, output[:, j::multiplier], dims, options)
 
 
-def gradient_in_place(grad_output, weight, grad_input, dims):
-    """Whether ``conv_input_grad`` can do it: channels-last arrays, a filter for each channel, channels enough to fill a vector."""
+def gradient_in_place(grad_output, weight, grad_input, dims, options):
+    """Whether ``conv_input_grad`` had better do it."""
+    cdef Conv c
     if weight.shape[0] != dims.groups:
         return False
-    return grad_output.strides[1] == grad_input.strides[1] == grad_input.itemsize and dims.groups >= ukernels(grad_input.itemsize).lanes
+    make_conv(&c, grad_output, weight, grad_input, dims, options)
+    return _suits_in_place(&c)
+
+
+cdef bint _suits_in_place(const Conv *c) noexcept nogil:
+    """Whether images are channels-last, and their cells, apart as they are, not read so often that packing them pays. (Measured.)"""
+    cdef Py_ssize_t strides = c.stride[0] * c.stride[1] * c.stride[2]
+    cdef Py_ssize_t image_bytes = c.batch * c.groups * c.out[0] * c.out[1] * c.out[2] * c.item
+    if c.x.stride[1] != 1 or c.y.stride[1] != 1 or c.groups < c.kernels.lanes:
+        return False
+    return c.taps <= SEEN * strides or (strides == 1 and c.taps <= SEEN_FAR and image_bytes >= FAR_BYTES)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -91,7 +105,7 @@ cdef void _convolve(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray out
     make_conv(c, input, weight, output, dims, options)
     plan.relu = options.activation == "relu"
     plan.backward = False
-    if c.x.stride[1] == c.y.stride[1] == 1 and c.groups >= c.kernels.lanes:
+    if _suits_in_place(c):
         _convolve_in_place(&plan, bias)
     else:
         _convolve_blocks(&plan, bias)

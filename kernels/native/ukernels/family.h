@@ -334,7 +334,7 @@ static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_dep
                                                                     T *c)
 {
     enum { PIXELS = FC(pixels) };
-    const ptrdiff_t cell = d->cell, out_step = d->out_step;
+    const ptrdiff_t cell = d->cell, out_step = d->out_step, next_weight = d->weights[1] - d->weights[0];
     for (ptrdiff_t next = 0; next < d->channels; next += LANES) {
         const ptrdiff_t i = next + LANES <= d->channels ? next : d->channels - LANES;
         V acc[PIXELS] = {{0}};
@@ -342,7 +342,7 @@ static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_dep
             const T *cells = a + d->taps[t] + i;
             V w[7];
             UNROLL for (int n = 0; n < wide; n++)
-                w[n] = *(const V *)(b + d->weights[t + n] + i);
+                w[n] = *(const V *)(b + d->weights[t] + n * next_weight + i);
             UNROLL for (int j = 0; j < PIXELS + wide - 1; j++, cells += cell) {
                 const V x = *(const V *)cells;
                 UNROLL for (int n = 0; n < wide; n++)
