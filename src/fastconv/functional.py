@@ -725,32 +725,41 @@ def max_pool3d(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def averaging(
-    dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]
-) -> tuple[Array, Array | None]:
-    """Return depthwise (C, 1, KD, KH, KW) weights, and what sums are divided by, broadcastable to (OD, OH, OW).
+class Averaging(NamedTuple):
+    """An average as a depthwise convolution."""
 
-    The weights are a single number in memory: 1, or what they are all divided by if that is a power of two, so that
-    nothing is rounded and nothing is left to divide by.
+    dims: ConvDims
+    weight: Array  #: (C, 1, KD, KH, KW), a single number in memory
+    divisors: Array | None  #: what sums are divided by, broadcastable to (OD, OH, OW); None if that is in the weight
+
+
+def averaging(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Averaging:
+    """Return the convolution that computes averages.
+
+    Its weight is 1, or the reciprocal of what all sums are divided by if that is a power of two: such a weight rounds
+    nothing, and leaves nothing to divide by.
     """
-    counts = _divisors(dims, count_include_pad, divisor_override, dtype)
-    exact = counts.size == 1 and abs(math.frexp(counts.item())[0]) == 0.5
-    weight = 1 / counts if exact else np.ones((), dtype)
-    return np.broadcast_to(weight.reshape(()), (dims.channels, 1, *dims.kernel_size)), None if exact else counts
-
-
-def _divisors(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Array:
-    if divisor_override is None:
-        return _window_counts(dims, count_include_pad, dtype)
-    divisor = integer(divisor_override, "divisor_override", -(2**31))
-    if divisor == 0:
-        raise ValueError("divisor_override must not be 0, got 0")
-    return np.full((1, 1, 1), divisor, dtype)
+    divisor = None
+    if divisor_override is not None:
+        divisor = integer(divisor_override, "divisor_override", -(2**31))
+        if divisor == 0:
+            raise ValueError("divisor_override must not be 0, got 0")
+    return _averaging(dims, bool(count_include_pad), divisor, dtype)
 
 
 @lru_cache
-def _window_counts(dims: PoolDims, count_include_pad: bool, dtype: np.dtype[Any]) -> Array:
+def _averaging(dims: PoolDims, count_include_pad: bool, divisor: int | None, dtype: np.dtype[Any]) -> Averaging:
+    divisors = _window_counts(dims, count_include_pad) if divisor is None else np.full((1, 1, 1), float(divisor))
+    if divisors.size and (divisors == divisors.flat[0]).all():
+        divisors = divisors[:1, :1, :1]
+    exact = divisors.size == 1 and abs(math.frexp(divisors.item())[0]) == 0.5
+    weight = np.asarray(1 / divisors.item() if exact else 1, dtype)
+    weights = np.broadcast_to(weight, (dims.channels, 1, *dims.kernel_size))
+    return Averaging(dims.as_depthwise(), weights, None if exact else divisors.astype(dtype))
+
+
+def _window_counts(dims: PoolDims, count_include_pad: bool) -> Array:
+    """Return by how many cells an average divides, (OD, OH, OW)."""
     counts = np.ones((1, 1, 1))
     for axis in range(3):
         n, pad = dims.input_size[axis], dims.pad_before[axis]
@@ -759,9 +768,7 @@ def _window_counts(dims: PoolDims, count_include_pad: bool, dtype: np.dtype[Any]
         if not count_include_pad:
             start, stop = np.maximum(start, 0), np.minimum(stop, n)
         counts = counts * (stop - start).reshape([-1 if i == axis else 1 for i in range(3)])
-    if counts.size and (counts == counts.flat[0]).all():
-        counts = counts[:1, :1, :1]
-    return counts.astype(dtype)
+    return counts
 
 
 def _avg_pool(
@@ -781,11 +788,11 @@ def _avg_pool(
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
     dims = pooling_dims(plain_shape(x, spatial), kernel_size, stride, padding, 1, ceil_mode)
-    weight, divisors = averaging(dims, count_include_pad, divisor_override, x.dtype)
+    conv, weight, divisors = averaging(dims, count_include_pad, divisor_override, x.dtype)
     batched = is_batched(input, spatial)
     result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), batched, x)
     target = first_image(result, spatial, last)
-    run("conv_forward", dims.as_depthwise(), x, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
+    run("conv_forward", conv, x, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
     if divisors is not None:
         target /= divisors
     return deliver(result, out, batched)

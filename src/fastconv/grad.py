@@ -954,11 +954,11 @@ def _avg_pool(
     first = first_shape(shape, spatial, last)
     dims = pooling_dims(first, kernel_size, stride, padding, 1, ceil_mode, "input_size")
     _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
-    weight, divisors = averaging(dims, count_include_pad, divisor_override, g.dtype)
+    conv, weight, divisors = averaging(dims, count_include_pad, divisor_override, g.dtype)
     share = g if divisors is None else g / divisors
     batched = is_batched(grad_output, spatial)
     result = allocate(out, shape, batched, g)
-    target, conv = first_image(result, spatial, last), dims.as_depthwise()
+    target = first_image(result, spatial, last)
     run("conv_input_grad", conv, share, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
     return deliver(result, out, batched)
 
