@@ -615,7 +615,7 @@ static void FC(max_pool_gather)(const fc_cells *sources, ptrdiff_t n, const void
     FC(gather_class)(sources, n, grad, winners, out, 1, 0, ahead, bytes);
 }
 
-enum { FC(ahead) = 2048 };
+enum { FC(ahead) = 2048 }; /* bytes, from a cell to those that are written soon */
 static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
@@ -628,7 +628,7 @@ static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes
             for (int x = 0; x < columns; x++) {
                 T *to = (T *)out->data + r * out->run + y * classes->row_step + x * classes->column_step;
                 FC(gather_class)(&sources[y * columns + x], n + (x < classes->rest), from, won, to, out->step, stream,
-                                 (char *)to + FC(ahead), n * T_BYTES);
+                                 (char *)to + FC(ahead), stream ? 0 : n * T_BYTES);
             }
     }
 }
