@@ -14,6 +14,10 @@ The same algorithm has the same file name and the same function names in each en
     max_pool_forward(input, output, winners, dims, options)
     max_pool_backward(grad_output, winners, grad_input, dims, options)
 
+The native and the reference engine have ``elementwise``, too, for contiguous arrays of one shape, whatever it is::
+
+    relu_backward(output, grad_output, grad_input, options)     the gradient where the output is positive, 0 elsewhere
+
 The contract
 ------------
 - **Three spatial dimensions, always.** ``input`` is (N, C, D, H, W), ``weight`` (K, C/groups, KD, KH, KW), ``output``

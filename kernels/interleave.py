@@ -22,9 +22,9 @@ Kernel = Callable[..., None]
 
 def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
     """Return (K, C/g, ...) weights as (C, K/g, ...): what was an input channel is now a filter."""
-    k, c, *kernel = weight.shape
     if groups == 1:
         return weight.swapaxes(0, 1)
+    k, c, *kernel = weight.shape
     if c == 1:
         return weight.reshape(groups, k // groups, *kernel)
     split = weight.reshape(groups, k // groups, c, *kernel)  # (g, K/g, C/g, ...)
@@ -59,11 +59,12 @@ def input_grad(
 ) -> None:
     """Fill ``grad_input`` by one call of ``forward`` for each phase of the stride."""
     swapped, parts = swap_channels(weight, dims.groups), dims.input_grad_parts()
-    if any(part.dims is None for part in parts):  # all at once: a phase of it has no two neighbours
+    if None in [part.dims for part in parts]:  # all at once: a phase of it has no two neighbours
         fill(grad_input, bias, options.activation)
     for part in parts:
         if part.dims is not None:
-            source, target = grad_output[(..., *part.output_slices)], grad_input[(..., *part.input_slices)]
+            source = grad_output[(..., *part.output_slices)]
+            target = grad_input[(..., *part.input_slices)] if len(parts) > 1 else grad_input
             forward(source, swapped[(..., *part.kernel_slices)], bias, target, part.dims, options)
 
 

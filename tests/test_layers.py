@@ -201,6 +201,16 @@ def test_relu_stops_whatever_comes_back_where_it_was_zero(dtype: type) -> None:
     np.testing.assert_array_equal(relu.backward(np.arange(4, dtype=dtype).reshape(2, 2).T), [[0, 2], [1, 0]])
 
 
+@pytest.mark.parametrize("size", [0, 1, 37, 3 << 16, (3 << 16) + 5])
+def test_every_engine_masks_the_same_gradients(engine: str, dtype: type, size: int, rng: np.random.Generator) -> None:
+    relu, x, grad = ReLU(), rng.standard_normal(size).astype(dtype), rng.standard_normal(size).astype(dtype)
+    x[::5], grad[::3] = np.nan, np.inf
+    with fc.config_context(engine=engine, num_threads=2):
+        wanted = np.where(relu(x) > 0, grad, dtype(0))
+        np.testing.assert_array_equal(relu.backward(grad), wanted)
+        np.testing.assert_array_equal(relu.backward(grad[::-1]), np.where(x > 0, grad[::-1], dtype(0)))
+
+
 def test_softmax_does_not_overflow() -> None:
     np.testing.assert_array_equal(Softmax()(np.array([[1e4, 0.0], [-1e4, -1e4]])), [[1, 0], [0.5, 0.5]])
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastconv as fc
+from fastconv import optim
 from fastconv.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU, Sequential, Softmax
 from fastconv.losses import cross_entropy, squared_error
 from fastconv.optim import SGD, Adam
@@ -150,6 +151,26 @@ def test_adam_follows_algorithm_1_of_its_paper() -> None:
         mean, square = 0.8 * mean + 0.2 * gradient, 0.9 * square + 0.1 * gradient**2
         wanted -= 0.1 * (mean / (1 - 0.8**t)) / (math.sqrt(square / (1 - 0.9**t)) + 1e-3)
         assert step(optimizer, gradient) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, lambda model, lr: SGD(model, lr, momentum=0.9, weight_decay=0.1), Adam])
+def test_large_parameters_change_as_small_ones_do(optimizer: Any, monkeypatch: Any, rng: np.random.Generator) -> None:
+    """Part by part, and all at once."""
+    x, grad = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal((4, 5)).astype(np.float32)
+
+    def trained(part: int) -> dict[str, Array]:
+        monkeypatch.setattr(optim, "PART", part)
+        model = Linear(6, 5, rng=0)
+        updates = optimizer(model, 0.1)
+        for _ in range(3):
+            model(x)
+            model.backward(grad)
+            updates.step()
+        return dict(model.params)
+
+    wanted = trained(1000)
+    for name, param in trained(7).items():
+        np.testing.assert_array_equal(param, wanted[name])
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])

@@ -42,15 +42,16 @@ cdef void make_view(View *view, cnp.ndarray array):
 cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, options):
     """Unpack what the contract passes; ``w`` are the weights or their gradient."""
     cdef int axis
+    cdef tuple stride, pad, dilation
+    # Taken apart at once: looking up an attribute takes as long as all of this does.
+    _, _, _, _, c.groups, _, _, stride, pad, _, dilation, _ = <tuple>dims
     c.item = cnp.PyArray_ITEMSIZE(x)
     make_view(&c.x, x)
     make_view(&c.w, w)
     make_view(&c.y, y)
     c.batch = c.x.size[0]
-    c.groups = dims.groups
     c.channels = c.w.size[1]
     c.filters = c.w.size[0] // c.groups
-    cdef tuple stride = dims.stride, pad = dims.pad_before, dilation = dims.dilation
     for axis in range(3):
         c.kernel[axis] = c.w.size[2 + axis]
         c.stride[axis] = stride[axis]
@@ -93,10 +94,9 @@ cdef void split_numbers(Conv *c, str precision):
 cdef const fc_ukernels *piece_tile(const Conv *c, str precision, Py_ssize_t summed=0):
     """Return the tile that multiplies pieces of numbers; NULL where there is none, or a sum is short: the channels of a group,
     if it is not said how many numbers are ``summed``."""
-    cdef int pieces = {"highest": 3, "high": 2, "medium": 1}[precision]
     if (summed or c.channels) < SPLIT_CHANNELS:
         return NULL
-    return split_ukernels(c.item, pieces)
+    return split_ukernels(c.item, 3 if precision == "highest" else 2 if precision == "high" else 1)
 
 
 cdef Py_ssize_t piece_products(const fc_ukernels *kernels) noexcept nogil:

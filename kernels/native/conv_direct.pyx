@@ -79,14 +79,14 @@ cdef enum:
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
 
-def conv_forward(input, weight, bias, output, dims, options):
+def conv_forward(input, cnp.ndarray weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.depthwise and conv_planar.suits(input, output, dims):
+    if not dims.depthwise:
+        by_forms(_forward, input, output, cnp.PyArray_SIZE(weight) // cnp.PyArray_DIM(weight, 0), (weight, bias, dims, options))
+    elif conv_planar.suits(input, output, dims):
         conv_planar.conv_forward(input, weight, bias, output, dims, options)
-    elif dims.depthwise:
-        depthwise.conv_forward(input, weight, bias, output, dims, options)
     else:
-        by_forms(_forward, input, output, dims.reduction, (weight, bias, dims, options))
+        depthwise.conv_forward(input, weight, bias, output, dims, options)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -167,7 +167,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     cdef Conv *c = &plan.c
     cdef int axis
     cdef Py_ssize_t tasks, step, taps, part_bytes, packing
-    cdef unsigned char[::1] refused
+    cdef bytearray refused
     make_conv(&plan.of, input, weight, output, dims, options)
     _set_strands(&plan, merged, options.threads)
     plan.of.folded = plan.slots == 0 and plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
@@ -195,7 +195,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     _choose_phases(&plan)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
-    plan.refused = &refused[0]
+    plan.refused = <unsigned char *><char *>refused
     if c.kernels.digits:
         scales = measure(
             &plan.of, &plan.of.x, plan.of.channels, min(plan.width, plan.of.channels), plan.summed, plan.refused
@@ -301,6 +301,8 @@ cdef bint _multiply_patches(Plan *plan, str precision, int form):
     patch."""
     cdef Conv *c = &plan.c
     cdef int axis
+    if not plan.of.folded or plan.of.channels * plan.of.taps < PATCH_CELLS:
+        return False
     c[0] = plan.of
     c.channels *= c.taps
     c.taps = 1
@@ -311,7 +313,7 @@ cdef bint _multiply_patches(Plan *plan, str precision, int form):
     cdef const fc_ukernels *kernels
     plan.summed = c.channels
     kernels = digit_tile(c, precision, plan.summed) if form == DIGITS else piece_tile(c, precision)
-    if kernels == NULL or not plan.of.folded or c.channels < PATCH_CELLS:
+    if kernels == NULL:
         return False
     if form == DIGITS and c.filters * plan.of.kernel[2] * plan.of.channels < DIGIT_PRODUCTS:
         return False

@@ -84,7 +84,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     """Convolve; return the images that were left out for their numbers don't have that form."""
     cdef Plan plan
     cdef Conv *c = &plan.c
-    cdef unsigned char[::1] refused = bytearray(input.shape[0] + 1)
+    cdef bytearray refused = bytearray(input.shape[0] + 1)
     make_conv(c, input, weight, output, dims, options)
     _set_strands(&plan, merged, options.threads)
     if form == PIECES:
@@ -94,7 +94,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     if c.y.stride[4] == 2 and plan.strands == 0 and c.kernels.pieces == 0:
         plan.in_place = plan.together == c.channels
     plan.planes.relu = options.activation == "relu"
-    plan.refused = &refused[0]
+    plan.refused = <unsigned char *><char *>refused
     _find_weights(&plan, bias)
     cdef Py_ssize_t tasks = c.batch * plan.blocks.count * ceil_div(c.groups, plan.groups)
     if not refused[c.batch]:

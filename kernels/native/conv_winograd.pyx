@@ -129,7 +129,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     cdef Plan plan
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, bias_bytes
-    cdef unsigned char[::1] refused
+    cdef bytearray refused
     cdef Memory mine = None
     cdef tuple form
     make_conv(c, input, weight, output, dims, options)
@@ -153,7 +153,7 @@ cdef list _forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray outp
     plan.bias = pack_bias(c, bias, plan.weights + most)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
-    plan.refused = &refused[0]
+    plan.refused = <unsigned char *><char *>refused
     plan.ready = False
     if kept is not None:
         form = ("winograd", c.item, c.kernels.pieces, plan.width, plan.g.sides[0], plan.g.sides[1])

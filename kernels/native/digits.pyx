@@ -58,10 +58,10 @@ ctypedef struct Plan:
     Py_ssize_t first            # of the channel blocks that are counted together
 
 
-def by_forms(convolve, input, output, summed, rest):
+def by_forms(convolve, cnp.ndarray input, output, Py_ssize_t summed, rest):
     """Convolve with the tile for digits, for sums of so many products that there may be one, or pieces; refused images with
     the next."""
-    cdef bint digits = summed >= SUMMED and digit_ukernels(input.itemsize) != NULL
+    cdef bint digits = summed >= SUMMED and digit_ukernels(cnp.PyArray_ITEMSIZE(input)) != NULL
     _by_forms(convolve, input, output, DIGITS if digits else PIECES, rest)
 
 

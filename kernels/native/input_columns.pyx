@@ -99,7 +99,7 @@ def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form,
     cdef Scales scales
     cdef Conv *c = &plan.c
     cdef Py_ssize_t most, band, all_rows, bias_bytes, grad_bytes
-    cdef unsigned char[::1] refused
+    cdef bytearray refused
     filters, channels = dims.out_channels, dims.group_in_channels
     cdef cnp.ndarray rows = weight.reshape(filters, channels, dims.taps)  # a copy, if taps are not evenly spaced
     make_conv(c, grad_input, weight, grad_output, dims, options)
@@ -136,7 +136,7 @@ def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form,
     plan.grads += bias_bytes
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
-    plan.refused = &refused[0]
+    plan.refused = <unsigned char *><char *>refused
     if c.kernels.digits:
         scales = measure(c, &c.y, c.filters, plan.block, c.filters, plan.refused)
         plan.scale, plan.spread = scales.scale, scales.spread

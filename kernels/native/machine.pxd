@@ -125,6 +125,7 @@ cdef extern from "ukernels.h" nogil:
         void (*add)(void *, const void *, Py_ssize_t) noexcept nogil
         void (*add_apart)(void *, Py_ssize_t, const void *, Py_ssize_t) noexcept nogil
         int (*all_below)(const void *, Py_ssize_t, double) noexcept nogil
+        void (*relu_grad)(const void *, const void *, Py_ssize_t, void *) noexcept nogil
         int pieces
         int packed
         int (*split_rows)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, void *) noexcept nogil

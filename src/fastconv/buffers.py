@@ -80,16 +80,19 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dt
     return buffers.empty(shape, dtype)
 
 
-@contextmanager
-def keep(weights: Packed) -> Iterator[None]:
-    """Let a convolution of this thread keep its packed weights, or use what it finds.
+class keep:  # as a generator it would take a microsecond longer
+    """Let a convolution of this thread keep its packed weights, or use what it finds; with None it packs them itself.
 
     Whoever owns ``weights`` answers for its being used with the same weights only, and these not changing.
     """
-    _thread.packed = weights
-    try:
-        yield
-    finally:
+
+    def __init__(self, weights: Packed | None) -> None:
+        self._weights = weights
+
+    def __enter__(self) -> None:
+        _thread.packed = self._weights
+
+    def __exit__(self, *_: object) -> None:
         _thread.packed = None
 
 

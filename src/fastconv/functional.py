@@ -139,7 +139,7 @@ def _conv(
     result = empty(plan.shape, x.dtype) if out is None else allocate(out, plan.shape, batched, x, w, b)
     how, kept = plan.options, packed()
     if kept is not None:
-        how = how._replace(packed=kept)
+        how = Options(how.activation, how.precision, how.threads, kept)
     plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, how)
     return result if out is None and batched else deliver(result, out, batched)
 

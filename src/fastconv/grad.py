@@ -80,8 +80,8 @@ def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
 def _image_size(size: object, spatial: int, grad_output: Array) -> tuple[int, ...]:
     """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output`` has."""
     shape = _size(size, "input_size", (spatial + 1, spatial + 2))
-    if len(shape) != np.ndim(grad_output):
-        raise ValueError(f"input_size must have as many entries as grad_output, {np.ndim(grad_output)}, got {shape}")
+    if len(shape) != grad_output.ndim:
+        raise ValueError(f"input_size must have as many entries as grad_output, {grad_output.ndim}, got {shape}")
     return shape if len(shape) == spatial + 2 else (1, *shape)
 
 

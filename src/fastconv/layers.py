@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
@@ -41,6 +40,8 @@ from .arrays import DTYPES, check_array, check_same_dtype, first_shape
 from .buffers import Buffers, Packed, empty, keep, reuse
 from .dims import Padding, channels_last, conv_dims, conv_transpose_shape, integer, per_dimension, pool_dims
 from .functional import Array, Ints
+from .registry import elementwise
+from .runtime import get_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -353,7 +354,7 @@ class _Conv(_Filters):
     def activated(self, input: Array, activation: str | None) -> Array:
         """Return the output after an activation, which is computed where it is stored; it has a backward of its own."""
         self._keep(input)
-        with nullcontext() if self.training else keep(self._packed):
+        with keep(None if self.training else self._packed):
             return self._conv(input, **self.params, activation=activation, **self._how())
 
     def train(self) -> Self:
@@ -721,14 +722,22 @@ class ReLU(Layer):
 
     def backward(self, grad_output: Array) -> Array:
         (output,) = self._recall()
-        positive = np.greater(output, 0, out=empty(output.shape, np.dtype(bool)))
         grad_input = empty(grad_output.shape, grad_output.dtype)
-        bits = np.dtype(f"i{grad_output.itemsize}")  # times 0 or 1: of floats, inf * 0 would be NaN
-        np.multiply(grad_output.view(bits), positive, out=grad_input.view(bits))
+        plain = _are_plain(output, grad_output)
+        kernel = elementwise("relu_backward", self.options.get("engine") or get_config().engine if plain else "numpy")
+        kernel(output, grad_output, grad_input, functional.options())
         return grad_input
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         return tuple(input_shape)
+
+
+def _are_plain(*arrays: Array) -> bool:
+    """Whether arrays have one shape, one type that kernels compute, and are contiguous."""
+    first = arrays[0]
+    return first.dtype in DTYPES and all(
+        array.flags.carray and array.dtype == first.dtype and array.shape == first.shape for array in arrays
+    )
 
 
 class Softmax(Layer):

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from .buffers import Buffers, empty, reuse
 from .functional import Array
 from .layers import Layer
 
 __all__ = ["SGD", "Adam", "Optimizer"]
+
+PART = 1 << 15  #: numbers of a parameter that are changed at a time: they stay in the caches for all steps of the sums
 
 
 class Optimizer:
@@ -34,7 +36,6 @@ class Optimizer:
         self.model = model
         self.lr = _number(lr, "lr")
         self.steps = 0
-        self._buffers = Buffers()  # of all parameters in turn: fresh memory takes longer than the sums
 
     def step(self) -> None:
         """Change every parameter of the model.
@@ -52,13 +53,22 @@ class Optimizer:
         if not self.model.training:
             raise RuntimeError(f"{type(self).__name__}.step needs the model in training mode: call train() first")
         self.steps += 1
-        with reuse(self._buffers):
-            for name, param in self.model.params.items():
-                self.update(name, param, grads[name])
+        for name, param in self.model.params.items():
+            self.update(name, param, grads[name])
 
     def update(self, name: str, param: Array, grad: Array) -> None:
         """Change one parameter in place."""
         raise NotImplementedError
+
+
+def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Yield arrays of one shape in parts, the same of each; all at once if they are not contiguous."""
+    if not all(array.flags.c_contiguous for array in arrays):
+        yield arrays
+        return
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, flat[0].size, PART):
+        yield tuple(array[start : start + PART] for array in flat)
 
 
 class SGD(Optimizer):
@@ -99,15 +109,22 @@ class SGD(Optimizer):
         super().__init__(model, lr)
         self.momentum = _number(momentum, "momentum", below=1)
         self.weight_decay = _number(weight_decay, "weight_decay")
-        self._velocity = {name: np.zeros_like(param) for name, param in model.params.items()}
+        self._velocity: dict[str, Array] = {}  # empty without momentum
 
     def update(self, name: str, param: Array, grad: Array) -> None:
-        velocity, scaled = self._velocity[name], empty(param.shape, param.dtype)
-        velocity *= self.momentum
-        velocity += grad
-        if self.weight_decay:
-            velocity += np.multiply(param, self.weight_decay, out=scaled)
-        param -= np.multiply(velocity, self.lr, out=scaled)
+        if not self.momentum:
+            for weights, slopes in _parts(param, grad):
+                weights -= self.lr * self._decayed(weights, slopes)
+            return
+        if name not in self._velocity:
+            self._velocity[name] = np.zeros_like(param)
+        for weights, slopes, velocity in _parts(param, grad, self._velocity[name]):
+            velocity *= self.momentum
+            velocity += self._decayed(weights, slopes)
+            weights -= self.lr * velocity
+
+    def _decayed(self, weights: Array, slopes: Array) -> Array:
+        return slopes + self.weight_decay * weights if self.weight_decay else slopes
 
 
 class Adam(Optimizer):
@@ -151,16 +168,13 @@ class Adam(Optimizer):
         self._square = {name: np.zeros_like(param) for name, param in model.params.items()}
 
     def update(self, name: str, param: Array, grad: Array) -> None:
-        (beta1, beta2), mean, square = self.betas, self._mean[name], self._square[name]
-        change, root = empty(param.shape, param.dtype), empty(param.shape, param.dtype)
-        mean += np.multiply(np.subtract(grad, mean, out=change), 1 - beta1, out=change)
-        np.multiply(grad, grad, out=change)
-        square += np.multiply(np.subtract(change, square, out=change), 1 - beta2, out=change)
+        beta1, beta2 = self.betas
         # The means start at zero: these factors take that out again.
         lr, scale = self.lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
-        np.sqrt(np.multiply(square, scale, out=root), out=root)
-        root += self.eps
-        param -= np.divide(np.multiply(mean, lr, out=change), root, out=change)
+        for weights, slopes, mean, square in _parts(param, grad, self._mean[name], self._square[name]):
+            mean += (1 - beta1) * (slopes - mean)
+            square += (1 - beta2) * (slopes * slopes - square)
+            weights -= lr * mean / (np.sqrt(scale * square) + self.eps)
 
 
 def _number(value: Any, name: str, below: float = math.inf) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from .dims import ConvDims, PoolDims
@@ -60,6 +61,13 @@ def _fills_pieces(dims: ConvDims) -> bool:
     """Whether ``direct`` has AMX's tile for the gradient of the weights, which multiplies pieces of numbers."""
     few = 32 if dims.taps == 1 else 16  # im2col turns the smaller part of 1x1 layers
     return isa() == "amx" and min(dims.group_in_channels, dims.group_out_channels) >= few
+
+
+def _rows_fill_pieces(dims: ConvDims) -> float:
+    """Return which part of what this tile multiplies are pixels: rows have gaps, and planes are filled up to 32."""
+    (_, high, wide), (_, _, taps) = dims.output_size, dims.kernel_size
+    laid = high * (wide + (taps - 1) * dims.dilation[2] - min(dims.pad_before[2], taps - 1))
+    return min(1.0, math.prod(dims.output_size) / (dims.output_size[0] * math.ceil(laid / 32) * 32))
 
 
 def _multiplies_digits(op: str, dims: ConvDims) -> bool:
@@ -273,10 +281,9 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
         gain = 1.4  # direct packs and stores once for all phases
     elif op == "conv_input_grad":
         gain = 1.03 if products == "split" else 1.15
-    reason = _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
-    if op == "conv_weight_grad" and _fills_pieces(dims):
-        return reason or "slower than direct, which multiplies pieces of numbers"
-    return reason
+    elif op == "conv_weight_grad" and _fills_pieces(dims):
+        gain = 4.0 * _rows_fill_pieces(dims)  # products of pieces in the time of one of tiles (measured)
+    return _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
 
 
 def _winograd_numba(op: str, dims: ConvDims) -> str:
@@ -352,6 +359,15 @@ def select(op: str, dims: Dims, engine: str | None = None, algorithm: str | None
         f"algorithm {algorithm!r} with engine {engine!r} does not exist for {op}; there are {there} "
         f"({'; '.join(f'{v.row.engine}/{v.row.algorithm}: {v.reason}' for v in found)})"
     )
+
+
+@cache
+def elementwise(op: str, engine: str | None) -> Kernel:
+    """Return the kernel of an operation on plain arrays, number by number: native, or NumPy's for all other engines."""
+    native = engine in (None, "cython") and not why_missing("cython")
+    module = importlib.import_module(f"fastconv.kernels.{'native' if native else 'reference'}.elementwise")
+    kernel: Kernel = getattr(module, op)
+    return kernel
 
 
 def available(op: str, engines: tuple[str, ...] = ENGINES) -> list[Row]:

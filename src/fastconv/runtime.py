@@ -111,7 +111,7 @@ def get_config() -> Config:
     >>> fc.get_config().precision
     'highest'
     """
-    return _context.get(None) or _Defaults.get()
+    return _context.get(None) or _Defaults.config or _Defaults.get()
 
 
 @contextmanager

@@ -467,6 +467,19 @@ static int FC(all_below)(const void *input, ptrdiff_t n, double limit)
     return (int)-all;
 }
 
+/* Of bits: an infinity times 0 would be a NaN. */
+static void FC(relu_grad)(const void *output, const void *grad, ptrdiff_t n, void *grad_input)
+{
+    typedef T_INT bits __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+    const T *y = output, *from = grad;
+    T *to = grad_input;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        *(bits *)(to + i) = *(const bits *)(from + i) & (bits)(*(const V *)(y + i) > (V){0});
+    for (; i < n; i++)
+        to[i] = y[i] > 0 ? from[i] : 0;
+}
+
 /* ----------------------------------------------------------------------------------------------------- max pooling */
 
 #undef V /* max_pool.h has its own, at two widths */
@@ -667,6 +680,7 @@ static const fc_ukernels FC(table) = {
     .add = FC(add),
     .add_apart = FC(add_apart),
     .all_below = FC(all_below),
+    .relu_grad = FC(relu_grad),
 };
 
 #undef LANES

@@ -261,6 +261,9 @@ typedef struct {
     /* Whether all of x lies strictly between -limit and limit; a NaN does not. */
     int (*all_below)(const void *x, ptrdiff_t n, double limit);
 
+    /* grad_input[i] = output[i] > 0 ? grad[i] : 0 for i < n. */
+    void (*relu_grad)(const void *output, const void *grad, ptrdiff_t n, void *grad_input);
+
     /* A tile that multiplies `pieces` of numbers (0: the numbers themselves, and the rest of this is NULL). Its brgemm reads
      * what these write: an offset of e elements is 2 * pieces * e bytes, a and b are 64-byte aligned, a_step is 1,
      * b_step the width of the tile, b_tap the depth times that; brgemm and saturate are called between `enter` and `leave`,
