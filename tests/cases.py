@@ -164,6 +164,8 @@ CONV_CASES = [
     ConvCase("3x3 of many filters, stride 2", (2, 36, 13, 12), (34, 36, 3, 3), 2, 1),
     ConvCase("3x3 of so many filters that digits add them up", (2, 7, 12, 11), (520, 7, 3, 3), 1, 1),
     ConvCase("1x1 of so many filters, stride 2, groups", (1, 66, 20, 21), (512, 33, 1, 1), 2, 0, 1, 2),
+    ConvCase("1x1 of a megabyte of weights", (1, 530, 4, 5), (640, 530, 1, 1)),
+    ConvCase("3x3 of many weights for few pixels", (1, 160, 5, 6), (130, 160, 3, 3), 1, 1),
     ConvCase("1x1 of whole channel blocks", (1, 64, 7, 7), (64, 64, 1, 1)),
     ConvCase("1x1, stride 2", (2, 16, 7, 7), (8, 16, 1, 1), 2),
     ConvCase("1x1, padding", (1, 3, 4, 4), (2, 3, 1, 1), 1, 1),

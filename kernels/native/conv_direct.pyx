@@ -66,6 +66,10 @@ cdef enum:
     SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
     SPLIT_BYTES = 3 << 20       # of a part then, of which L2 needs a channel block at a time, ...
     SUM_BYTES = 3 << 18         # ... a panel of weights, and so much of sums
+    STRIP_APART = 1 << 11       # bytes from channel to channel, from which on 1x1 weights whose filters are neighbours are read ...
+    STRIP = 4                   # ... several panels at a time
+    STRIP_STEP = 80             # from channel to channel of theirs: an odd number of lines, or they share few sets of L1
+    KEPT_BYTES = 1 << 20        # of a part that L2 keeps from panel to panel
     BLOCK_PIXELS = 512          # of a block, if there are as many, ...
     CHUNK_PIXELS = 1024         # ... or where its weights are ...
     RESIDENT_BYTES = 1 << 20    # ... more than stay in L2
@@ -128,7 +132,8 @@ ctypedef struct Plan:
     const Py_ssize_t *phase     # of each phase: its first tap, and how many, (d, h, w)
     const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in a filter
     Py_ssize_t shares           # tasks that share the panels of one block
-    char *weights               # packed; NULL: each task packs what it uses
+    char *weights               # packed; NULL: each task packs what it uses ...
+    bint strips                 # ... and reads several panels' at a time
     const char *bias
     int relu
     unsigned char *refused      # images with numbers that can't be split; the last one stands for the weights
@@ -341,6 +346,7 @@ cdef void _pack_weights(Plan *plan, bias, kept) except *:
         raise MemoryError("no memory for packed weights")
     plan.bias = pack_bias(c, bias, memory + (weight_bytes if here else 0))
     plan.weights = memory if here else NULL
+    plan.strips = once and _filters_are_neighbours(plan) and plan.of.w.stride[1] * c.item >= STRIP_APART
     if kept is not None:
         form = ("direct", c.item, c.kernels.pieces, c.kernels.digits, plan.width)
         mine = kept.get(form)
@@ -389,29 +395,59 @@ cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_s
     """Pack a channel block of a panel, by way of ``floats`` where it is to be split; return whether it can be."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
-    cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces, usable
-    cdef Py_ssize_t step = c.taps * vectors * c.kernels.lanes
-    cdef fc_scales *scales
-    if pieces == 0:
+    if c.kernels.pieces == 0:
         pack_panel(&plan.of, group, panel, b * plan.width, channels, out)
         return True
-    if c.kernels.digits and _lies_packed(plan, panel):
-        step = plan.of.w.stride[1]
-        floats = plan.of.w.data + (group * c.filters + panel * c.panel + b * plan.width * step) * c.item
-    else:
-        pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
+    if _lies_packed(plan, panel):
+        floats = plan.of.w.data + (
+            group * c.filters + panel * c.panel + b * plan.width * plan.of.w.stride[1]
+        ) * c.item
+        return _split_block(plan, panel, b, floats, plan.of.w.stride[1], out)
+    pack_panel(&plan.of, group, panel, b * plan.width, min(channels, plan.of.channels), floats)
+    return _split_block(plan, panel, b, floats, c.taps * panel_vectors(c, panel) * c.kernels.lanes, out)
+
+
+cdef bint _split_block(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const char *floats, Py_ssize_t step,
+                       char *out) noexcept nogil:
+    """Split a channel block of a panel, whose channels are ``step`` apart; return whether it can be."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width)
+    cdef int vectors = panel_vectors(c, panel), usable
+    cdef fc_scales *scales
     if not c.kernels.digits:
-        return c.kernels.split_weights(floats, step, channels, c.taps, vectors, pieces, out) != FC_HUGE
+        return c.kernels.split_weights(floats, step, channels, c.taps, vectors, c.kernels.pieces, out) != FC_HUGE
     scales = _scales_of(plan, panel, b, out)
     usable = c.kernels.spread_weights(floats, channels * c.taps, step // c.taps, vectors, scales)
     c.kernels.digits_weights(floats, step, channels, c.taps, vectors, scales, out)
     return usable
 
 
+cdef bint _pack_from_strip(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, Py_ssize_t number, char *strip,
+                           char *out) noexcept nogil:
+    """Pack a channel block of panel ``number`` of a strip, which the first of them reads for all: what they have of a channel is
+    neighbours."""
+    cdef const Conv *c = &plan.c
+    cdef const View *w = &plan.of.w
+    cdef Py_ssize_t channels = min(plan.width, c.channels - b * plan.width), first = panel * c.panel
+    cdef Py_ssize_t filters = min(STRIP * c.panel, c.filters - first)
+    if number == 0:
+        if filters % c.panel:
+            memset(strip, 0, <size_t>(channels * STRIP_STEP * c.item))
+        c.kernels.transpose(
+            w.data + (group * c.filters + first + b * plan.width * w.stride[1]) * c.item, 1, w.stride[1], filters, channels,
+            strip, STRIP_STEP,
+        )
+    return _split_block(plan, panel, b, strip + number * c.panel * c.item, STRIP_STEP, out)
+
+
 cdef bint _lies_packed(const Plan *plan, Py_ssize_t panel) noexcept nogil:
     """Whether a panel of 1x1 filters, which are neighbours, is where the caller has it as it would be packed."""
-    cdef const Conv *of = &plan.of
-    return of.taps == 1 and of.w.stride[0] == 1 and (panel + 1) * of.panel <= of.filters
+    return _filters_are_neighbours(plan) and (panel + 1) * plan.of.panel <= plan.of.filters
+
+
+cdef bint _filters_are_neighbours(const Plan *plan) noexcept nogil:
+    """Whether digits are made of 1x1 filters that are neighbours in memory."""
+    return plan.c.kernels.digits and plan.of.taps == 1 and plan.of.w.stride[0] == 1
 
 
 cdef fc_scales *_scales_of(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const char *weights) noexcept nogil:
@@ -604,7 +640,14 @@ cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     grid.panels = min(c.panels, <Py_ssize_t>PANELS)
     if c.kernels.pieces:
         grid.panels = min(grid.panels, max(<Py_ssize_t>1, SUM_BYTES // (slots * grid.sum_bytes)))
+        if _reads_along_filters(plan) and plan.channel_blocks * plan.width * grid.cells * c.packed <= KEPT_BYTES:
+            grid.panels = 1
     grid.zero_bytes = grid.sum_bytes if plan.slots and plan.slots < plan.strands[0] * plan.strands[1] * plan.strands[2] else 0
+
+
+cdef bint _reads_along_filters(const Plan *plan) noexcept nogil:
+    """Whether weights, which are read once, had better be read panel by panel: a filter's channel blocks are neighbours in memory."""
+    return plan.weights == NULL and plan.of.w.stride[0] > plan.of.w.stride[1]
 
 
 cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -625,7 +668,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     if plan.patches:
         float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
     elif c.kernels.pieces:
-        float_bytes = plan.width * max(c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
+        float_bytes = plan.width * max(STRIP_STEP if plan.strips else c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + weight_bytes + all_sums + grid.zero_bytes + part_bytes + beyond_bytes + float_bytes
     )
@@ -670,14 +713,20 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
     cdef Py_ssize_t b, panel, filter, width
     cdef const char *weights = space.weights
     cdef char *sums
+    cdef bint usable
     cdef fc_reduction reduction
     for b in range(plan.channel_blocks):
         for panel in range(first, end):
             sums = space.sums + (panel - first) * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
             if plan.weights != NULL:
                 weights = _packed_block(plan, group, panel, b)
-            elif not _pack_block(plan, group, panel, b, space.floats, space.weights):
-                plan.refused[c.batch] = 1
+            else:
+                if plan.strips:
+                    usable = _pack_from_strip(plan, group, panel, b, (panel - first) % STRIP, space.floats, space.weights)
+                else:
+                    usable = _pack_block(plan, group, panel, b, space.floats, space.weights)
+                if not usable:
+                    plan.refused[c.batch] = 1
             if not _start(plan, block.image, group, panel, b, weights, &reduction):
                 plan.refused[block.image] = 1
                 return

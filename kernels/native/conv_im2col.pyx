@@ -24,7 +24,7 @@ The gradient of the input goes by way of columns (``input_columns``); that of 1x
 That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
-1x1 filters where they are; into digits of fixed-point numbers (``digits``) where sums are long. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
+1x1 filters where they are, and those of all blocks first where weights come from beyond L2; into digits of fixed-point numbers (``digits``) where sums are long. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
 without splitting.
 """
 
@@ -59,6 +59,8 @@ cdef enum:
     PATCH_BYTES = 256 << 10  # patches of a box: half of an L2 of 512 KB
     SPLIT_PATCH_BYTES = 512 << 10  # the same where there is AMX, and an L2 of 2 MB
     BOX = 1024          # pixels of a box, at most
+    LAID_BYTES = 800_000    # patches of all channels, that share L2 with what else is needed, while ...
+    MANY_WEIGHTS = 1 << 20  # ... more than so many bytes of weights are read once, filter by filter
     FLOAT_BYTES = 32 << 10  # patches gathered to be split
     COLUMN_PIXELS = 256 # with no more, the gradient of the input of strided 1x1 filters, too, goes by way of columns
     FEW_PIXELS = 64     # ... and if they are not
@@ -115,6 +117,7 @@ ctypedef struct Plan:
     Py_ssize_t chunk            # filters multiplied at a time
     Py_ssize_t together         # channels gathered at a time
     Py_ssize_t run              # of them, those that are split at a time: their cells fill whole steps of the tile
+    Py_ssize_t laid             # channels whose patches exist at a time: those gathered together, or all
     Py_ssize_t shares           # tasks that share the filters of one box
     const char *bias
     int relu
@@ -193,14 +196,25 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
         if 0 not in refused[:c.batch]:
             return list(range(c.batch))
     _prepare_weights(&plan, bias, options.packed)
+    _lay_all_channels(&plan)
     tasks = c.batch * c.out[0] * c.groups * plan.boxes
     made = piece_products(c.kernels)
     packing = 4 * SPLIT_PATCH * SPLIT_RATE // (made * plan.chunk) if made else 1  # quarters of a chunk
     plan.shares = share_out(tasks, ceil_div(c.filters, plan.chunk), packing, c.threads)
-    if plan.together < c.channels:
+    if plan.laid < c.channels:
         plan.shares = max(plan.shares, ceil_div(c.filters * plan.pixels * c.item, <Py_ssize_t>SUM_BYTES))
     run_tasks(_forward_task, &plan, tasks * plan.shares, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef void _lay_all_channels(Plan *plan) noexcept nogil:
+    """Lay out all channels' patches first where many weights are split where they are used: then they are read filter by filter."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t blocks = ceil_div(c.channels, plan.together), weights = c.filters * c.channels * c.taps
+    cdef bint fit = blocks * _depth(c, plan.together) * plan.pixels * c.packed <= LAID_BYTES
+    plan.laid = plan.together
+    if c.kernels.pieces and plan.pieces == NULL and fit and weights * c.item > MANY_WEIGHTS:
+        plan.laid = c.channels
 
 
 cdef Py_ssize_t _channels_together(const Conv *c) noexcept nogil:
@@ -218,7 +232,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Task t
-    cdef Py_ssize_t channel, channels
+    cdef Py_ssize_t first, end, channel, chunk
     cdef int sizes = FC_ORDINARY
     _locate_task(plan, number, &t)
     if plan.refused[t.block.image] or plan.refused[c.batch]:
@@ -228,20 +242,36 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     if c.kernels.pieces:
         c.kernels.enter()
         sizes = FC_ORDINARY if c.kernels.digits else 0
-    for channel from 0 <= channel < c.channels by plan.together:
-        channels = min(plan.together, c.channels - channel)
-        if c.kernels.pieces:
-            sizes |= _split_patches(plan, &t, channel, channels)
-        else:
-            if channel == 0:
-                _fill_vectors(c, plan.together * c.taps, t.pixels, t.pitch, t.patches)
-            gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel, t.pixels, t.pitch, t.patches)
-        _multiply(plan, &t, channel, channels)
+    for first from 0 <= first < c.channels by plan.laid:
+        end = min(first + plan.laid, c.channels)
+        for channel from first <= channel < end by plan.together:
+            sizes |= _lay_patches(plan, &t, channel)
+        for chunk from 0 <= chunk < t.filters by plan.chunk:
+            for channel from first <= channel < end by plan.together:
+                _multiply(plan, &t, channel, chunk)
     if c.kernels.pieces:
         c.kernels.leave()
     if sizes & FC_HUGE or sizes == FC_TINY:
         plan.refused[t.block.image] = 1
     return 0
+
+
+cdef int _lay_patches(const Plan *plan, const Task *t, Py_ssize_t channel) noexcept nogil:
+    """Gather the patches of a block of channels, or split them; return the numbers' sizes then."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t channels = min(plan.together, c.channels - channel)
+    if c.kernels.pieces:
+        return _split_patches(plan, t, channel, channels)
+    if channel == 0:
+        _fill_vectors(c, plan.together * c.taps, t.pixels, t.pitch, t.patches)
+    gather(c, &t.block, t.group * c.channels + channel, channels, t.first_pixel, t.pixels, t.pitch, t.patches)
+    return 0
+
+
+cdef char *_patches_at(const Plan *plan, const Task *t, Py_ssize_t channel) noexcept nogil:
+    """Where the patches of a block of channels are."""
+    cdef const Conv *c = &plan.c
+    return t.patches + channel % plan.laid // plan.together * _depth(c, plan.together) * plan.pixels * c.packed
 
 
 cdef void _fill_vectors(const Conv *c, Py_ssize_t rows, Py_ssize_t pixels, Py_ssize_t pitch, char *out) noexcept nogil:
@@ -281,11 +311,11 @@ cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
     cdef Py_ssize_t offset_bytes = (plan.chunk + plan.together + 8) // 8 * 64
     cdef Py_ssize_t float_bytes = 0, weight_bytes = 0
     if plan.together < c.channels:
-        sum_bytes = round_up(t.filters, c.kernels.tile_rows) * plan.pixels
+        sum_bytes = _filters_summed(plan, t) * plan.pixels
     sum_bytes *= c.item
     if c.kernels.pieces:
         t.pitch = _pixels_split(plan)
-        patch_bytes = depth * plan.pixels * c.packed
+        patch_bytes = ceil_div(plan.laid, plan.together) * depth * plan.pixels * c.packed
         float_bytes = plan.run * c.taps * t.pitch * c.item
         weight_bytes = 0 if plan.pieces else plan.chunk * depth * c.packed
     else:
@@ -301,6 +331,11 @@ cdef bint _find_memory(const Plan *plan, Task *t) noexcept nogil:
     t.weights = t.floats + float_bytes
     t.scales = <Filter *>(t.weights + weight_bytes)
     return memory == NULL
+
+
+cdef Py_ssize_t _filters_summed(const Plan *plan, const Task *t) noexcept nogil:
+    """Return how many filters have sums that wait for the next block of channels: of a chunk, where that comes at once."""
+    return plan.chunk if plan.laid == plan.c.channels else round_up(t.filters, plan.c.kernels.tile_rows)
 
 
 cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel, Py_ssize_t chunk, Py_ssize_t count) noexcept nogil:
@@ -327,22 +362,25 @@ cdef Panel _place(const Plan *plan, const Task *t, Py_ssize_t pixel, Py_ssize_t 
             + column
         ) * c.item
     elif plan.together < c.channels:
-        panel.sums += (pixel * round_up(t.filters, c.kernels.tile_rows) + chunk * panel.step) * c.item
+        panel.sums += (pixel * _filters_summed(plan, t) + (chunk if plan.laid < c.channels else 0) * panel.step) * c.item
     return panel
 
 
-cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t channels) noexcept nogil:
-    """Add weights x patches of some channels to the sums of all panels; store them after the last channel."""
+cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssize_t chunk) noexcept nogil:
+    """Add weights x patches of a block of channels to a chunk's sums of all panels; store them after the last block."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t chunk, count, pixel, i, depth = _depth(c, channels)
+    cdef Py_ssize_t channels = min(plan.together, c.channels - channel), count = min(plan.chunk, t.filters - chunk)
+    cdef Py_ssize_t pixel, i, depth = _depth(c, channels)
     cdef bint first = channel == 0, last = channel + channels == c.channels, started
     cdef const char *weights
-    cdef const char *patches
+    cdef const char *patches = _patches_at(plan, t, channel)
     cdef const Filter *filters
     cdef Panel panel
     cdef fc_reduction reduction
     cdef fc_scales scales
     cdef Py_ssize_t number
+    if plan.refused[t.block.image]:
+        return
     if c.kernels.digits:
         number = _one_scale(plan, t, channel, &scales)
     reduction.scales = &scales
@@ -358,34 +396,32 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
         reduction.n_taps = 1
         reduction.depth = depth
         reduction.a_step = 1 if c.kernels.pieces else plan.channel_step if c.taps == 1 else plan.tap_step
-    for i in range(channels):
+    for i in range(reduction.n_taps):
         t.channel_offsets[i] = i * plan.channel_step
-    for i in range(plan.chunk):
+    for i in range(count):
         t.rows[i] = i * (depth if c.kernels.pieces else plan.filter_step)
-    for chunk from 0 <= chunk < t.filters by plan.chunk:
-        count = min(plan.chunk, t.filters - chunk)
-        if c.kernels.pieces:
-            weights = _pieces(plan, t, channel, channels, t.first + chunk, count, &filters)
-            if c.kernels.digits and not _enough_digits(plan, filters, count, &plan.spread[number]):
-                plan.refused[t.block.image] = 1
-                return
+    if c.kernels.pieces:
+        weights = _pieces(plan, t, channel, channels, t.first + chunk, count, &filters)
+        if c.kernels.digits and not _enough_digits(plan, filters, count, &plan.spread[number]):
+            plan.refused[t.block.image] = 1
+            return
+    else:
+        weights = plan.weights + ((t.first + chunk) * plan.filter_step + channel * plan.channel_step) * c.item
+    for pixel from 0 <= pixel < t.pixels by c.panel:
+        panel = _place(plan, t, pixel, chunk, count)
+        started = not first or start_sums(
+            c, bias_at(plan.bias, (t.first + chunk) * c.item), count, panel.width, panel.sums, panel.step
+        )
+        reduction.b_step = panel.width if c.kernels.pieces else t.pitch
+        reduction.b_tap = c.taps * reduction.b_step
+        reduction.c_step = panel.step
+        if c.kernels.digits:
+            _multiply_digits(plan, &reduction, filters, &plan.spread[number], weights, t.rows, count, patches, &panel, started)
         else:
-            weights = plan.weights + ((t.first + chunk) * plan.filter_step + channel * plan.channel_step) * c.item
-        for pixel from 0 <= pixel < t.pixels by c.panel:
-            panel = _place(plan, t, pixel, chunk, count)
-            started = not first or start_sums(
-                c, bias_at(plan.bias, (t.first + chunk) * c.item), count, panel.width, panel.sums, panel.step
-            )
-            reduction.b_step = panel.width if c.kernels.pieces else t.pitch
-            reduction.b_tap = c.taps * reduction.b_step
-            reduction.c_step = panel.step
-            patches = t.patches + pixel * (depth * c.packed if c.kernels.pieces else c.item)
-            if c.kernels.digits:
-                _multiply_digits(plan, &reduction, filters, &plan.spread[number], weights, t.rows, count, patches, &panel, started)
-            else:
-                c.kernels.brgemm(&reduction, weights, t.rows, count, patches, panel.vectors, panel.sums, started)
-            if last and (plan.relu or not panel.in_place):
-                _store(plan, t, &panel, pixel, chunk, count)
+            c.kernels.brgemm(&reduction, weights, t.rows, count, patches, panel.vectors, panel.sums, started)
+        patches += c.panel * (depth * c.packed if c.kernels.pieces else c.item)
+        if last and (plan.relu or not panel.in_place):
+            _store(plan, t, &panel, pixel, chunk, count)
 
 
 cdef void _store(const Plan *plan, const Task *t, const Panel *panel, Py_ssize_t pixel, Py_ssize_t chunk,
@@ -631,6 +667,7 @@ cdef int _split_run(const Plan *plan, const Task *t, Py_ssize_t channel, const c
     the numbers' sizes."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pixel, width, depth = _depth(c, channels)
+    cdef char *patches = _patches_at(plan, t, channel)
     cdef char *out
     cdef int sizes = 0, vectors
     cdef fc_scales scales
@@ -639,7 +676,7 @@ cdef int _split_run(const Plan *plan, const Task *t, Py_ssize_t channel, const c
     for pixel from start <= pixel < start + pixels by c.panel:
         vectors = 1 if t.pixels - pixel <= c.kernels.lanes else 2
         width = vectors * c.kernels.lanes
-        out = t.patches + (pixel * depth + first * c.taps * width) * c.packed
+        out = patches + (pixel * depth + first * c.taps * width) * c.packed
         if c.kernels.digits:
             c.kernels.digits_weights(source, step, count * c.taps, 1, vectors, &scales, out)
         else:

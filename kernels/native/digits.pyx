@@ -223,6 +223,9 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
             for h in range(rows):
                 c.kernels.tally(plane + h * step * x.stride[3] * c.item, columns, x.stride[4], channels, tally)
             continue
+        if x.stride[3] == columns and step == 1 and x.stride[1] == rows * columns:  # channels continue one another, too
+            c.kernels.tally(plane + first * x.stride[1] * c.item, 1, 0, (end - first) * rows * columns, tally)
+            continue
         for i in range(first, end):
             if x.stride[3] == columns and step == 1:
                 c.kernels.tally(plane + i * x.stride[1] * c.item, 1, 0, rows * columns, tally)
