@@ -684,14 +684,26 @@ static inline void FC(row_from_two)(const T *even, const T *odd, ptrdiff_t n, co
 #endif
 }
 
-static inline void FC(move_cell)(T *cell, T *of_phase, V *sum, const int back)
+/* A row of n cells, `every`th ones of which come from one place, `phase` from the next. */
+static inline void FC(row_from_many)(const T *in, ptrdiff_t every, ptrdiff_t phase, ptrdiff_t n, T *out)
 {
-    if (back) {
-        *cell = *of_phase;
-    } else {
-        *of_phase = *cell;
-        (*sum)[0] += *cell * 0;
+    ptrdiff_t done = 0;
+#ifdef ZIPPED
+    for (; every == 4 && done + 4 * LANES <= n; done += 4 * LANES) {
+        V x[4], even[2], odd[2];
+        UNROLL for (int i = 0; i < 4; i++)
+            x[i] = *(const V *)(in + i * phase + done / 4);
+        even[0] = SHUFFLE(x[0], x[2], TURNS(0)), even[1] = SHUFFLE(x[0], x[2], TURNS(ZIPPED / 2));
+        odd[0] = SHUFFLE(x[1], x[3], TURNS(0)), odd[1] = SHUFFLE(x[1], x[3], TURNS(ZIPPED / 2));
+        UNROLL for (int half = 0; half < 2; half++) {
+            *(V *)(out + done + 2 * half * LANES) = SHUFFLE(even[half], odd[half], TURNS(0));
+            *(V *)(out + done + (2 * half + 1) * LANES) = SHUFFLE(even[half], odd[half], TURNS(ZIPPED / 2));
+        }
     }
+#endif
+    for (ptrdiff_t p = 0; p < every; p++)
+        for (ptrdiff_t i = done / every; i * every + p < n; i++)
+            out[i * every + p] = in[p * phase + i];
 }
 
 static void FC(zip)(const void *input, ptrdiff_t tiles, ptrdiff_t tile_step, ptrdiff_t rows, ptrdiff_t in_row, ptrdiff_t n,
@@ -706,10 +718,8 @@ static void FC(zip)(const void *input, ptrdiff_t tiles, ptrdiff_t tile_step, ptr
             const T *even = in + r * in_row + i / 2;
             FC(row_from_two)(even, even + tile_step, n - i < 2 * LANES ? n - i : 2 * LANES, some, out + r * out_row + i);
         }
-    for (ptrdiff_t r = 0; r < rows && tiles != 2; r++, in += in_row, out += out_row)
-        for (ptrdiff_t t = 0; t < tiles; t++)
-            for (ptrdiff_t i = 0; i * tiles + t < n; i++)
-                out[i * tiles + t] = in[t * tile_step + i];
+    for (ptrdiff_t r = 0; r < rows && tiles != 2; r++)
+        FC(row_from_many)(in + r * in_row, tiles, tile_step, n, out + r * out_row);
 }
 
 /* What a row is moved with: which lanes of its last one or two vectors are cells, and NaNs in the others; whether cells are finite. */
@@ -738,9 +748,8 @@ static inline __attribute__((always_inline)) void FC(move_slab)(const fc_phases 
             copy_bytes(n * T_BYTES, (const char *)(row + even), (char *)cells);
         else if (wide == 1)
             FC(row_to_phase)(cells, n, moved.some[0], moved.nan[0], row + even, &sum);
-        else
-            for (ptrdiff_t x = 0; x < n; x++)
-                FC(move_cell)(cells + x, row + (column + x) % every * phase + (column + x) / every, &sum, back);
+        else if (back)
+            FC(row_from_many)(row, every, phase, n, cells);
         row += every * phase;
         if (++of == high) {
             of = 0;

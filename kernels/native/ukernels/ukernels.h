@@ -227,8 +227,8 @@ typedef struct {
     void (*max_pool_finite)(const fc_cells *cells, ptrdiff_t n, const void *in, void *out, uint8_t *winners, const void *ahead,
                             ptrdiff_t bytes);
 
-    /* Rows of n neighbouring cells to phases; returns whether all are finite. A row of a phase is followed by NaNs for a vector at
-     * most, unless the next one is there. And back. */
+    /* Rows of n neighbouring cells to phases, 1 or 2 along a row; returns whether all are finite. A row of a phase is followed by NaNs
+     * for a vector at most, unless the next one is there. And back, from any phases, which begin with the first cell. */
     int (*to_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *image, void *out);
     void (*from_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *in, void *image);
 
