@@ -334,6 +334,9 @@ POOL_CASES = [
     PoolCase("planes larger than half of L1", (1, 2, 130, 61), (3, 2), (1, 2), (1, 1)),
     PoolCase("slabs larger than half of L1", (1, 2, 7, 45, 40), 3, (2, 1, 2), 1),
     PoolCase("5x5, stride 1", (2, 9, 13, 13), 5, 1, 2),
+    PoolCase("signal in parts, overlapping", (2, 2, 5003), 5, 3, 2),
+    PoolCase("signal in parts", (2, 2, 8200), 2),
+    PoolCase("rows of 70000", (1, 1, 2, 70001), 3, 2, 1),
     PoolCase("stride 3, padding", (1, 5, 22, 21), 4, 3, 2),
     PoolCase("empty batch", (0, 3, 8, 8), 2),
 ]

@@ -30,7 +30,8 @@ from fastconv.kernels.native.max_pool_rows cimport cells_bytes, pool_rows
 from fastconv.kernels.native.pooling cimport Pool, residue, shift, uchar
 
 cdef enum:
-    BLOCK_BYTES = 12_288        # of a block: half of L1
+    BLOCK_BYTES = 12_288        # of a block: a quarter of L1, which has the image's lines, too
+    MOST_BYTES = 1 << 18        # of a row: longer ones don't lack vectors
     TASKS = 8                   # for each thread
     NOBODY = 255                # wins this window
 
@@ -46,7 +47,7 @@ ctypedef struct Planes:
     bint in_place               # backward: whether windows lie as in planes, and are read where they are
     Py_ssize_t reach            # from a window to the last cell it sees, from the first window of a group to the last
     Py_ssize_t planes, together # in all, of a block
-    int cut                     # the axis along which planes are cut: 0, or 1 where there is no depth
+    int cut                     # the axis along which planes are cut
     Py_ssize_t part, parts      # length of a block along it, blocks of a plane
     Py_ssize_t blocks, task_blocks
     Py_ssize_t most             # windows or groups of a block, and of what is between them; a whole number of vectors
@@ -66,18 +67,16 @@ cdef Py_ssize_t _share_out(Planes *q, Py_ssize_t cell_bytes) noexcept nogil:
     """Cut planes into blocks, given the bytes that a window (group) takes; return the number of tasks."""
     cdef const Pool *p = q.p
     cdef int lanes = p.kernels.lanes
-    cdef Py_ssize_t row_bytes
+    cdef Py_ssize_t step = (q.pitch[1] if q.cut == 0 else 1) * (q.pitch[2] if q.cut < 2 else 1)  # windows from one to the next
     q.phases = p.stride[0] * p.stride[1] * p.stride[2]
     q.planes = p.x.size[0] * p.x.size[1]
-    q.cut = 0 if q.size[0] > 1 else 1
-    row_bytes = cell_bytes * q.pitch[2] * (1 if q.cut else q.pitch[1])
-    q.parts = ceil_div(q.size[q.cut], max(<Py_ssize_t>1, BLOCK_BYTES // row_bytes))
+    q.parts = ceil_div(q.size[q.cut], max(<Py_ssize_t>1, BLOCK_BYTES // (cell_bytes * step)))
     q.part = ceil_div(q.size[q.cut], q.parts)
     q.together = 1
     if q.parts == 1 and _even(&p.x) and _even(&p.y) and _even(&p.winners):
-        q.together = max(<Py_ssize_t>1, min(q.planes, BLOCK_BYTES // (row_bytes * q.pitch[q.cut])))
+        q.together = max(<Py_ssize_t>1, min(q.planes, BLOCK_BYTES // (cell_bytes * step * q.pitch[q.cut])))
     q.blocks = ceil_div(q.planes, q.together) * q.parts
-    q.most = round_up(((q.together - 1) * q.pitch[0] * q.pitch[1] + q.part * (1 if q.cut else q.pitch[1])) * q.pitch[2], lanes)
+    q.most = round_up((q.together - 1) * q.pitch[0] * q.pitch[1] * q.pitch[2] + q.part * step, lanes)
     q.phase = (ceil_div(q.most + q.reach, lanes) + 1 | 1) * lanes  # rows are stored in whole vectors; a power of two would share few sets of L1
     q.task_blocks = max(<Py_ssize_t>1, ceil_div(q.blocks, p.threads * TASKS) if p.threads > 1 else q.blocks)
     return ceil_div(q.blocks, q.task_blocks)
@@ -106,7 +105,7 @@ cdef Py_ssize_t _count(const Planes *q, const Block *block, int axis) noexcept n
 cdef Py_ssize_t _length(const Planes *q, const Block *block) noexcept nogil:
     """Return how many windows (groups) there are from the first of a block to the last."""
     cdef Py_ssize_t last = (block.planes - 1) * q.pitch[0] + _count(q, block, 0) - 1
-    last = (last * q.pitch[1] + _count(q, block, 1) - 1) * q.pitch[2] + q.size[2] - 1
+    last = (last * q.pitch[1] + _count(q, block, 1) - 1) * q.pitch[2] + _count(q, block, 2) - 1
     return last + 1
 
 
@@ -182,11 +181,11 @@ cdef void _copy(const Planes *q, const View *v, const Block *block, const Part *
 # --------------------------------------------------------------------------------------------------------- forward
 
 cdef bint pools_in_planes(const Pool *p) noexcept nogil:
-    """Whether windows along W see padding or are few, and arrays and winners are such as planes need."""
+    """Whether windows along W see padding or are few, but not where rows are long, and arrays and winners are such as planes need."""
     cdef const View *v = &p.winners if p.winner_item else &p.y
     if p.along_channels or p.x.stride[4] != 1 or p.y.stride[4] != 1 or v.stride[4] != 1:
         return False
-    if p.winner_item > 1 or p.stride[2] > 2:
+    if p.winner_item > 1 or p.stride[2] > 2 or p.x.size[4] * p.item > MOST_BYTES:
         return False
     return p.last[2] - p.first[2] < p.y.size[4] or p.y.size[4] < p.kernels.lanes
 
@@ -198,6 +197,7 @@ cdef void pool_in_planes(Pool *p) except *:
     cdef Py_ssize_t seen, used, before
     cdef int axis
     q.p = p
+    q.cut = 0 if p.y.size[2] > 1 else 1  # whole rows: they may have to be pooled by rows
     for axis in range(3):
         before = p.pad[axis]
         q.size[axis] = p.y.size[2 + axis]
@@ -309,7 +309,9 @@ cdef void _pool_by_rows(const Planes *q, const Block *block, char *memory) noexc
 # -------------------------------------------------------------------------------------------------------- backward
 
 cdef bint gathers_in_planes(const Pool *p) noexcept nogil:
-    """Whether the arrays are such as planes need."""
+    """Whether the arrays are such as planes need, and rows that aren't cut not too long."""
+    if p.x.size[4] * p.item > MOST_BYTES and (p.x.size[2] > 1 or p.x.size[3] > 1):
+        return False
     return p.x.stride[4] == 1 and p.y.stride[4] == 1 and p.winners.stride[4] == 1 and p.winner_item == 1
 
 
@@ -320,6 +322,7 @@ cdef void gather_in_planes(Pool *p) except *:
     cdef Py_ssize_t t, window
     cdef int axis
     q.p = p
+    q.cut = 0 if p.x.size[2] > 1 else 1 if p.x.size[3] > 1 else 2
     for axis in range(3):
         q.size[axis] = ceil_div(p.x.size[2 + axis], p.stride[axis])
         q.low[axis] = q.high[axis] = 0
