@@ -81,9 +81,10 @@ def gradient_in_place(grad_output, weight, grad_input, dims, options):
 
 
 cdef bint _suits_in_place(const Conv *c) noexcept nogil:
-    """Whether images are channels-last, and their cells, apart as they are, not read so often that packing them pays. (Measured.)"""
+    """Whether images are channels-last, and their cells, apart as they are, not read so often that packing them pays. (Measured.) That is
+    a matter of one image: its bits must not depend on the others."""
     cdef Py_ssize_t strides = c.stride[0] * c.stride[1] * c.stride[2]
-    cdef Py_ssize_t image_bytes = c.batch * c.groups * c.out[0] * c.out[1] * c.out[2] * c.item
+    cdef Py_ssize_t image_bytes = c.groups * c.out[0] * c.out[1] * c.out[2] * c.item
     if c.x.stride[1] != 1 or c.y.stride[1] != 1 or c.groups < c.kernels.lanes:
         return False
     return c.taps <= SEEN * strides or (strides == 1 and c.taps <= SEEN_FAR and image_bytes >= FAR_BYTES)
