@@ -41,8 +41,8 @@ cdef extern from "ukernels.h" nogil:
         FC_CLASSES
 
     ctypedef struct fc_classes:
-        int rows, columns, rest
-        Py_ssize_t row_step, column_step
+        int count
+        Py_ssize_t step
 
     enum:
         FC_PATCH

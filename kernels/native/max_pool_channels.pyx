@@ -125,8 +125,7 @@ cdef void _gather(const Pool *p, const Rows *rows, Py_ssize_t row, Listing *list
     cdef fc_cells sources[FC_CLASSES]
     _list_sources(p, listing, r, classes, first, first + columns, sources)
     cdef fc_classes side_by_side
-    side_by_side.rows, side_by_side.columns, side_by_side.rest = 1, classes, 0
-    side_by_side.row_step, side_by_side.column_step = 0, p.x.stride[4]
+    side_by_side.count, side_by_side.step = classes, p.x.stride[4]
     p.kernels.max_pool_grad(sources, &side_by_side, columns, p.x.size[1], &from_y, &from_winners, &to_x)
 
 

@@ -632,18 +632,13 @@ enum { FC(ahead) = 2048 }; /* bytes, from a cell to those that are written soon 
 static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
-    const int columns = classes->columns;
-    const int stream = FC(can_stream)(out, (out->run | classes->row_step | classes->column_step | n) * T_BYTES);
-    for (ptrdiff_t r = 0; r < runs; r++) {
-        const T *from = (const T *)grad->data + r * grad->run;
-        const uint8_t *won = (const uint8_t *)winners->data + r * winners->run;
-        for (int y = 0; y < classes->rows; y++)
-            for (int x = 0; x < columns; x++) {
-                T *to = (T *)out->data + r * out->run + y * classes->row_step + x * classes->column_step;
-                FC(gather_class)(&sources[y * columns + x], n + (x < classes->rest), from, won, to, out->step, stream,
-                                 (char *)to + FC(ahead), stream ? 0 : n * T_BYTES);
-            }
-    }
+    const int stream = FC(can_stream)(out, (out->run | classes->step | n) * T_BYTES);
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (int x = 0; x < classes->count; x++) {
+            T *to = (T *)out->data + r * out->run + x * classes->step;
+            FC(gather_class)(&sources[x], n, (const T *)grad->data + r * grad->run, (const uint8_t *)winners->data + r * winners->run, to,
+                             out->step, stream, (char *)to + FC(ahead), stream ? 0 : n * T_BYTES);
+        }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- table */

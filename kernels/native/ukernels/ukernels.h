@@ -74,12 +74,11 @@ typedef struct {
     const int32_t *numbers;
 } fc_cells;
 
-/* Classes of cells: rows and columns, that far apart. Where columns are neighbours, there are no more than FC_CLASSES in all.
- * The first `rest` columns have one cell more than the others. */
+/* Classes of cells: so many, that far apart. */
 enum { FC_CLASSES = 4 };
 typedef struct {
-    int rows, columns, rest;
-    ptrdiff_t row_step, column_step;
+    int count;
+    ptrdiff_t step;
 } fc_classes;
 
 /* What pixels see: rows of `run` neighbouring cells, so far from a pixel's first cell. The pieces of a cell are `plane` apart. A
@@ -237,7 +236,7 @@ typedef struct {
 
     /* What each cell of the input gets from the windows that it may have won, in their order. Each class of cells has its
      * own sources; grad and winners have step 1 and the same runs.
-     *     out[r][i][y][x] = sum over t of grad[r][i + offsets[y][x][t]] where winners[r][i + offsets[y][x][t]] = numbers[y][x][t] */
+     *     out[r][i][x] = sum over t of grad[r][i + offsets[x][t]] where winners[r][i + offsets[x][t]] = numbers[x][t] */
     void (*max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
