@@ -21,7 +21,7 @@ from .layers import ConvLayer, Layer, PoolLayer
 from .training import CLASSES, LEARNING_RATE, Batch, Step, build
 
 #: Environment variables that cap the instruction set, of fastconv and of the peers.
-CAPS = ("FASTCONV_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+CAPS = ("FASTCONV_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
 
 class Peer(Protocol):
