@@ -3,8 +3,8 @@
     output[o]     = max over cells t of the window  of  input[o * stride + t * dilation - padding]
     grad_input[i] = sum over windows o that have i as their cell t and winner  of  grad_output[o]
 
-Forward, ``max_pool_rows`` pools any image row by row, and ``max_pool_planes`` channels-first ones whose rows are short or whose windows
-overlap. Backward gathers: cells of the input that are a stride apart make up a class, and are seen by windows at the same distance from
+Forward, ``max_pool_rows`` pools any image row by row, and ``max_pool_planes`` channels-first ones whose rows are short or see
+padding. Backward gathers: cells of the input that are a stride apart make up a class, and are seen by windows at the same distance from
 them. The classes of a row are stored together, so that every cell is written once and never read: ``max_pool_planes`` and
 ``max_pool_channels``. Where windows are large, gradients are scattered to their winners instead: ``max_pool_scatter``. Either way a sum runs
 over the windows in their order.

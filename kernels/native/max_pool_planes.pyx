@@ -143,13 +143,15 @@ cdef char *_rows(const View *v, const Block *block, const Part *part, Py_ssize_t
     ) * item
 
 
-cdef void _make_phases(const Planes *q, const Part *part, fc_phases *spread) noexcept nogil:
+cdef char *_describe(const Planes *q, const Block *block, const Part *cells, fc_phases *spread, fc_rows *rows) noexcept nogil:
+    """Describe a block's part of the image, rows and phases; return where it begins."""
     cdef int axis
     for axis in range(3):
         spread.stride[axis] = q.p.stride[axis]
-        spread.before[axis] = part.before[axis]
+        spread.before[axis] = cells.before[axis]
     _steps(q, 1, spread.pitch)
     spread.phase = q.phase
+    return _rows(&q.p.x, block, cells, q.p.item, rows)
 
 
 cdef void _steps(const Planes *q, Py_ssize_t item, Py_ssize_t *steps) noexcept nogil:
@@ -239,7 +241,7 @@ cdef int _pool_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef uchar *winners = <uchar *>best + q.most * p.item if p.winner_item else NULL
     cdef fc_cells cells
     cdef Block block, next
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, n
     _list_taps(q, memory, &cells)
     for index in range(task * q.task_blocks, min(task * q.task_blocks + q.task_blocks, q.blocks)):
         _find(q, index, &block)
@@ -247,7 +249,8 @@ cdef int _pool_task(const void *shared, Py_ssize_t task) noexcept nogil:
             memset(phases, 0xff, <size_t>phase_bytes)  # NaN
         if _spread(q, &block, phases):
             _find(q, min(index + 1, q.blocks - 1), &next)
-            p.kernels.max_pool_finite(&cells, round_up(_length(q, &block), p.kernels.lanes), phases, best, winners, _start(q, &next), _bytes(q, &next))
+            n = round_up(_length(q, &block), p.kernels.lanes)
+            p.kernels.max_pool_finite(&cells, n, phases, best, winners, _start(q, &next), _bytes(q, &next))
             _store(q, &block, best, winners)
         else:
             _pool_by_rows(q, &block, memory + list_bytes)
@@ -283,8 +286,7 @@ cdef bint _spread(const Planes *q, const Block *block, char *phases) noexcept no
             &cells, axis, _first(q, block, axis) * p.stride[axis] - p.pad[axis], _seen(p, axis, _count(q, block, axis)),
             p.x.size[2 + axis],
         )
-    _make_phases(q, &cells, &spread)
-    image = _rows(&p.x, block, &cells, p.item, &rows)
+    image = _describe(q, block, &cells, &spread, &rows)
     return p.kernels.to_phases(&spread, &rows, cells.end[2] - cells.first[2], image, phases)
 
 
@@ -362,8 +364,8 @@ cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
         return 1
     cdef fc_cells *sources = <fc_cells *>memory
     cdef char *grads = memory + list_bytes
-    cdef uchar *winners = <uchar *>grads + q.phase * p.item
-    cdef char *sums = <char *>winners + q.phase
+    cdef char *sums = grads + q.phase * p.item
+    cdef uchar *winners = <uchar *>sums + (q.phases * q.phase + 2 * p.kernels.lanes) * p.item  # bytes last: numbers are aligned
     cdef Block block
     cdef Py_ssize_t index
     _list_classes(q, sources)
@@ -447,6 +449,5 @@ cdef void _zip(const Planes *q, const Block *block, const char *sums) noexcept n
         _clip(
             &cells, axis, _first(q, block, axis) * p.stride[axis], _count(q, block, axis) * p.stride[axis], p.x.size[2 + axis]
         )
-    _make_phases(q, &cells, &spread)
-    image = _rows(&p.x, block, &cells, p.item, &rows)
+    image = _describe(q, block, &cells, &spread, &rows)
     p.kernels.from_phases(&spread, &rows, cells.end[2] - cells.first[2], sums, image)
