@@ -37,6 +37,10 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *offsets
         const int *numbers
 
+    ctypedef struct fc_columns:
+        Py_ssize_t count, first, step
+        int number, number_step
+
     enum:
         FC_CLASSES
 
@@ -113,10 +117,9 @@ cdef extern from "ukernels.h" nogil:
                          const fc_runs *) noexcept nogil
         void (*max_pool_finite)(const fc_cells *, Py_ssize_t, const void *, void *, unsigned char *, const void *,
                                 Py_ssize_t) noexcept nogil
-        void (*max_pool_gather)(const fc_cells *, Py_ssize_t, const void *, const unsigned char *, void *, void *,
-                                Py_ssize_t) noexcept nogil
         int (*to_phases)(const fc_phases *, const fc_rows *, Py_ssize_t, const void *, void *) noexcept nogil
-        void (*from_phases)(const fc_phases *, const fc_rows *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*max_pool_won)(const fc_cells *, Py_ssize_t, const fc_columns *, const fc_rows *, const Py_ssize_t *, Py_ssize_t,
+                             const void *, const unsigned char *, void *) noexcept nogil
         void (*copy_rows)(const fc_rows *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,
                               const fc_runs *, const fc_runs *) noexcept nogil

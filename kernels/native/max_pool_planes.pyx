@@ -15,9 +15,8 @@ class of cells gets its gradients, are then neighbours from the first row of som
         forward:    spread rows of the image to phases
                     maxima of all windows, and of what is between them: one call
                     copy rows of them to the output
-        backward:   copy rows of gradients and winners
-                    for classes of cells: sum up what they have won: one call
-                    zip the classes of a row to a row of the gradient
+        backward:   copy rows of gradients and winners (unless all windows are there: those are read where they are)
+                    for classes of rows: sum up what their cells have won, in classes of cells that take turns: one call
 
 Forward, cells are compared without a thought for numbers that aren't finite: a block that has one is pooled row by row.
 """
@@ -25,7 +24,7 @@ Forward, cells are compared without a thought for numbers that aren't finite: a 
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport View, ceil_div, round_up, run_tasks
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_cells, fc_phases, fc_rows
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_cells, fc_columns, fc_phases, fc_rows
 from fastconv.kernels.native.max_pool_rows cimport cells_bytes, pool_rows
 from fastconv.kernels.native.pooling cimport Pool, residue, shift, uchar
 
@@ -44,13 +43,18 @@ ctypedef struct Planes:
     Py_ssize_t low[3]           # backward: the first and the last window that group 0 sees
     Py_ssize_t high[3]
     Py_ssize_t phases, phase    # of the image, elements from one to the next
-    bint in_place               # backward: whether windows lie as in planes, and are read where they are
+    bint in_place               # backward: whether windows are read where they are, but the last
     Py_ssize_t reach            # from a window to the last cell it sees, from the first window of a group to the last
     Py_ssize_t planes, together # in all, of a block
     int cut                     # the axis along which planes are cut
     Py_ssize_t part, parts      # length of a block along it, blocks of a plane
     Py_ssize_t blocks, task_blocks
     Py_ssize_t most             # windows or groups of a block, and of what is between them; a whole number of vectors
+
+# Backward: the windows that cells see: in which lines, for each class of rows, and which of a line, for each class of cells of a row.
+ctypedef struct Sources:
+    fc_cells *lines
+    fc_columns *columns
 
 # Planes from `plane` on, or `count` rows (slabs) from `first` on of one.
 ctypedef struct Block:
@@ -141,17 +145,6 @@ cdef char *_rows(const View *v, const Block *block, const Part *part, Py_ssize_t
         block.plane // v.size[1] * v.stride[0] + block.plane % v.size[1] * v.stride[1]
         + part.first[0] * v.stride[2] + part.first[1] * v.stride[3] + part.first[2]
     ) * item
-
-
-cdef char *_describe(const Planes *q, const Block *block, const Part *cells, fc_phases *spread, fc_rows *rows) noexcept nogil:
-    """Describe a block's part of the image, rows and phases; return where it begins."""
-    cdef int axis
-    for axis in range(3):
-        spread.stride[axis] = q.p.stride[axis]
-        spread.before[axis] = cells.before[axis]
-    _steps(q, 1, spread.pitch)
-    spread.phase = q.phase
-    return _rows(&q.p.x, block, cells, q.p.item, rows)
 
 
 cdef void _steps(const Planes *q, Py_ssize_t item, Py_ssize_t *steps) noexcept nogil:
@@ -286,7 +279,11 @@ cdef bint _spread(const Planes *q, const Block *block, char *phases) noexcept no
             &cells, axis, _first(q, block, axis) * p.stride[axis] - p.pad[axis], _seen(p, axis, _count(q, block, axis)),
             p.x.size[2 + axis],
         )
-    image = _describe(q, block, &cells, &spread, &rows)
+        spread.stride[axis] = p.stride[axis]
+        spread.before[axis] = cells.before[axis]
+    _steps(q, 1, spread.pitch)
+    spread.phase = q.phase
+    image = _rows(&p.x, block, &cells, p.item, &rows)
     return p.kernels.to_phases(&spread, &rows, cells.end[2] - cells.first[2], image, phases)
 
 
@@ -334,71 +331,106 @@ cdef void gather_in_planes(Pool *p) except *:
             q.high[axis] = max(q.high[axis], window)
         window = min(p.y.size[2 + axis], q.size[axis] + q.high[axis])  # the end of those that are seen
         q.pitch[axis] = max(q.size[axis] + q.high[axis], window - q.low[axis])
-    q.in_place = _lies_in_planes(q, &p.y) and _lies_in_planes(q, &p.winners)
+    q.in_place = _sees_all_windows(q) and _is_contiguous(&p.y) and _is_contiguous(&p.winners)
     q.reach = ((q.high[0] - q.low[0]) * q.pitch[1] + q.high[1] - q.low[1]) * q.pitch[2] + q.high[2] - q.low[2]
     tasks = _share_out(q, (p.stride[0] * p.stride[1] * p.stride[2] + 1) * p.item + 1)
     run_tasks(_gather_task, q, tasks, p.threads)
 
 
-cdef bint _lies_in_planes(const Planes *q, const View *windows) noexcept nogil:
-    """Whether no group sees a window that isn't there, and rows follow each other as in planes."""
-    cdef Py_ssize_t steps[3]
+cdef bint _sees_all_windows(const Planes *q) noexcept nogil:
+    """Whether each group sees one window, and that one is there."""
     cdef int axis
-    _steps(q, 1, steps)
     for axis in range(3):
-        if q.low[axis] < 0 or q.high[axis] > 0 or q.size[axis] > windows.size[2 + axis]:
+        if q.low[axis] < 0 or q.high[axis] > 0 or q.size[axis] > q.p.y.size[2 + axis]:
             return False
-        if windows.stride[1 + axis] != steps[axis] and windows.size[1 + axis] > 1:
+    return True
+
+
+cdef bint _is_contiguous(const View *v) noexcept nogil:
+    cdef Py_ssize_t step = 1
+    cdef int axis
+    for axis in range(4, -1, -1):
+        if v.stride[axis] != step and v.size[axis] > 1:
             return False
+        step *= v.size[axis]
     return True
 
 
 cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Planes *q = <const Planes *>shared
     cdef const Pool *p = q.p
-    cdef Py_ssize_t list_bytes = round_up(q.phases * <Py_ssize_t>sizeof(fc_cells) + cells_bytes(p), 64)
-    cdef char *memory = arena(
-        FC_ARENA_BLOCK, list_bytes + q.phase * (p.item + 1) + (q.phases * q.phase + 2 * p.kernels.lanes) * p.item
+    cdef Py_ssize_t classes = p.stride[0] * p.stride[1], lines = p.kernel[0] * p.kernel[1]
+    cdef Py_ssize_t list_bytes = round_up(
+        classes * <Py_ssize_t>sizeof(fc_cells) + p.stride[2] * <Py_ssize_t>sizeof(fc_columns)
+        + lines * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)), 64
     )
+    cdef char *memory = arena(FC_ARENA_BLOCK, list_bytes + q.phase * (p.item + 1))
     if memory == NULL:
         return 1
-    cdef fc_cells *sources = <fc_cells *>memory
+    cdef Sources sources
+    sources.lines = <fc_cells *>memory
+    sources.columns = <fc_columns *>&sources.lines[classes]
     cdef char *grads = memory + list_bytes
-    cdef char *sums = grads + q.phase * p.item
-    cdef uchar *winners = <uchar *>sums + (q.phases * q.phase + 2 * p.kernels.lanes) * p.item  # bytes last: numbers are aligned
+    cdef uchar *winners = <uchar *>grads + q.phase * p.item  # bytes last: numbers are aligned
     cdef Block block
     cdef Py_ssize_t index
-    _list_classes(q, sources)
+    cdef Py_ssize_t steps[3]
+    _list_lines(q, sources.lines, <Py_ssize_t *>&sources.columns[p.stride[2]])
+    _list_columns(q, sources.columns)
     for index in range(task * q.task_blocks, min(task * q.task_blocks + q.task_blocks, q.blocks)):
         _find(q, index, &block)
         if q.parts > 1 or index == task * q.task_blocks:
             memset(winners, NOBODY, <size_t>q.phase)
-        if not q.in_place:
+        if q.in_place and _vector_follows(q, &block):
+            _gather_where_they_are(q, &block, &sources)
+        else:
             _copy_windows(q, &block, grads, winners)
-        _gather(q, &block, sources, grads, winners, sums)
-        _zip(q, &block, sums)
+            _steps(q, 1, steps)
+            _gather(q, &block, &sources, steps, grads, winners)
     return 0
 
 
-cdef void _list_classes(const Planes *q, fc_cells *sources) noexcept nogil:
-    """List the windows that each class of cells of a group sees, in their order; [residue of z][of y][of x]."""
+cdef bint _vector_follows(const Planes *q, const Block *block) noexcept nogil:
+    """Whether at least a vector of windows lies behind those of a block."""
+    cdef const View *y = &q.p.y
+    cdef Py_ssize_t end = _index(y, block, q.cut) + _length(q, block)
+    return y.size[0] * y.size[1] * y.size[2] * y.size[3] * y.size[4] - end >= q.p.kernels.lanes
+
+
+cdef void _list_lines(const Planes *q, fc_cells *lines, Py_ssize_t *offsets) noexcept nogil:
+    """List the lines of windows that each class of rows of a group sees, in their order; [residue of z][of y]."""
     cdef const Pool *p = q.p
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>&sources[q.phases]
-    cdef int *numbers = <int *>(offsets + p.taps)
-    cdef Py_ssize_t i, d, h, w, of, at, n = 0
-    for i in range(q.phases):
-        sources[i].offsets = offsets + n
-        sources[i].numbers = numbers + n
+    cdef int *numbers = <int *>(offsets + p.kernel[0] * p.kernel[1])
+    cdef Py_ssize_t i, d, h, n = 0
+    for i in range(p.stride[0] * p.stride[1]):
+        lines[i].offsets = offsets + n
+        lines[i].numbers = numbers + n
         for d in range(p.kernel[0] - 1, -1, -1):
             for h in range(p.kernel[1] - 1, -1, -1):
-                for w in range(p.kernel[2] - 1, -1, -1):
-                    of = (residue(p, 0, d) * p.stride[1] + residue(p, 1, h)) * p.stride[2] + residue(p, 2, w)
-                    if of == i:
-                        at = (shift(p, 0, d) - q.low[0]) * q.pitch[1] + shift(p, 1, h) - q.low[1]
-                        offsets[n] = at * q.pitch[2] + shift(p, 2, w) - q.low[2]
-                        numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2] + w)
-                        n += 1
-        sources[i].count = offsets + n - sources[i].offsets
+                if residue(p, 0, d) * p.stride[1] + residue(p, 1, h) == i:
+                    offsets[n] = ((shift(p, 0, d) - q.low[0]) * q.pitch[1] + shift(p, 1, h) - q.low[1]) * q.pitch[2]
+                    numbers[n] = <int>((d * p.kernel[1] + h) * p.kernel[2])
+                    n += 1
+        lines[i].count = offsets + n - lines[i].offsets
+
+
+cdef void _list_columns(const Planes *q, fc_columns *columns) noexcept nogil:
+    """Say which windows of a line each class of cells of a row sees, in their order."""
+    cdef const Pool *p = q.p
+    cdef fc_columns *seen
+    cdef Py_ssize_t i, w, at
+    for i in range(p.stride[2]):
+        seen = &columns[i]
+        seen.count, seen.first, seen.step, seen.number, seen.number_step = 0, 0, 1, 0, 0
+        for w in range(p.kernel[2] - 1, -1, -1):
+            if residue(p, 2, w) != i:
+                continue
+            at = shift(p, 2, w) - q.low[2]
+            if seen.count == 0:
+                seen.first, seen.number = at, <int>w
+            elif seen.count == 1:
+                seen.step, seen.number_step = at - seen.first, <int>w - seen.number
+            seen.count += 1
 
 
 cdef void _copy_windows(const Planes *q, const Block *block, char *grads, uchar *winners) noexcept nogil:
@@ -415,20 +447,11 @@ cdef void _copy_windows(const Planes *q, const Block *block, char *grads, uchar 
     _copy(q, &p.winners, block, &windows, 1, <char *>winners, False)
 
 
-cdef void _gather(const Planes *q, const Block *block, const fc_cells *sources, const char *grads, const uchar *winners,
-                  char *sums) noexcept nogil:
-    """Sum up what the cells of each class have won."""
-    cdef const Pool *p = q.p
-    cdef Py_ssize_t i, share = _bytes(q, block) // q.phases, n = round_up(_length(q, block), p.kernels.lanes)
-    cdef char *ahead = _start(q, block)
-    if q.in_place:
-        grads = p.y.data + _index(&p.y, block, q.cut) * p.item
-        winners = <uchar *>p.winners.data + _index(&p.winners, block, q.cut)
-        n = _length(q, block)
-    for i in range(q.phases):
-        p.kernels.max_pool_gather(
-            &sources[i], n, grads, winners, sums + i * q.phase * p.item, ahead + i * share, share
-        )
+cdef void _gather_where_they_are(const Planes *q, const Block *block, const Sources *sources) noexcept nogil:
+    """Compute a block's part of the gradient of the input from windows as they lie in their arrays."""
+    cdef const View *y = &q.p.y
+    cdef Py_ssize_t first = _index(y, block, q.cut)
+    _gather(q, block, sources, &y.stride[1], y.data + first * q.p.item, <const uchar *>q.p.winners.data + first)
 
 
 cdef Py_ssize_t _index(const View *v, const Block *block, int cut) noexcept nogil:
@@ -438,16 +461,27 @@ cdef Py_ssize_t _index(const View *v, const Block *block, int cut) noexcept nogi
     )
 
 
-cdef void _zip(const Planes *q, const Block *block, const char *sums) noexcept nogil:
-    """Store a block's part of the gradient of the input."""
+cdef void _gather(const Planes *q, const Block *block, const Sources *sources, const Py_ssize_t *steps, const char *grads,
+                  const uchar *winners) noexcept nogil:
+    """Compute a block's part of the gradient of the input, one class of rows after another."""
     cdef const Pool *p = q.p
     cdef Part cells
-    cdef fc_rows rows
-    cdef fc_phases spread
+    cdef fc_rows rows, some
+    cdef Py_ssize_t z, y
     cdef int axis
     for axis in range(3):
         _clip(
             &cells, axis, _first(q, block, axis) * p.stride[axis], _count(q, block, axis) * p.stride[axis], p.x.size[2 + axis]
         )
-    image = _describe(q, block, &cells, &spread, &rows)
-    p.kernels.from_phases(&spread, &rows, cells.end[2] - cells.first[2], sums, image)
+    image = _rows(&p.x, block, &cells, p.item, &rows)
+    some = rows
+    some.step[1] = rows.step[1] * p.stride[0]
+    some.step[2] = rows.step[2] * p.stride[1]
+    for z in range(min(p.stride[0], rows.size[1])):
+        for y in range(min(p.stride[1], rows.size[2])):
+            some.size[1] = ceil_div(rows.size[1] - z, p.stride[0])
+            some.size[2] = ceil_div(rows.size[2] - y, p.stride[1])
+            p.kernels.max_pool_won(
+                &sources.lines[z * p.stride[1] + y], p.stride[2], sources.columns, &some, steps,
+                cells.end[2] - cells.first[2], grads, winners, image + (z * rows.step[1] + y * rows.step[2]) * p.item,
+            )

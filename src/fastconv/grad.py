@@ -24,6 +24,7 @@ from .arrays import (
     image_shape,
     plain_shape,
 )
+from .buffers import empty
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer
 from .functional import (
     Array,
@@ -37,6 +38,7 @@ from .functional import (
     kernel,
     kernel_options,
     options,
+    pool_plan,
     pooling_dims,
     reflected,
     run,
@@ -50,6 +52,8 @@ __all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_
 ]
 
 Size = Sequence[int]
+
+_FLAT = np.dtype(np.int64)  #: offsets in the plane, the form of indices that PyTorch has, too
 
 
 class ConvGradients(NamedTuple):
@@ -72,8 +76,15 @@ def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     if len(size) not in ndims:
         wanted = " or ".join(map(str, ndims))
         raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
-    if set(map(type, size)) == {int} and min(size) >= 0 and max(size) < 2**31:
-        return tuple(size)
+    try:
+        return _integers(name, *size)
+    except TypeError:  # perhaps because it can't be kept
+        return _integers.__wrapped__(name, *size)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _integers(name: str, *size: Any) -> tuple[int, ...]:
+    """Return the entries of a size, checked; kept, for most calls have the size of an earlier one."""
     return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
 
 
@@ -783,19 +794,18 @@ def conv_transpose3d_weight(
 
 def _winners(indices: object, grad: Array, dims: PoolDims, spatial: int, last: bool) -> Array:
     """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
-    if not isinstance(indices, np.ndarray) or indices.dtype not in (np.int64, arrays.winner_dtype(dims)):
+    compact = arrays.winner_dtype(dims)
+    if not isinstance(indices, np.ndarray) or (indices.dtype is not compact and indices.dtype not in (_FLAT, compact)):
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
-        raise TypeError(
-            f"indices must be an int64 or {arrays.winner_dtype(dims)} array that max_pool returned, got {got}"
-        )
+        raise TypeError(f"indices must be an int64 or {compact} array that max_pool returned, got {got}")
     batched = indices if indices.ndim == spatial + 2 else indices[None]
     view = first_image(batched, spatial, last) if batched.ndim == spatial + 2 else batched
     if view.shape != grad.shape:
         raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
-    if indices.dtype == np.int64:
+    if indices.dtype == _FLAT:
         return arrays.offsets_to_winners(view, dims)
-    if view.size and int(view.max()) >= dims.taps:
-        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {int(view.max())}")
+    if view.size and (highest := int(np.maximum.reduce(view, None))) >= dims.taps:
+        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {highest}")
     return view
 
 
@@ -807,14 +817,15 @@ def _max_pool(
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output)
-    first = first_shape(shape, spatial, last)
-    dims = pooling_dims(first, kernel_size, stride, padding, dilation, ceil_mode, "input_size")
-    _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
-    winners = _winners(indices, g, dims, spatial, last)
+    plan = pool_plan(
+        "max_pool_backward", spatial, last, first_shape(shape, spatial, last), kernel_size, stride, padding, dilation,
+        ceil_mode, algorithm, engine, "input_size",
+    )  # fmt: skip
+    _check_grad_output(g, plan.output, spatial, last)
+    winners = _winners(indices, g, plan.dims, spatial, last)
     batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, batched, g, winners)
-    target = first_image(result, spatial, last)
-    run("max_pool_backward", dims, g, winners, target, how=options(), engine=engine, algorithm=algorithm)
+    result = empty(shape, g.dtype) if out is None else allocate(out, shape, batched, g, winners)
+    plan.kernel(g, winners, first_image(result, spatial, last), plan.dims, plan.options)
     return deliver(result, out, batched)
 
 

@@ -85,15 +85,29 @@
 #define STREAM_16(to, from) memcpy(to, from, 16)
 #endif
 
-/* n bytes, often fewer than a vector's. */
-static inline void copy_bytes(ptrdiff_t n, const char *from, char *to)
+/* Which of 64 bytes are among the n first. */
+#ifdef __AVX512BW__
+#define FIRST_BYTES(n) ((n) < 64 ? ((__mmask64)1 << (n)) - 1 : ~(__mmask64)0)
+#else
+#define FIRST_BYTES(n) 0
+#endif
+
+/* n bytes, often fewer than a vector's; `first` is FIRST_BYTES(n), or of what is left of n behind whole vectors. `widest` is a constant
+ * where this is inlined, n at least where n <= 64: a narrow vector seldom reaches into two lines. */
+static inline __attribute__((always_inline)) void copy_some(ptrdiff_t n, uint64_t first, const int widest, const char *from, char *to)
 {
 #ifdef __AVX512BW__
-    for (; n > 64; n -= 64, from += 64, to += 64)
-        _mm512_storeu_si512(to, _mm512_loadu_si512(from));
-    const __mmask64 some = n < 64 ? ((__mmask64)1 << n) - 1 : ~(__mmask64)0;
-    _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
+    if (widest == 16)
+        _mm_mask_storeu_epi8(to, (__mmask16)first, _mm_maskz_loadu_epi8((__mmask16)first, from));
+    else if (widest == 32)
+        _mm256_mask_storeu_epi8(to, (__mmask32)first, _mm256_maskz_loadu_epi8((__mmask32)first, from));
+    else {
+        for (; n > 64; n -= 64, from += 64, to += 64)
+            _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+        _mm512_mask_storeu_epi8(to, first, _mm512_maskz_loadu_epi8(first, from));
+    }
 #else
+    (void)first, (void)widest;
 #define LAST_PIECE(size)                                \
     if (n >= size) {                                    \
         for (ptrdiff_t i = 0; i + size < n; i += size)  \
@@ -108,6 +122,14 @@ static inline void copy_bytes(ptrdiff_t n, const char *from, char *to)
     LAST_PIECE(1)
 #undef LAST_PIECE
 #endif
+}
+
+static inline __attribute__((always_inline)) void copy_some_rows(ptrdiff_t rows, ptrdiff_t n, const int widest, const char *from,
+                                                                 ptrdiff_t from_step, char *to, ptrdiff_t to_step)
+{
+    const uint64_t first = FIRST_BYTES(n > 64 ? (n - 1) % 64 + 1 : n);
+    for (ptrdiff_t y = 0; y < rows; y++, from += from_step, to += to_step)
+        copy_some(n, first, widest, from, to);
 }
 
 #define PASTE_(a, b) a##b

@@ -622,12 +622,6 @@ static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad
             out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
 }
 
-static void FC(max_pool_gather)(const fc_cells *sources, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out,
-                                void *ahead, ptrdiff_t bytes)
-{
-    FC(gather_class)(sources, n, grad, winners, out, 1, 0, ahead, bytes);
-}
-
 enum { FC(ahead) = 2048 }; /* bytes, from a cell to those that are written soon */
 static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
@@ -640,6 +634,8 @@ static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes
                              out->step, stream, (char *)to + FC(ahead), stream ? 0 : n * T_BYTES);
         }
 }
+
+#include "max_pool_grad.h"
 
 /* ----------------------------------------------------------------------------------------------------------- table */
 
@@ -666,10 +662,9 @@ static const fc_ukernels FC(table) = {
     .max_pool = FC(max_pool),
     .max_pool_finite = FC(max_pool_finite),
     .to_phases = FC(to_phases),
-    .from_phases = FC(from_phases),
     .copy_rows = FC(copy_rows),
     .max_pool_grad = FC(max_pool_grad),
-    .max_pool_gather = FC(max_pool_gather),
+    .max_pool_won = FC(max_pool_won),
     .winograd_transform = FC(winograd_transform),
     .winograd_gather = FC(winograd_gather),
     .add = FC(add),

@@ -118,16 +118,24 @@ static inline __attribute__((always_inline)) M POOL(in_own_byte)(M x)
     return x << 8 * byte;
 }
 
+/* A number in every byte that is compared. */
+#ifdef ADD_WHERE
+typedef uint8_t POOL(number) __attribute__((vector_size(16)));
+#else
+typedef POOL(bytes) POOL(number);
+#endif
+#define EVERY(x) ((POOL(number)){0} + (uint8_t)(x))
+
 /* Adds the gradients of some vectors of windows where the winner has that number. Without registers for masks there are 16 windows
  * at most: bytes are compared and then widened. */
-static inline __attribute__((always_inline)) void POOL(add_won)(uint8_t number, const uint8_t *winners, const T *grad,
+static inline __attribute__((always_inline)) void POOL(add_won)(POOL(number) number, const uint8_t *winners, const T *grad,
                                                                 const int vectors, V *sum)
 {
 #ifdef ADD_WHERE
     UNROLL for (int v = 0; v < vectors; v++) {
         __m128i winner = {0};
         memcpy(&winner, winners + v * WIDTH, WIDTH);
-        sum[v] = ADD_WHERE(_mm_cmpeq_epi8_mask(winner, _mm_set1_epi8((char)number)), sum[v], *(const V *)(grad + v * WIDTH));
+        sum[v] = ADD_WHERE(_mm_cmpeq_epi8_mask(winner, (__m128i)number), sum[v], *(const V *)(grad + v * WIDTH));
     }
 #else
     int64_t low = 0, high = 0;
@@ -135,7 +143,7 @@ static inline __attribute__((always_inline)) void POOL(add_won)(uint8_t number, 
     if (vectors * WIDTH == 16)
         memcpy(&high, winners + 8, 8);
     const POOL(bytes) repeated = vectors * WIDTH == 16 ? REPEAT_16(winners) : (POOL(bytes))(POOL(longs)){REPEAT(low, high)};
-    const POOL(bytes) equal = (POOL(bytes))(repeated == (POOL(bytes)){0} + number);
+    const POOL(bytes) equal = (POOL(bytes))(repeated == number);
     M won[2] = {(M)SHUFFLE(equal, equal, OWN(0))};
 #if WIDTH <= 8
     if (vectors == 2)
@@ -303,7 +311,7 @@ static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *s
             __builtin_prefetch(ahead, 1);
         UNROLL for (ptrdiff_t t = 0; t < sources->count; t++) {
             const ptrdiff_t from = i + sources->offsets[t];
-            POOL(add_won)((uint8_t)sources->numbers[t], winners + from, grad + from, vectors, sum);
+            POOL(add_won)(EVERY(sources->numbers[t]), winners + from, grad + from, vectors, sum);
         }
         UNROLL for (int v = 0; v < vectors; v++)
             if (step == 1)
@@ -361,6 +369,7 @@ static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_ce
 #undef REPEAT
 #undef REPEAT_16
 #undef ADD_WHERE
+#undef EVERY
 #undef LOWEST_BYTES
 #undef GREATER
 #undef LOAD_16

@@ -290,8 +290,12 @@ static void FC(copy_rows)(const fc_rows *rows, const ptrdiff_t *out_step, ptrdif
         for (ptrdiff_t z = 0; z < rows->size[1]; z++) {
             const char *from = (const char *)in + plane * rows->step[0] + z * rows->step[1];
             char *to = (char *)out + plane * out_step[0] + z * out_step[1];
-            for (ptrdiff_t y = 0; y < rows->size[2]; y++, from += rows->step[2], to += out_step[2])
-                copy_bytes(bytes, from, to);
+            if (bytes <= 16)
+                copy_some_rows(rows->size[2], bytes, 16, from, rows->step[2], to, out_step[2]);
+            else if (bytes <= 32)
+                copy_some_rows(rows->size[2], bytes, 32, from, rows->step[2], to, out_step[2]);
+            else
+                copy_some_rows(rows->size[2], bytes, 64, from, rows->step[2], to, out_step[2]);
         }
 }
 
@@ -665,23 +669,31 @@ static void FC(planar_one)(const fc_planes *planes, ptrdiff_t groups, const void
 #define ZIPPED 4
 #define TURNS TURNS_4
 #endif
+/* The first n cells, or all, of a vector of even ones and one of odd ones. Some of less than two vectors: some[] of their lanes. */
+static inline __attribute__((always_inline)) void FC(two_in_turns)(V even, V odd, ptrdiff_t n, const FC(lanes) *some, T *out)
+{
+#ifdef ZIPPED
+    const V first = SHUFFLE(even, odd, TURNS(0));
+    if (n >= 2 * LANES) {
+        *(V *)out = first;
+        *(V *)(out + LANES) = SHUFFLE(even, odd, TURNS(ZIPPED / 2));
+        return;
+    }
+    STORE_LANES(out, some[0], first);
+    if (n > LANES)
+        STORE_LANES(out + LANES, some[1], SHUFFLE(even, odd, TURNS(ZIPPED / 2)));
+#else
+    (void)some;
+    for (ptrdiff_t i = 0; i < 2 * LANES && i < n; i++)
+        out[i] = i % 2 ? odd[i / 2] : even[i / 2];
+#endif
+}
+
 /* A row of n cells of which even ones come from one place and odd ones from another. */
 static inline void FC(row_from_two)(const T *even, const T *odd, ptrdiff_t n, const FC(lanes) *some, T *out)
 {
-#ifdef ZIPPED
-    for (; n >= 2 * LANES; n -= 2 * LANES, even += LANES, odd += LANES, out += 2 * LANES) {
-        *(V *)out = SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(0));
-        *(V *)(out + LANES) = SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(ZIPPED / 2));
-    }
-    if (n)
-        STORE_LANES(out, some[0], SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(0)));
-    if (n > LANES)
-        STORE_LANES(out + LANES, some[1], SHUFFLE(*(const V *)even, *(const V *)odd, TURNS(ZIPPED / 2)));
-#else
-    (void)some;
-    for (ptrdiff_t i = 0; i < n; i++)
-        out[i] = (i % 2 ? odd : even)[i / 2];
-#endif
+    for (; n > 0; n -= 2 * LANES, even += LANES, odd += LANES, out += 2 * LANES)
+        FC(two_in_turns)(*(const V *)even, *(const V *)odd, n, some, out);
 }
 
 /* A row of n cells, `every`th ones of which come from one place, `phase` from the next. */
@@ -728,29 +740,23 @@ typedef struct {
     V nan[2], sum;
 } FC(moved);
 
-/* Rows of a slab to phases, or back. `wide`, the stride along them (other than 1 and 2: 0), and `back` are constants where this is
- * inlined. The first cell is the cell before[2] of row before[1] of the phases. */
-static inline __attribute__((always_inline)) void FC(move_slab)(const fc_phases *p, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n,
-                                                                T *cells, T *phases, const int wide, const int back, FC(moved) *m)
+/* Rows of a slab to phases. `wide`, the stride along them, is a constant where this is inlined. The first cell is the cell before[2] of
+ * row before[1] of the phases. */
+static inline __attribute__((always_inline)) void FC(slab_to_phases)(const fc_phases *p, ptrdiff_t rows, ptrdiff_t step, ptrdiff_t n,
+                                                                     const T *cells, T *phases, const int wide, FC(moved) *m)
 {
-    const ptrdiff_t high = p->stride[1], every = p->stride[2], phase = p->phase, pitch = p->pitch[2], column = p->before[2];
-    const ptrdiff_t even = column % every * phase + column / every, odd = (column + 1) % every * phase + (column + 1) / every;
+    const ptrdiff_t high = p->stride[1], phase = p->phase, pitch = p->pitch[2], column = p->before[2];
+    const ptrdiff_t even = column % wide * phase + column / wide, odd = (column + 1) % wide * phase + (column + 1) / wide;
     const FC(moved) moved = *m; /* for the compiler: what is stored doesn't change it */
     V sum = m->sum;
     ptrdiff_t of = p->before[1] % high;
-    T *line = phases + p->before[1] / high * pitch, *row = line + of * every * phase;
+    T *line = phases + p->before[1] / high * pitch, *row = line + of * wide * phase;
     for (ptrdiff_t y = 0; y < rows; y++, cells += step) {
-        if (wide == 2 && back)
-            FC(row_from_two)(row + even, row + odd, n, moved.some, cells);
-        else if (wide == 2)
+        if (wide == 2)
             FC(row_to_two)(cells, n, moved.some, moved.nan, row + even, row + odd, &sum);
-        else if (wide == 1 && back)
-            copy_bytes(n * T_BYTES, (const char *)(row + even), (char *)cells);
-        else if (wide == 1)
+        else
             FC(row_to_phase)(cells, n, moved.some[0], moved.nan[0], row + even, &sum);
-        else if (back)
-            FC(row_from_many)(row, every, phase, n, cells);
-        row += every * phase;
+        row += wide * phase;
         if (++of == high) {
             of = 0;
             row = line += pitch;
@@ -759,45 +765,25 @@ static inline __attribute__((always_inline)) void FC(move_slab)(const fc_phases 
     m->sum = sum;
 }
 
-static inline __attribute__((always_inline)) int FC(move_rows)(const fc_phases *p, const fc_rows *rows, ptrdiff_t n, T *image,
-                                                               T *phases, const int back)
+static int FC(to_phases)(const fc_phases *p, const fc_rows *rows, ptrdiff_t n, const void *image, void *out)
 {
-    const ptrdiff_t wide = p->stride[2], left = n % (wide == 2 ? 2 * LANES : LANES), slab_phases = p->stride[1] * wide * p->phase;
+    const ptrdiff_t wide = p->stride[2], left = n % (wide * LANES), slab_phases = p->stride[1] * wide * p->phase;
     FC(moved) moved = {.some = {FC(between)(0, left), FC(between)(0, left - LANES)}};
     for (ptrdiff_t i = 0; i < 2 * LANES; i++)
         moved.nan[i / LANES][i % LANES] = i < left ? 0 : (T)NAN;
     for (ptrdiff_t plane = 0; plane < rows->size[0]; plane++)
         for (ptrdiff_t z = 0; z < rows->size[1]; z++) {
             const ptrdiff_t slab = p->before[0] + z;
-            T *cells = image + plane * rows->step[0] + z * rows->step[1], *to = phases + plane * p->pitch[0];
+            const T *cells = (const T *)image + plane * rows->step[0] + z * rows->step[1];
+            T *to = (T *)out + plane * p->pitch[0];
             if (p->stride[0] > 1 || slab > 0)
                 to += slab / p->stride[0] * p->pitch[1] + slab % p->stride[0] * slab_phases;
-            if (wide == 1)
-                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 1, back, &moved);
-            else if (wide == 2)
-                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 2, back, &moved);
+            if (wide == 2)
+                FC(slab_to_phases)(p, rows->size[2], rows->step[2], n, cells, to, 2, &moved);
             else
-                FC(move_slab)(p, rows->size[2], rows->step[2], n, cells, to, 0, back, &moved);
+                FC(slab_to_phases)(p, rows->size[2], rows->step[2], n, cells, to, 1, &moved);
         }
     for (ptrdiff_t i = 1; i < LANES; i++)
         moved.sum[0] += moved.sum[i];
     return moved.sum[0] == 0;
 }
-
-static int FC(to_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *image, void *out)
-{
-    return FC(move_rows)(phases, rows, n, (T *)image, out, 0);
-}
-
-static void FC(from_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *in, void *image)
-{
-    FC(move_rows)(phases, rows, n, image, (T *)in, 1);
-}
-
-#undef TURNS_4
-#undef TURNS_8
-#undef TURNS_16
-#undef TURNS
-#undef ZIPPED
-#undef LOAD_LANES
-#undef STORE_LANES

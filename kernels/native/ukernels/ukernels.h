@@ -74,6 +74,12 @@ typedef struct {
     const int32_t *numbers;
 } fc_cells;
 
+/* What a cell sees of a line of windows: so many, from `first` on, `step` apart, and its numbers in them, from `number` on. */
+typedef struct {
+    ptrdiff_t count, first, step;
+    int32_t number, number_step;
+} fc_columns;
+
 /* Classes of cells: so many, that far apart. */
 enum { FC_CLASSES = 4 };
 typedef struct {
@@ -227,9 +233,8 @@ typedef struct {
                             ptrdiff_t bytes);
 
     /* Rows of n neighbouring cells to phases, 1 or 2 along a row; returns whether all are finite. A row of a phase is followed by NaNs
-     * for a vector at most, unless the next one is there. And back, from any phases, which begin with the first cell. */
+     * for a vector at most, unless the next one is there. */
     int (*to_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *image, void *out);
-    void (*from_phases)(const fc_phases *phases, const fc_rows *rows, ptrdiff_t n, const void *in, void *image);
 
     /* Rows of so many bytes, steps in bytes, too. */
     void (*copy_rows)(const fc_rows *rows, const ptrdiff_t *out_step, ptrdiff_t bytes, const void *in, void *out);
@@ -240,9 +245,11 @@ typedef struct {
     void (*max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
-    /* The same for a run of n neighbours of one class. So many bytes that are written next are fetched meanwhile. */
-    void (*max_pool_gather)(const fc_cells *sources, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out, void *ahead,
-                            ptrdiff_t bytes);
+    /* The same for rows of n neighbouring cells, whose `wide` classes, 16 at most, take turns. They see lines of windows, and in each the
+     * columns of their class; window numbers are sums of a line's and a column's. Rows of windows are window_step[] apart from plane to
+     * plane, slab to slab, row to row; up to a vector of windows is read behind those that a row sees. */
+    void (*max_pool_won)(const fc_cells *lines, ptrdiff_t wide, const fc_columns *columns, const fc_rows *rows,
+                         const ptrdiff_t *window_step, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out);
 
     /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
      * points to cells. Of inputs, taps and (gradients of) outputs in one direction, of outputs and taps in the other. */
