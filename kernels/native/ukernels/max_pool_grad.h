@@ -68,6 +68,7 @@ static inline __attribute__((always_inline)) void FC(won_row)(const FC(won) *w, 
     const int wide = odd ? 2 : 1;
     V sum[2];
     if (brief) {
+        __builtin_prefetch((char *)out + FC(ahead), 1);
         FC(sum_won)(w, seen, lines, even, odd, grad, winners, sum);
         if (wide == 2)
             FC(two_in_turns)(sum[0], sum[1], LANES, some, out);
@@ -76,6 +77,8 @@ static inline __attribute__((always_inline)) void FC(won_row)(const FC(won) *w, 
         return;
     }
     for (; n > 0; n -= wide * LANES, grad += LANES, winners += LANES, out += wide * LANES) {
+        UNROLL for (int i = 0; i < wide; i++)
+            __builtin_prefetch((char *)(out + i * LANES) + FC(ahead), 1);
         FC(sum_won)(w, seen, lines, even, odd, grad, winners, sum);
         if (wide == 2)
             FC(two_in_turns)(sum[0], sum[1], n, some, out);
@@ -126,6 +129,12 @@ static inline __attribute__((always_inline)) void FC(won_rows)(const FC(won) *wo
         UNROLL for (int c = 0; c < odd; c++)
             seen.numbers[line][1][c] = EVERY(more + w->columns[1].number + c * w->columns[1].number_step);
     }
+    UNROLL for (int c = 0; c < FC(most_columns); c++) { /* GCC would rather add numbers first, and spread each sum */
+        if (!lines && c < even)
+            HELD(seen.numbers[0][0][c]);
+        if (!lines && c < odd)
+            HELD(seen.numbers[0][1][c]);
+    }
     for (ptrdiff_t plane = 0; plane < rows.size[0]; plane++)
         for (ptrdiff_t z = 0; z < rows.size[1]; z++) {
             ptrdiff_t from = plane * step[0] + z * step[1];
@@ -151,7 +160,7 @@ static inline __attribute__((always_inline)) void FC(won_rows)(const FC(won) *wo
     }
 #define WON_CASES(CASE)                                                                                      \
     CASE(1, 1, 1) CASE(1, 1, 2) CASE(1, 2, 1) CASE(2, 1, 1) CASE(2, 1, 2) CASE(2, 2, 1) CASE(2, 2, 0)           \
-    CASE(3, 3, 0) CASE(0, 2, 0) CASE(0, 3, 0) CASE(0, 5, 0) CASE(0, 2, 3) CASE(0, 3, 2)
+    CASE(3, 3, 0) CASE(0, 2, 0) CASE(0, 3, 0) CASE(0, 5, 0) CASE(0, 1, 2) CASE(0, 2, 1) CASE(0, 2, 3) CASE(0, 3, 2)
 WON_CASES(WON_FUNCTION)
 WON_FUNCTION(0, 0, 0)
 
