@@ -48,6 +48,15 @@
 #define HELD(x) (void)(x)
 #endif
 
+/* A vector of which the compiler is not to know how it came about. */
+#if defined(__AVX512F__)
+#define OPAQUE(x) HELD(x)
+#elif defined(__SSE2__)
+#define OPAQUE(x) __asm__("" : "+x"(x))
+#else
+#define OPAQUE(x) (void)(x)
+#endif
+
 /* Loads and stores of some lanes, where there are such. */
 #ifdef __AVX512F__
 #define MASKED_LOAD(mask, from) PASTE(_mm512_maskz_loadu_, SUFFIX)(mask, from)

@@ -131,9 +131,9 @@ static inline __attribute__((always_inline)) void FC(won_rows)(const FC(won) *wo
     }
     UNROLL for (int c = 0; c < FC(most_columns); c++) { /* GCC would rather add numbers first, and spread each sum */
         if (!lines && c < even)
-            HELD(seen.numbers[0][0][c]);
+            OPAQUE(seen.numbers[0][0][c]);
         if (!lines && c < odd)
-            HELD(seen.numbers[0][1][c]);
+            OPAQUE(seen.numbers[0][1][c]);
     }
     for (ptrdiff_t plane = 0; plane < rows.size[0]; plane++)
         for (ptrdiff_t z = 0; z < rows.size[1]; z++) {
