@@ -331,6 +331,7 @@ cdef void gather_in_planes(Pool *p) except *:
             q.high[axis] = max(q.high[axis], window)
         window = min(p.y.size[2 + axis], q.size[axis] + q.high[axis])  # the end of those that are seen
         q.pitch[axis] = max(q.size[axis] + q.high[axis], window - q.low[axis])
+    q.pitch[2] = round_up(q.pitch[2], p.kernels.lanes)  # a window's own gradient is first of a vector
     q.in_place = _sees_all_windows(q) and _is_contiguous(&p.y) and _is_contiguous(&p.winners)
     q.reach = ((q.high[0] - q.low[0]) * q.pitch[1] + q.high[1] - q.low[1]) * q.pitch[2] + q.high[2] - q.low[2]
     tasks = _share_out(q, (p.stride[0] * p.stride[1] * p.stride[2] + 1) * p.item + 1)
@@ -364,13 +365,14 @@ cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
         classes * <Py_ssize_t>sizeof(fc_cells) + p.stride[2] * <Py_ssize_t>sizeof(fc_columns)
         + lines * <Py_ssize_t>(sizeof(Py_ssize_t) + sizeof(int)), 64
     )
-    cdef char *memory = arena(FC_ARENA_BLOCK, list_bytes + q.phase * (p.item + 1))
+    cdef Py_ssize_t before = round_up(-q.low[2], p.kernels.lanes) + q.low[2]
+    cdef char *memory = arena(FC_ARENA_BLOCK, list_bytes + before * p.item + q.phase * (p.item + 1))
     if memory == NULL:
         return 1
     cdef Sources sources
     sources.lines = <fc_cells *>memory
     sources.columns = <fc_columns *>&sources.lines[classes]
-    cdef char *grads = memory + list_bytes
+    cdef char *grads = memory + list_bytes + before * p.item
     cdef uchar *winners = <uchar *>grads + q.phase * p.item  # bytes last: numbers are aligned
     cdef Block block
     cdef Py_ssize_t index
