@@ -154,6 +154,23 @@ def test_the_gradient_takes_either_form(pool_row: Row, rng: np.random.Generator)
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 6])
+def test_gradients_of_cells_that_are_seen_seldom_or_often(
+    pool_row: Row, kernel: int, stride: int, dtype: Any, rng: np.random.Generator
+) -> None:
+    """Cells of a row take turns in seeing so many windows, in rows of any length."""
+    sizes = (11,) if pool_row.algorithm == "naive" else (11, 16, 38)
+    for n, dilation, padding in [(n, d, p) for n in sizes for d in (1, 2) for p in {0, kernel // 2}]:
+        x = rng.standard_normal((2, 2, n, n)).astype(dtype)
+        geometry = (kernel, stride, padding, dilation)
+        _, winners = fc.max_pool2d(x, *geometry, return_indices="compact", **how(pool_row))
+        dy = rng.integers(-9, 9, winners.shape).astype(dtype)  # whose sums are exact
+        plain = fc.grad.max_pool2d(x.shape, winners, dy, *geometry, engine="numpy")
+        dx = fc.grad.max_pool2d(x.shape, winners, dy, *geometry, **how(pool_row))
+        np.testing.assert_array_equal(dx, plain, str((n, dilation, padding)))
+
+
 def test_channels_last_pools_the_same(pool_row: Row) -> None:
     for case in POOL_CASES:
         x = case.image(np.float32)
