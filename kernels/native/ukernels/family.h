@@ -602,11 +602,10 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
 #define MOST_WON (LANES <= 8 ? 2 : 1)
 #endif
 
-/* The cells of one class. `bytes` that will be written soon are fetched meanwhile. */
+/* The cells of one class. `lines` that will be written soon are fetched beside those that are summed at once. */
 static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad, const uint8_t *winners, T *out,
-                             ptrdiff_t step, int stream, char *ahead, ptrdiff_t bytes)
+                             ptrdiff_t step, int stream, char *ahead, ptrdiff_t lines)
 {
-    const ptrdiff_t lines = bytes ? (bytes + 63) / 64 * (n >= MOST_WON * LANES ? MOST_WON * LANES : LANES) / n + 1 : 0;
     if (n >= MOST_WON * LANES && MOST_WON > 1 && stream)
         FC(gather_class_vector)(sources, n, grad, winners, MOST_WON, out, step, 1, ahead, lines);
     else if (n >= MOST_WON * LANES && MOST_WON > 1)
@@ -627,11 +626,13 @@ static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
     const int stream = FC(can_stream)(out, (out->run | classes->step | n) * T_BYTES);
+    const ptrdiff_t at_once = n >= MOST_WON * LANES ? MOST_WON * LANES : LANES;
+    const ptrdiff_t lines = stream ? 0 : (n * T_BYTES + 63) / 64 * at_once / n + 1;
     for (ptrdiff_t r = 0; r < runs; r++)
         for (int x = 0; x < classes->count; x++) {
             T *to = (T *)out->data + r * out->run + x * classes->step;
             FC(gather_class)(&sources[x], n, (const T *)grad->data + r * grad->run, (const uint8_t *)winners->data + r * winners->run, to,
-                             out->step, stream, (char *)to + FC(ahead), stream ? 0 : n * T_BYTES);
+                             out->step, stream, (char *)to + FC(ahead), lines);
         }
 }
 
