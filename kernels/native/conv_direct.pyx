@@ -95,7 +95,7 @@ def conv_forward(input, cnp.ndarray weight, bias, output, dims, options):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    if dims.depthwise and grad_output.strides[4] == grad_input.strides[4] == grad_input.itemsize:
+    if dims.depthwise and conv_planar.suits_gradient(grad_output, grad_input, dims):
         conv_planar.conv_input_grad(grad_output, weight, bias, grad_input, dims, options)
         return
     if dims.depthwise and depthwise.gradient_in_place(grad_output, weight, grad_input, dims, options):

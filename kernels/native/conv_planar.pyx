@@ -35,6 +35,7 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.digits cimport NUMBERS, PIECES
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_LAID_BYTES, FC_ORDINARY, FC_TINY, arena, fc_epilogue, fc_planes, fc_ukernels,
+    ukernels,
 )
 from fastconv.kernels.native.planes cimport (
     FEW_CHANNELS, SPLIT_PRODUCTS, Plan, fill_gaps, lay_out, pad_planes, tap_cell, write_taps,
@@ -65,7 +66,14 @@ def conv_forward(input, weight, bias, output, dims, options):
 def suits(input, output, dims):
     """Whether a depthwise convolution had better be done here: pixels of a row are neighbours, and not too few."""
     near = input.strides[4] == input.itemsize and output.strides[4] in (input.itemsize, 2 * input.itemsize)
-    return near and (dims.stride[2] == 1 or dims.output_size[2] > FEW_PIXELS)
+    few = FEW_PIXELS if dims.stride[2] > 1 else ukernels(input.itemsize).lanes // 2
+    return near and dims.output_size[2] > few
+
+
+def suits_gradient(grad_output, grad_input, dims):
+    """The same for the gradient of its input."""
+    few = 0 if max(dims.stride) > 1 else ukernels(grad_input.itemsize).lanes // 2
+    return grad_output.strides[4] == grad_input.strides[4] == grad_input.itemsize and dims.input_size[2] > few
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):

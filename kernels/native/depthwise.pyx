@@ -50,7 +50,8 @@ ctypedef struct Plan:
     Py_ssize_t classes[3]       # pixels so far apart along an axis see their cells alike ...
     Py_ssize_t step[3]          # ... so far apart
     Py_ssize_t rows, task_rows  # of pixels in all, of a task
-    const Py_ssize_t *pixels    # the first cells of the pixels of a class in a row
+    const Py_ssize_t *pixels    # the first cells of the pixels of a class in a row; packed: of a whole block, ...
+    const Py_ssize_t *taps      # ... and where its taps are, and their weights
     Blocks blocks               # packed
     Py_ssize_t channel_blocks
     const char *weights         # packed
@@ -227,34 +228,54 @@ cdef void _list_taps(const Plan *plan, Py_ssize_t depth, Py_ssize_t high, const 
 cdef void _convolve_blocks(Plan *plan, bias) except *:
     """Convolve blocks of channels that are packed."""
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t b, tasks
+    cdef Py_ssize_t b, weight_bytes
     cdef char *weights
+    cdef Block block
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
-    weights = arena(FC_ARENA_WEIGHTS, plan.channel_blocks * CHANNELS * (c.taps + 1) * c.item)
+    locate(c, &plan.blocks, 0, &block)
+    weight_bytes = plan.channel_blocks * CHANNELS * (c.taps + 1) * c.item
+    weights = arena(FC_ARENA_WEIGHTS, weight_bytes + _offsets_size(c, &block) * <Py_ssize_t>sizeof(Py_ssize_t))
     if weights == NULL:
         raise MemoryError("no memory for packed weights")
     for b in range(plan.channel_blocks):
         _pack(c, b * CHANNELS, min(<Py_ssize_t>CHANNELS, c.groups - b * CHANNELS), CHANNELS, weights + b * CHANNELS * c.taps * c.item)
     plan.weights = weights
     plan.bias = pack_bias(c, bias, weights + plan.channel_blocks * CHANNELS * c.taps * c.item)
-    tasks = c.batch * plan.blocks.count * plan.channel_blocks
-    run_tasks(_task, plan, tasks, c.threads)
+    plan.taps = _list_offsets(c, &block, <Py_ssize_t *>(weights + weight_bytes))
+    plan.pixels = plan.taps + 2 * c.taps
+    run_tasks(_task, plan, c.batch * plan.blocks.count * plan.channel_blocks, c.threads)
+
+
+cdef Py_ssize_t _offsets_size(const Conv *c, const Block *block) noexcept nogil:
+    return 2 * c.taps + block.rows * block.columns
+
+
+cdef const Py_ssize_t *_list_offsets(const Conv *c, const Block *block, Py_ssize_t *offsets) noexcept nogil:
+    """List where the taps of a block are, their weights, and its pixels."""
+    cdef Py_ssize_t t
+    tap_offsets(c, block, CHANNELS, offsets)
+    for t in range(c.taps):
+        offsets[c.taps + t] = t * CHANNELS
+    pixel_offsets(c, block, CHANNELS, offsets + 2 * c.taps)
+    return offsets
 
 
 cdef void _pack(const Conv *c, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width, char *out) noexcept nogil:
     """Pack filters of some channels to [tap][channel], missing channels as zeros."""
     cdef const View *w = &c.w
-    cdef Py_ssize_t d, h
+    cdef Py_ssize_t rows = c.kernel[1], run = c.kernel[2], d, h
+    if w.stride[3] == run * w.stride[4]:  # rows continue one another
+        rows, run = 1, run * rows
     if count < width:
         memset(out, 0, <size_t>(c.taps * width * c.item))
     for d in range(c.kernel[0]):
-        for h in range(c.kernel[1]):
+        for h in range(rows):
             c.kernels.transpose(
-                w.data + (first * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item,
-                w.stride[0], w.stride[4], count, c.kernel[2], out, width,
+                w.data + (first * w.stride[0] + d * w.stride[2] + h * w.stride[3]) * c.item, w.stride[0], w.stride[4], count,
+                run, out, width,
             )
-            out += c.kernel[2] * width * c.item
+            out += run * width * c.item
 
 
 cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -265,28 +286,25 @@ cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Block block
     locate(c, &plan.blocks, task // plan.channel_blocks, &block)
 
+    cdef bint whole = block.rows == plan.blocks.rows and block.columns == plan.blocks.columns
     cdef Py_ssize_t pixels = block.rows * block.columns
-    cdef Py_ssize_t offset_bytes = (pixels + 2 * c.taps + 8) // 8 * 64
+    cdef Py_ssize_t offset_bytes = 0 if whole else round_up(_offsets_size(c, &block) * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef Py_ssize_t chunk_bytes = c.chunk * CHANNELS * c.item
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + chunk_bytes + CHANNELS * part_cells(c, block.rows, block.columns) * c.item
     )
     if memory == NULL:
         return 1
-    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
-    cdef Py_ssize_t *taps = offsets + pixels
     cdef char *accumulators = memory + offset_bytes
     cdef char *part = accumulators + chunk_bytes
+    cdef const Py_ssize_t *taps = plan.taps if whole else _list_offsets(c, &block, <Py_ssize_t *>memory)
+    cdef const Py_ssize_t *offsets = taps + 2 * c.taps
     cdef const char *bias = bias_at(plan.bias, first * c.item)
     cdef Py_ssize_t p, count
     cdef fc_depthwise seen
     seen.taps, seen.weights, seen.n_taps, seen.wide = taps, taps + c.taps, c.taps, <int>c.kernel[2]
     seen.channels = seen.cell = seen.out_step = CHANNELS
     seen.bias, seen.relu = NULL, False
-    for p in range(c.taps):
-        taps[c.taps + p] = p * CHANNELS
-    pixel_offsets(c, &block, CHANNELS, offsets)
-    tap_offsets(c, &block, CHANNELS, taps)
     pack_image(c, &block, first, channels, CHANNELS, part)
     for p from 0 <= p < pixels by c.chunk:
         count = min(c.chunk, pixels - p)

@@ -329,32 +329,38 @@ static void FC(depthwise_any)(const fc_depthwise *d, const T *a, const ptrdiff_t
     }
 }
 
-/* Neighbouring pixels and rows of `wide` (a constant) neighbouring taps: a cell is loaded once for all taps of a row. */
-static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_depthwise *d, const int wide, const T *a, const T *b,
-                                                                    T *c)
+/* Some neighbouring pixels and rows of `wide` neighbouring taps (constants): a cell is loaded once for all taps of a row. */
+static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_depthwise *d, const int some, const int wide,
+                                                                    const T *a, const T *b, T *c)
 {
-    enum { PIXELS = FC(pixels) };
     const ptrdiff_t cell = d->cell, out_step = d->out_step, next_weight = d->weights[1] - d->weights[0];
     for (ptrdiff_t next = 0; next < d->channels; next += LANES) {
         const ptrdiff_t i = next + LANES <= d->channels ? next : d->channels - LANES;
-        V acc[PIXELS] = {{0}};
+        V acc[FC(pixels)] = {{0}};
         for (ptrdiff_t t = 0; t < d->n_taps; t += wide) {
             const T *cells = a + d->taps[t] + i;
             V w[7];
             UNROLL for (int n = 0; n < wide; n++)
                 w[n] = *(const V *)(b + d->weights[t] + n * next_weight + i);
-            UNROLL for (int j = 0; j < PIXELS + wide - 1; j++, cells += cell) {
+            UNROLL for (int j = 0; j < some + wide - 1; j++, cells += cell) {
                 const V x = *(const V *)cells;
                 UNROLL for (int n = 0; n < wide; n++)
-                    if (j - n >= 0 && j - n < PIXELS)
+                    if (j - n >= 0 && j - n < some)
                         acc[j - n] += x * w[n];
             }
         }
-        UNROLL for (int n = 0; n < PIXELS; n++)
+        UNROLL for (int n = 0; n < some; n++)
             *(V *)(c + n * out_step + i) = FC(finished)(d, acc[n], i);
     }
 }
 
+#define RUN_CASE(wide)                                                                              \
+    case wide:                                                                                      \
+        FC(depthwise_run)(d, FC(pixels), wide, a + pixels[i], b, c + i * d->out_step);              \
+        break;                                                                                      \
+    case -wide:                                                                                     \
+        FC(depthwise_run)(d, FC(pixels) - 1, wide, a + pixels[i], b, c + i * d->out_step);          \
+        break;
 static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdiff_t *pixels, ptrdiff_t n_pixels,
                           const void *weight, void *out)
 {
@@ -365,21 +371,22 @@ static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdif
     for (ptrdiff_t p = 0, run; p < n_pixels; p += run) {
         for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * d->cell;)
             run++;
-        if (!neighbours || run < FC(pixels)) {
+        const ptrdiff_t some = run < FC(pixels) ? FC(pixels) - 1 : FC(pixels);
+        if (!neighbours || run < some) {
             FC(depthwise_any)(d, a, pixels + p, run, b, c + p * d->out_step);
             continue;
         }
-        for (ptrdiff_t next = 0; next < run; next += FC(pixels)) { /* the last pixels overlap those before them */
-            const ptrdiff_t i = p + (next + FC(pixels) <= run ? next : run - FC(pixels));
-            if (wide == 3)
-                FC(depthwise_run)(d, 3, a + pixels[i], b, c + i * d->out_step);
-            else if (wide == 5)
-                FC(depthwise_run)(d, 5, a + pixels[i], b, c + i * d->out_step);
-            else
-                FC(depthwise_run)(d, 7, a + pixels[i], b, c + i * d->out_step);
+        for (ptrdiff_t next = 0; next < run; next += some) { /* the last pixels overlap those before them */
+            const ptrdiff_t i = p + (next + some <= run ? next : run - some);
+            switch (some == FC(pixels) ? wide : -wide) {
+                RUN_CASE(3)
+                RUN_CASE(5)
+                RUN_CASE(7)
+            }
         }
     }
 }
+#undef RUN_CASE
 
 static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, ptrdiff_t a_step,
                                  const void *grad, ptrdiff_t n_pixels, ptrdiff_t block, void *out)
