@@ -220,7 +220,7 @@ def _planar(op: str, dims: ConvDims) -> str:
     if op == "conv_input_grad":
         channels, filters = filters, channels
     if dims.depthwise and channels == 1:
-        return "slower than direct, which is the same for depthwise convolution of contiguous rows"
+        return "slower than direct, which is the same for depthwise convolution of contiguous rows, but for short ones"
     pixels = math.prod(dims.output_size)
     if op == "conv_input_grad" and dims.stride[2] > 2 and pixels <= 256:
         return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
