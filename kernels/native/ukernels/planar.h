@@ -148,12 +148,36 @@ static FC(lanes) FC(inside)(const fc_padding *p, ptrdiff_t at)
 /* Rows of neighbouring cells; every vector is stored once, whole. Narrow rows are copied a vector of each at a time, others row by row, as
  * memory is fetched ahead. */
 enum { FC(narrow) = 4, FC(strip) = 16 };
+static inline __attribute__((always_inline)) void FC(pad_narrow)(const fc_padding *p, const T *in, T *out, const int vectors)
+{
+    const ptrdiff_t rows = p->rows, step = p->row_step; /* which no store changes */
+    FC(lanes) some[FC(narrow)];
+    UNROLL for (int v = 0; v < vectors; v++)
+        some[v] = FC(inside)(p, v * LANES);
+    for (ptrdiff_t r = 0; r < rows; r++, in += step, out += vectors * LANES)
+        UNROLL for (int v = 0; v < vectors; v++)
+            *(V *)(out + v * LANES) = LOAD_LANES(some[v], in + v * LANES);
+}
+
 static void FC(pad_neighbours)(const fc_padding *p, const T *image, T *plane)
 {
+    switch (p->wide / LANES) {
+    case 1:
+        FC(pad_narrow)(p, image - p->before, plane, 1);
+        return;
+    case 2:
+        FC(pad_narrow)(p, image - p->before, plane, 2);
+        return;
+    case 3:
+        FC(pad_narrow)(p, image - p->before, plane, 3);
+        return;
+    case 4:
+        FC(pad_narrow)(p, image - p->before, plane, 4);
+        return;
+    }
     FC(lanes) some[FC(strip)];
-    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 1 : FC(strip)) * LANES;
-    for (ptrdiff_t first = 0; first < p->wide; first += strip) {
-        const ptrdiff_t end = first + strip < p->wide ? first + strip : p->wide;
+    for (ptrdiff_t first = 0; first < p->wide; first += FC(strip) * LANES) {
+        const ptrdiff_t end = first + FC(strip) * LANES < p->wide ? first + FC(strip) * LANES : p->wide;
         const T *in = image - p->before;
         T *out = plane;
         for (ptrdiff_t at = first; at < end; at += LANES)
