@@ -159,21 +159,23 @@ static inline __attribute__((always_inline)) void FC(pad_narrow)(const fc_paddin
             *(V *)(out + v * LANES) = LOAD_LANES(some[v], in + v * LANES);
 }
 
+#define NARROW_CASES(pad)                      \
+    case 1:                                    \
+        FC(pad)(p, image - p->before, plane, 1); \
+        return;                                \
+    case 2:                                    \
+        FC(pad)(p, image - p->before, plane, 2); \
+        return;                                \
+    case 3:                                    \
+        FC(pad)(p, image - p->before, plane, 3); \
+        return;                                \
+    case 4:                                    \
+        FC(pad)(p, image - p->before, plane, 4); \
+        return;
 static void FC(pad_neighbours)(const fc_padding *p, const T *image, T *plane)
 {
     switch (p->wide / LANES) {
-    case 1:
-        FC(pad_narrow)(p, image - p->before, plane, 1);
-        return;
-    case 2:
-        FC(pad_narrow)(p, image - p->before, plane, 2);
-        return;
-    case 3:
-        FC(pad_narrow)(p, image - p->before, plane, 3);
-        return;
-    case 4:
-        FC(pad_narrow)(p, image - p->before, plane, 4);
-        return;
+        NARROW_CASES(pad_narrow)
     }
     FC(lanes) some[FC(strip)];
     for (ptrdiff_t first = 0; first < p->wide; first += FC(strip) * LANES) {
@@ -206,10 +208,27 @@ static void FC(pad_neighbours)(const fc_padding *p, const T *image, T *plane)
 #else
 #define EVERY_SECOND EVERY_SECOND_2
 #endif
+static inline __attribute__((always_inline)) void FC(pad_narrow_pairs)(const fc_padding *p, const T *in, T *out, const int vectors)
+{
+    const ptrdiff_t rows = p->rows, step = p->row_step; /* which no store changes */
+    FC(lanes) some[2 * FC(narrow)];
+    UNROLL for (int v = 0; v < 2 * vectors; v++)
+        some[v] = FC(inside)(p, v * LANES);
+    for (ptrdiff_t r = 0; r < rows; r++, in += step, out += 2 * vectors * LANES)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const V x = LOAD_LANES(some[2 * v], in + 2 * v * LANES), y = LOAD_LANES(some[2 * v + 1], in + (2 * v + 1) * LANES);
+            *(V *)(out + v * LANES) = SHUFFLE(x, y, EVERY_SECOND(0));
+            *(V *)(out + (vectors + v) * LANES) = SHUFFLE(x, y, EVERY_SECOND(1));
+        }
+}
+
 static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
 {
+    switch (p->wide / LANES) {
+        NARROW_CASES(pad_narrow_pairs)
+    }
     FC(lanes) some[FC(strip)];
-    const ptrdiff_t strip = (p->wide <= FC(narrow) * LANES ? 2 : FC(strip)) * LANES;
+    const ptrdiff_t strip = FC(strip) * LANES;
     for (ptrdiff_t first = 0; first < 2 * p->wide; first += strip) {
         const ptrdiff_t end = first + strip < 2 * p->wide ? first + strip : 2 * p->wide;
         const T *in = image - p->before;
@@ -225,6 +244,8 @@ static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
             }
     }
 }
+#undef NARROW_CASES
+
 /* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
 static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
 {
