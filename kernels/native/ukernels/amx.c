@@ -216,7 +216,15 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
                        0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d};
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)x, (__m512i)odd, (__m512i)y));
 }
+
+INLINE words pair_upper_halves(words low, words high)
+{
+    const words pairs = {0x210001, 0x230003, 0x250005, 0x270007, 0x290009, 0x2b000b, 0x2d000d, 0x2f000f,
+                         0x310011, 0x330013, 0x350015, 0x370017, 0x390019, 0x3b001b, 0x3d001d, 0x3f001f};
+    return (words)_mm512_permutex2var_epi16((__m512i)low, (__m512i)pairs, (__m512i)high);
+}
 #else
+INLINE words pair_upper_halves(words low, words high) { return low >> 16 | (high & 0xffff0000); }
 INLINE halves upper_halves(words x) { return __builtin_convertvector(x >> 16, halves); }
 
 INLINE void store_upper_halves(words x, words y, uint16_t *out)
@@ -227,8 +235,8 @@ INLINE void store_upper_halves(words x, words y, uint16_t *out)
 #endif
 
 /* The pieces of 16 numbers, each the upper half of a word. What is left for the next piece is exact, and one bit shorter if a
- * piece is rounded to nearest: away from zero where two are, which is faster; but to even if nothing takes up the error. No
- * more than 8 bits are left for the third. Words of magnitudes are ordered as the magnitudes are, inf and NaN above all numbers. */
+ * piece is rounded to nearest: away from zero where two are, which is faster; but to even if it is the only one. No more than 8 bits
+ * are left for the third. Words of magnitudes are ordered as the magnitudes are, inf and NaN above all numbers. */
 INLINE void split(floats x, const int pieces, words out[MAX_PIECES], words *largest)
 {
     keep_larger(largest, (words)x & 0x7fffffff);
@@ -240,7 +248,7 @@ INLINE void split(floats x, const int pieces, words out[MAX_PIECES], words *larg
         } else if (pieces == MAX_PIECES) {
             out[p] = bits;
         } else {
-            out[p] = bits + 0x7fff + (bits >> 16 & 1);
+            out[p] = bits + (pieces == 1 ? 0x7fff + (bits >> 16 & 1) : (words){0} + 0x8000);
         }
     }
 }
@@ -312,7 +320,7 @@ INLINE void split_pair(floats even, floats odd, const int pieces, char *row, wor
     split(even, pieces, low, largest);
     split(odd, pieces, high, largest);
     UNROLL for (int p = 0; p < pieces; p++)
-        *(words *)(row + p * TILE_BYTES) = low[p] >> 16 | (high[p] & 0xffff0000);
+        *(words *)(row + p * TILE_BYTES) = pair_upper_halves(low[p], high[p]);
 }
 
 INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channels, ptrdiff_t taps, int vectors,
@@ -327,8 +335,11 @@ INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channel
                 const float *in = weights + first * step + t * width + v * LANES;
                 const ptrdiff_t pairs = (channels - first < CHANNELS ? channels - first : CHANNELS) / 2;
                 char *row = panel, *const whole = panel + pairs * ROW_BYTES;
-                for (; row < whole; row += ROW_BYTES, in += 2 * step)
+                for (; row < whole; row += ROW_BYTES, in += 2 * step) {
+                    __builtin_prefetch(in + width); /* the next panel, if rows of an image are split where they are */
+                    __builtin_prefetch(in + step + width);
                     split_pair(*(const floats *)in, *(const floats *)(in + step), pieces, row, &largest);
+                }
                 for (; row < panel + TILE_BYTES; row += ROW_BYTES) { /* half a pair, and none */
                     const int half = row == whole && channels % 2 && pairs < CHANNELS / 2;
                     split_pair(half ? *(const floats *)in : (floats){0}, (floats){0}, pieces, row, &largest);
@@ -347,9 +358,9 @@ INLINE int split_pairs(const float *in, ptrdiff_t n, const int pieces, char *eve
         split(*(const floats *)in, pieces, low, &largest);
         split(*(const floats *)(in + LANES), pieces, high, &largest);
         UNROLL for (int p = 0; p < pieces; p++) {
-            *(words *)(even + p * plane) = low[p] >> 16 | (high[p] & 0xffff0000);
+            *(words *)(even + p * plane) = pair_upper_halves(low[p], high[p]);
             if (both)
-                *(words *)(odd + p * plane) = before[p] >> 16 | (low[p] & 0xffff0000);
+                *(words *)(odd + p * plane) = pair_upper_halves(before[p], low[p]);
             before[p] = high[p];
         }
     }

@@ -53,7 +53,7 @@ INLINE void lay_pairs(planar_jobs *jobs, ptrdiff_t most, const int pieces)
             split(*(const floats *)(even + v * LANES), pieces, low, &largest);
             split(*(const floats *)(odd + v * LANES), pieces, high, &largest);
             UNROLL for (int q = 0; q < pieces; q++)
-                *(words *)(line + q * plane) = low[q] >> 16 | (high[q] & 0xffff0000);
+                *(words *)(line + q * plane) = pair_upper_halves(low[q], high[q]);
         }
         if (++pair == pairs) {
             pair = 0;
