@@ -125,7 +125,10 @@ def candidates(
 
 def candidate(row: registry.Row, problem: Problem, op: str, layout: str) -> Candidate:
     """Return a row of the registry, ready to compute ``op``: of the problem or, if it is naive, of a slice of it."""
-    chosen = row == registry.select(problem.layer.ops[op], problem.layer.dims, runtime.get_config().engine)
+    config = runtime.get_config()
+    chosen = row == registry.select(
+        problem.layer.ops[op], problem.layer.dims, config.engine, precision=config.precision
+    )
     if row.algorithm == "naive" and (piece := slice_layer(problem.layer, NAIVE_OUTPUTS)) != problem.layer:
         problem = Problem.random(piece)
     call = public_call(problem, op, layout, engine=row.engine, algorithm=row.algorithm)

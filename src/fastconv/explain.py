@@ -14,7 +14,7 @@ from .arrays import as_image, as_weight, first_shape, first_weight_shape, plain_
 from .dims import ConvDims, PoolDims, channels_last, conv_dims
 from .functional import freeze, pooling_dims, transpose_dims
 from .registry import Verdict, verdicts
-from .runtime import check_engine, get_config
+from .runtime import check_engine, check_precision, get_config
 
 _GRADIENTS = {f"conv{n}d_{what}" for n in (1, 2, 3) for what in ("input", "weight")}
 _OPERATIONS = {f"{name}{n}d" for name in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
@@ -73,7 +73,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     call.apply_defaults()
     kernel_op, dims = _dims(name, call.arguments)
     engine = check_engine(call.arguments["engine"]) or get_config().engine
-    explanation = Explanation(verdicts(kernel_op, dims, engine, call.arguments["algorithm"]))
+    precision = check_precision(call.arguments.get("precision") or get_config().precision)
+    explanation = Explanation(verdicts(kernel_op, dims, engine, call.arguments["algorithm"], precision))
     print(explanation)
     return explanation
 

@@ -63,17 +63,19 @@ def freeze(value: Any, name: str) -> Any:
 
 
 @lru_cache(maxsize=1024, typed=True)
-def kernel(op: str, dims: ConvDims | PoolDims, engine: str | None, algorithm: str | None) -> Kernel:
+def kernel(
+    op: str, dims: ConvDims | PoolDims, engine: str | None, algorithm: str | None, precision: str = "highest"
+) -> Kernel:
     """Return the kernel that the registry selects."""
     check_engine(engine)
-    return select(op, dims, engine, algorithm).load(op)
+    return select(op, dims, engine, algorithm, precision).load(op)
 
 
 def run(
     op: str, dims: ConvDims | PoolDims, *arrays: Array | None, how: Options, engine: str | None, algorithm: str | None
 ) -> None:
     """Select a kernel and run it on (N, C, D, H, W) and (K, C, KD, KH, KW) views, results last."""
-    kernel(op, dims, engine or get_config().engine, algorithm)(*arrays, dims, how)
+    kernel(op, dims, engine or get_config().engine, algorithm, how.precision)(*arrays, dims, how)
 
 
 def allocate(out: object, shape: tuple[int, ...], batched: bool, *inputs: Array | None) -> Array:
@@ -173,7 +175,7 @@ def _conv_plan(
     dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
     shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
     how = kernel_options(activation, precision, threads)
-    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm), how)
+    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm, precision), how)
 
 
 def conv1d(

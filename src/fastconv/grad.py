@@ -136,7 +136,9 @@ def _kept_plan(
     size = {"conv_input_grad": {"input_name": "input_size"}, "conv_weight_grad": {"weight_name": "weight_size"}}[op]
     dims = conv_dims(image, weight, stride, padding, dilation, groups, **size)
     output = (dims.batch, dims.out_channels, *dims.output_size)
-    return GradPlan(dims, output, kernel(op, dims, engine, algorithm), kernel_options(None, precision, threads))
+    return GradPlan(
+        dims, output, kernel(op, dims, engine, algorithm, precision), kernel_options(None, precision, threads)
+    )
 
 
 def _conv_input(

@@ -1,7 +1,8 @@
 """The ordered lists of algorithms: fastest first, the reference last; the first "yes" wins.
 
-A row is a name and three facts: algorithm, engine, ``supports(op, dims)``. An empty answer means yes, any other is the
-reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name, it runs.
+A row is a name and three facts: algorithm, engine, ``supports(op, dims, precision)``. An empty answer means yes, any
+other is the reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name,
+it runs.
 
 To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests and benchmarks loop over these lists.
 (oneDNN arranges its implementations like this, in ``cpu_convolution_list.cpp``.)
@@ -13,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .dims import ConvDims, PoolDims
 from .kernels import winograd
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
     algorithm: str
     engine: str
-    supports: Callable[[str, Any], str]
+    supports: Callable[..., str]
 
     def load(self, op: str) -> Kernel:
         """Return the kernel of this row for ``op``, importing its module."""
@@ -53,7 +54,7 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def _always(op: str, dims: Dims) -> str:
+def _always(op: str, dims: Dims, precision: str = "highest") -> str:
     return ""
 
 
@@ -70,8 +71,13 @@ def _rows_fill_pieces(dims: ConvDims) -> float:
     return min(1.0, math.prod(dims.output_size) / (dims.output_size[0] * math.ceil(laid / 32) * 32))
 
 
+def _few_pieces(precision: str) -> bool:
+    """Whether numbers are split into one or two pieces, on AMX: fewer products than of digits, or than tiles save."""
+    return isa() == "amx" and precision != "highest"
+
+
 def _multiplies_digits(op: str, dims: ConvDims) -> bool:
-    """Whether direct and im2col multiply digits, on AMX: of sums that are long enough (``digits.pyx``)."""
+    """Whether direct and im2col multiply digits, on AMX at "highest": of sums that are long enough (``digits.pyx``)."""
     summed, pixels, phases = dims.group_in_channels, math.prod(dims.output_size), 1
     if op == "conv_input_grad":
         summed, pixels, phases = dims.group_out_channels, math.prod(dims.input_size), math.prod(dims.stride)
@@ -133,7 +139,7 @@ def _apart(dims: ConvDims) -> bool:
     return dims.taps > 1 and all(s >= size for s, size in zip(dims.stride, dims.kernel_size, strict=True))
 
 
-def _direct(op: str, dims: ConvDims) -> str:
+def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if reason := _columns(op, dims):
         return f"slower than im2col: {reason}"
     if dims.depthwise:
@@ -151,7 +157,8 @@ def _direct(op: str, dims: ConvDims) -> str:
     if op != "conv_forward":
         return ""
     filters = dims.group_out_channels
-    if (9 <= pixels <= 16 or (_weights_weigh(dims) and not digits)) and dims.taps > 1 and weights > 2**18:
+    weigh = _weights_weigh(dims) and (not digits or _few_pieces(precision))
+    if (9 <= pixels <= 16 or weigh) and dims.taps > 1 and weights > 2**18:
         return f"slower than im2col, which reads weights in place, for {weights} weights and {pixels} pixels"
     fit = 0.75 * math.ceil(pixels / 16) * 16 < pixels <= 256
     if dims.taps >= 16 and filters >= 0.6 * pixels and fit and set(dims.stride) == {1} and not digits:
@@ -166,7 +173,7 @@ def _direct(op: str, dims: ConvDims) -> str:
     return ""
 
 
-def _direct_numba(op: str, dims: ConvDims) -> str:
+def _direct_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if op != "conv_forward" or dims.depthwise:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
@@ -182,7 +189,7 @@ def _direct_numba(op: str, dims: ConvDims) -> str:
     return ""
 
 
-def _im2col(op: str, dims: ConvDims) -> str:
+def _im2col(op: str, dims: ConvDims, precision: str = "highest") -> str:
     return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
 
 
@@ -213,7 +220,7 @@ def _planar_weights(dims: ConvDims) -> str:
     return "" if few else f"slower than direct or im2col for patches of {dims.reduction} cells"
 
 
-def _planar(op: str, dims: ConvDims) -> str:
+def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if op == "conv_weight_grad":
         return _planar_weights(dims)
     channels, filters = dims.group_in_channels, dims.group_out_channels
@@ -230,12 +237,13 @@ def _planar(op: str, dims: ConvDims) -> str:
         return f"slower than direct, which has {filters} filters to fill its lanes"
     if dims.output_size[2] < {"amx": 12, "avx512": 12, "avx2": 6}.get(isa(), 3):
         return f"slower than direct: rows of {dims.output_size[2]} pixels leave lanes empty"
-    if dims.stride[2] > 2:
+    laid = _few_pieces(precision) and dims.reduction >= 49 and not _apart(dims)  # patches take longer than products
+    if dims.stride[2] > 2 and not laid:
         return f"slower than direct or im2col: cells that are {dims.stride[2]} apart are made neighbours one by one"
     return ""
 
 
-def _planar_numba(op: str, dims: ConvDims) -> str:
+def _planar_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if op == "conv_forward" and dims.stride[1:] != (1, 1):
         return "only for stride 1 along height and width"
     if op == "conv_weight_grad":
@@ -246,9 +254,9 @@ def _planar_numba(op: str, dims: ConvDims) -> str:
     return "" if filters <= 6 else f"slower than direct, which has {filters} filters to fill its lanes"
 
 
-def _planar_cython(op: str, dims: ConvDims) -> str:
+def _planar_cython(op: str, dims: ConvDims, precision: str = "highest") -> str:
     reason = _columns(op, dims)
-    return f"slower than im2col: {reason}" if reason else _planar(op, dims)
+    return f"slower than im2col: {reason}" if reason else _planar(op, dims, precision)
 
 
 def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, products: str = "fused") -> str:
@@ -269,11 +277,13 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, produc
     return ""
 
 
-def _winograd_cython(op: str, dims: ConvDims) -> str:
+def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str:
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     if _multiplies_digits(op, dims):
         return "slower than direct, which multiplies digits of numbers"
+    if op != "conv_weight_grad" and summed >= 16 and _few_pieces(precision):
+        return "slower than direct, which multiplies fewer pieces"
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.0  # of gradients of the input, the weights are packed in shorter runs
@@ -286,7 +296,7 @@ def _winograd_cython(op: str, dims: ConvDims) -> str:
     return _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
 
 
-def _winograd_numba(op: str, dims: ConvDims) -> str:
+def _winograd_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if any(taps > 1 and step > 1 for taps, step in zip(dims.kernel_size[1:], dims.dilation[1:], strict=True)):
         return "only for dilation 1 along height and width"
     if op != "conv_input_grad" and dims.stride[1:] != (1, 1):
@@ -324,22 +334,26 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def verdicts(op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None) -> list[Verdict]:
+def verdicts(
+    op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None, precision: str = "highest"
+) -> list[Verdict]:
     """Return every row of ``op`` with its yes (an empty reason) or its reason for no, in order."""
-    return [Verdict(row, _reason(row, op, dims, engine, algorithm)) for row in ROWS[op]]
+    return [Verdict(row, _reason(row, op, dims, engine, algorithm, precision)) for row in ROWS[op]]
 
 
-def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | None) -> str:
+def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | None, precision: str) -> str:
     if engine is not None and row.engine != engine:
         return f"engine {engine!r} was asked for"
     if algorithm is not None and row.algorithm != algorithm:
         return f"algorithm {algorithm!r} was asked for"
     if missing := why_missing(row.engine):
         return missing
-    return "" if algorithm is not None and row.can(op, dims) else row.supports(op, dims)
+    return "" if algorithm is not None and row.can(op, dims) else row.supports(op, dims, precision)
 
 
-def select(op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None) -> Row:
+def select(
+    op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None, precision: str = "highest"
+) -> Row:
     """Return the first row that says yes.
 
     Raises
@@ -347,7 +361,7 @@ def select(op: str, dims: Dims, engine: str | None = None, algorithm: str | None
     ValueError
         If no row does: an unknown algorithm, or one that the engine lacks. The message lists what there is.
     """
-    found = verdicts(op, dims, engine, algorithm)
+    found = verdicts(op, dims, engine, algorithm, precision)
     for row, reason in found:
         if not reason:
             return row
