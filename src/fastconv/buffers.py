@@ -16,7 +16,14 @@ import numpy as np
 
 __all__ = ["Buffers", "Packed", "empty", "keep", "packed", "reuse"]
 
+Memory = np.ndarray[Any, np.dtype[np.uint8]]
+
 LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
+
+
+#: Bytes; arrays that have more are written beyond L2, and vectors that straddle two lines take longer there.
+FAR = 1 << 20
+LINE = 64  #: bytes of a cache line; NumPy's memory starts 16 behind one
 
 
 class Buffers:
@@ -27,20 +34,24 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._memory: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self._memory: list[Memory] = []
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
         """Return an array with arbitrary content."""
         size = math.prod(shape) * dtype.itemsize
         memory = self._memory
         # Two references: the list's, and the argument of getrefcount.
-        free = [i for i in range(len(memory)) if size <= len(memory[i]) <= 2 * size and sys.getrefcount(memory[i]) == 2]
+        free = [
+            i
+            for i in range(len(memory))
+            if size <= len(memory[i]) - LINE <= 2 * size and sys.getrefcount(memory[i]) == 2
+        ]
         if free:
             chosen = min(free, key=lambda i: len(memory[i]))
         else:
             chosen = len(memory)
-            memory.append(np.empty(size, np.uint8))
-        return memory[chosen][:size].view(dtype).reshape(shape)
+            memory.append(np.empty(size + LINE, np.uint8))
+        return _from_line(shape, dtype, memory[chosen])
 
     def __reduce__(self) -> tuple[type[Buffers], tuple[()]]:
         return Buffers, ()  # a copy of a model has its own
@@ -72,12 +83,17 @@ def reuse(buffers: Buffers | None) -> Iterator[None]:
         _thread.buffers = before
 
 
+def _from_line(shape: tuple[int, ...], dtype: np.dtype[Any], memory: Memory) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return an array that starts with the first whole cache line of its memory."""
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
+
+
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """Return an array with arbitrary content, from the buffers in use if it is large."""
-    buffers = _thread.buffers
-    if buffers is None or math.prod(shape) * dtype.itemsize < LARGE:
-        return np.empty(shape, dtype)
-    return buffers.empty(shape, dtype)
+    buffers, size = _thread.buffers, math.prod(shape) * dtype.itemsize
+    if buffers is not None and size >= LARGE:
+        return buffers.empty(shape, dtype)
+    return np.empty(shape, dtype) if size <= FAR else _from_line(shape, dtype, np.empty(size + LINE, np.uint8))
 
 
 class keep:  # as a generator it would take a microsecond longer
