@@ -710,7 +710,7 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
                  Py_ssize_t first, Py_ssize_t end, Py_ssize_t first_pixel, Py_ssize_t end_pixel) noexcept nogil:
     """Compute and store the filters of some panels for a chunk of pixels."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t b, panel, filter, width
+    cdef Py_ssize_t b, panel
     cdef const char *weights = space.weights
     cdef char *sums
     cdef bint usable
@@ -739,13 +739,25 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
             if plan.slots:
                 _store_strands(plan, block, group, grid, panel, first_pixel, end_pixel, sums, space.zeros)
                 continue
-            filter = group * c.filters + panel * c.panel
-            width = panel_vectors(c, panel) * c.kernels.lanes
-            store(
-                c, block, first_pixel // grid.pitch * block.columns + first_pixel % grid.pitch,
-                _drop_halo(block, grid, end_pixel - first_pixel, width * c.item, sums), sums, width, filter,
-                min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
-            )
+            _store_panel(plan, block, group, grid, panel, first_pixel, end_pixel, sums)
+
+
+cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, Py_ssize_t panel,
+                       Py_ssize_t first_pixel, Py_ssize_t end_pixel, char *sums) noexcept nogil:
+    """Finish a panel's sums for a chunk of pixels, and store them: without the halo, row by row where rows are long."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t filter = group * c.filters + panel * c.panel, width = panel_vectors(c, panel) * c.kernels.lanes
+    cdef Py_ssize_t pixel = first_pixel // grid.pitch * block.columns + first_pixel % grid.pitch
+    cdef Py_ssize_t rows = 1, pixels, row
+    if grid.pitch > block.columns >= 2 * c.kernels.lanes and block.columns % c.kernels.lanes == 0:
+        rows, pixels = ceil_div(end_pixel - first_pixel, grid.pitch), block.columns
+    else:
+        pixels = _drop_halo(block, grid, end_pixel - first_pixel, width * c.item, sums)
+    for row in range(rows):
+        store(
+            c, block, pixel + row * pixels, pixels, sums + row * grid.pitch * width * c.item, width, filter,
+            min(width, c.filters - panel * c.panel), bias_at(plan.bias, filter * c.item), plan.relu,
+        )
 
 
 cdef Py_ssize_t _drop_halo(const Block *block, const Grid *grid, Py_ssize_t pixels, Py_ssize_t pixel_bytes,
