@@ -383,11 +383,11 @@ cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ss
 
 cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil:
     """Write where the first tap of each output pixel of the block is in a packed part of the image."""
-    cdef Py_ssize_t r, q, p = 0
+    cdef Py_ssize_t down = c.stride[1] * block.wide * width, across = c.stride[2] * width, columns = block.columns, r, q
     for r in range(block.rows):
-        for q in range(block.columns):
-            pixels[p] = (r * c.stride[1] * block.wide + q * c.stride[2]) * width
-            p += 1
+        for q in range(columns):
+            pixels[q] = r * down + q * across
+        pixels += columns
 
 
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
