@@ -35,7 +35,8 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 import fastconv as fc
-from fastconv import registry
+from fastconv import registry, runtime
+from fastconv.dims import conv_dims
 from fastconv.registry import ROWS, Row, available
 
 
@@ -409,6 +410,18 @@ def test_the_first_yes_is_chosen() -> None:
     found = registry.verdicts("conv_forward", dims)
     assert [verdict.row for verdict in found] == list(ROWS["conv_forward"])
     assert registry.select("conv_forward", dims) == next(verdict.row for verdict in found if not verdict.reason)
+
+
+@pytest.mark.skipif(runtime.isa() != "amx", reason="elsewhere a precision is no other number of products")
+def test_the_choice_knows_the_precision() -> None:
+    """Patches of a first layer are laid out where products are many; where they are few, that would take longest."""
+    dims = conv_dims((1, 3, 224, 224), (64, 3, 11, 11), 4, 2, 1, 1)
+    chosen = [registry.select("conv_forward", dims, "cython", precision=word).algorithm for word in ("highest", "high")]
+    assert chosen == ["direct", "planar"]
+    x, w = np.zeros((1, 3, 224, 224), np.float32), np.zeros((64, 3, 11, 11), np.float32)
+    for word, algorithm in zip(("highest", "high"), chosen, strict=True):
+        found = fc.explain("conv2d", x, w, None, 4, 2, precision=word, engine="cython")
+        assert next(verdict.row for verdict in found if not verdict.reason).algorithm == algorithm
 
 
 def test_a_slower_row_runs_when_named_but_is_not_chosen(conv_row: Row) -> None:
