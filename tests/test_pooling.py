@@ -171,6 +171,16 @@ def test_gradients_of_cells_that_are_seen_seldom_or_often(
         np.testing.assert_array_equal(dx, plain, str((n, dilation, padding)))
 
 
+def test_gradients_of_an_image_one_cell_wide_stay_in_it(pool_row: Row, dtype: Any) -> None:
+    x = np.arange(12, dtype=dtype).reshape(1, 2, 6, 1)
+    _, winners = fc.max_pool2d(x, 3, 2, 1, return_indices="compact", **how(pool_row))  # of cells 1, 3 and 5
+    beside = np.full((1, 2, 6, 3), -1, dtype)
+    out = beside[..., :1]
+    fc.grad.max_pool2d(x.shape, winners, np.ones((1, 2, 3, 1), dtype), 3, 2, 1, out=out, **how(pool_row))
+    np.testing.assert_array_equal(out[..., 0], np.tile(np.array([0, 1], dtype), (1, 2, 3)))
+    assert (beside[..., 1:] == -1).all()
+
+
 def test_channels_last_pools_the_same(pool_row: Row) -> None:
     for case in POOL_CASES:
         x = case.image(np.float32)

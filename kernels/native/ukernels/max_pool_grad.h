@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void FC(won_row)(const FC(won) *w, 
         __builtin_prefetch((char *)out + FC(ahead), 1);
         FC(sum_won)(w, seen, lines, even, odd, grad, winners, sum);
         if (wide == 2)
-            FC(two_in_turns)(sum[0], sum[1], LANES, some, out);
+            FC(two_in_turns)(sum[0], sum[1], n < LANES ? n : LANES, some, out);
         else
             STORE_LANES(out, some[0], sum[0]);
         return;
