@@ -19,10 +19,7 @@ __all__ = ["Buffers", "Packed", "empty", "keep", "packed", "reuse"]
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
 LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
-
-
-#: Bytes; arrays that have more are written beyond L2, and vectors that straddle two lines take longer there.
-FAR = 1 << 20
+FAR = 1 << 20  #: bytes; larger arrays are written beyond L2, where vectors that straddle two lines take longer
 LINE = 64  #: bytes of a cache line; NumPy's memory starts 16 behind one
 
 
