@@ -76,6 +76,7 @@ cdef Py_ssize_t piece_products(const fc_ukernels *kernels) noexcept nogil
 cdef bint split_pays(const fc_ukernels *kernels, double padded)
 cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing, int threads) noexcept nogil
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *
+cdef Py_ssize_t do_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) noexcept nogil
 cdef Py_ssize_t packed_weight_size(const Conv *c) noexcept nogil
 cdef int panel_vectors(const Conv *c, Py_ssize_t panel) noexcept nogil
 cdef bint taps_continue(const Conv *c) noexcept nogil

@@ -128,16 +128,23 @@ cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing
 
 cdef void run_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) except *:
     """Do all tasks of a plan, on so many threads; a task returns 1 if it lacks memory."""
-    cdef Py_ssize_t number, failures = 0
+    cdef Py_ssize_t failures
     with nogil:
-        if threads == 1:  # a parallel region of one thread costs as much as a small convolution
-            for number in range(tasks):
-                failures += task(plan, number)
-        else:
-            for number in prange(tasks, num_threads=threads, schedule="dynamic"):
-                failures += task(plan, number)
+        failures = do_tasks(task, plan, tasks, threads)
     if failures:
         raise MemoryError("no memory for workspace")
+
+
+cdef Py_ssize_t do_tasks(TaskFunction task, const void *plan, Py_ssize_t tasks, int threads) noexcept nogil:
+    """The same within a task; return how many lacked memory."""
+    cdef Py_ssize_t number, failures = 0
+    if threads == 1:  # a parallel region of one thread costs as much as a small convolution
+        for number in range(tasks):
+            failures += task(plan, number)
+    else:
+        for number in prange(tasks, num_threads=threads, schedule="dynamic"):
+            failures += task(plan, number)
+    return failures
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

@@ -3,18 +3,22 @@
     columns[r][p] = sum over k of  weight[k][r] * grad_output[k][p],      r = (channel, tap)
     grad_input[channel][the cell that p sees by tap] += columns[channel, tap][p]
 
-    for some of the images, or for a band of one's rows:
-        copy their gradients, unless few channels use them        [group][filter][image][pixel]
-        for group, some channels (a task):                        in parallel
-            turn the channels' weights                            [channel][tap][filter]: L2
-            for panel of all images' pixels: brgemm               columns of some channels: L2
-            for image: add the columns to the channels' planes
+    for some of the images, or a strip of one's cells:                in parallel, if there are few channels
+        for all their pixels, or a band of rows:
+            copy the gradients, unless few channels use them          [group][filter][image][pixel]
+            for group, some channels (a task):                        in parallel, if there are many
+                turn the channels' weights                            [channel][tap][filter]: L2
+                for panel of all images' pixels: brgemm               columns of some channels: L2
+                for image: add the columns to the channels' planes
 
                   filters               panel                           panel
              +---------------+        +---+---+                       +---+---+
         r    |    weights    |      k |   |   |                   r   |   |   |
              |               |   x    |   |   |           =           |   |   |
              +---------------+        +---+---+                       +---+---+
+
+A strip has cells that are neighbours along the rows of an image (or its depth), and pixels at its ends that the next strip computes again. A sum
+runs from the first row of pixels that sees the cell to the last, however images are cut in strips and bands.
 
 The weights, most of the memory there is to move, are read once and in the caller's order, whatever the stride: the phases of
 a stride are not convolutions of their own, with a part of each filter. The columns of a few channels are all that ever exists.
@@ -26,11 +30,13 @@ and one for an image's block of filters; lanes of a vector have as many products
 
 import math
 
+import numpy as np
+
 cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
-    Conv, View, ceil_div, make_conv, pack_bias, piece_tile, round_up, run_tasks, split_pays, use_tile,
+    Conv, View, ceil_div, do_tasks, make_conv, piece_tile, round_up, run_tasks, split_pays, use_tile,
 )
 from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, Scales, measure, products
 from fastconv.kernels.native.machine cimport (
@@ -52,6 +58,8 @@ cdef enum:
     SUMMED = 256                # filters whose products digits add up: with fewer, images are refused too often
     DIGIT_USES = 100            # of a weight: with fewer, measuring it takes as long as the products that digits save
     LANES = 16                  # of the tile that multiplies digits
+    TASKS = 4                   # of channels, for each thread: with fewer, threads share strips
+    STRIP = 256                 # pixels of a strip, at least
     USES = 32                   # of a number in products that make up for splitting it, about
 
 # What all tasks of one call share.
@@ -61,9 +69,16 @@ ctypedef struct Plan:
     Py_ssize_t filter_step, channel_step, tap_step
     Py_ssize_t together         # channels of a task
     Py_ssize_t parts            # tasks of a group
-    Py_ssize_t row, rows        # of an image's output that are done together: a band
+    Py_ssize_t strips           # of an image
+    int cut                     # the axis along which it is cut in strips
+    Py_ssize_t low[3]           # the cells of a strip, ...
+    Py_ssize_t high[3]
+    Py_ssize_t strip_rows[2]    # ... the first row of the output that sees them, and the first thereafter that sees none
+    Py_ssize_t band             # rows that are done together, ...
+    Py_ssize_t row, rows        # ... the first of them, and how many
     Py_ssize_t pixels           # of a band
-    Py_ssize_t first, images    # whose bands are done together: several if a band is all of an image
+    Py_ssize_t most             # images that are done together: several if a band is all of an image
+    Py_ssize_t first, images
     Py_ssize_t pitch            # from column to column, ...
     Py_ssize_t grad_pitch       # ... and from filter to filter
     bint in_place               # gradients are read where they are
@@ -98,13 +113,13 @@ def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form,
     cdef Plan plan
     cdef Scales scales
     cdef Conv *c = &plan.c
-    cdef Py_ssize_t most, band, all_rows, bias_bytes, grad_bytes
     cdef bytearray refused
+    cdef cnp.ndarray flat
+    cdef int threads
     filters, channels = dims.out_channels, dims.group_in_channels
     cdef cnp.ndarray rows = weight.reshape(filters, channels, dims.taps)  # a copy, if taps are not evenly spaced
     make_conv(c, grad_input, weight, grad_output, dims, options)
-    all_rows = c.out[0] * c.out[1]
-    plan.pixels = all_rows * c.out[2]
+    plan.pixels = c.out[0] * c.out[1] * c.out[2]
     if form != NUMBERS and rows[0].flags.c_contiguous:
         _split_numbers(&plan, options.precision, form)
     if form == DIGITS and not c.kernels.digits:
@@ -113,27 +128,10 @@ def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form,
     plan.filter_step = cnp.PyArray_STRIDE(rows, 0) // c.item
     plan.channel_step = cnp.PyArray_STRIDE(rows, 1) // c.item
     plan.tap_step = cnp.PyArray_STRIDE(rows, 2) // c.item
-    plan.together = min(ceil_div(c.channels, c.threads), max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps))
-    if c.kernels.digits:
-        plan.together = round_up(plan.together, _channels_of_panels(c))
-    plan.parts = ceil_div(c.channels, plan.together)
-    most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
-    band = ceil_div(all_rows, ceil_div(plan.pixels, <Py_ssize_t>BAND))
-    plan.pixels = band * c.out[2]
-    plan.pitch = round_up(most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
     plan.block = DIGIT_DEPTH if c.kernels.digits else SPLIT_DEPTH
     plan.depth = round_up(c.filters, c.kernels.depth_step)
-    plan.in_place = c.kernels.pieces == 0 and most == 1 and c.channels * c.taps <= FEW_ROWS and _whole_vectors(c, band)
-    plan.grad_pitch = c.y.stride[1] if plan.in_place else plan.pitch
-    bias_bytes = round_up(c.groups * c.channels * c.item, 64)
-    grad_bytes = 0 if plan.in_place else c.groups * c.filters * plan.pitch * c.item
-    if c.kernels.pieces:
-        grad_bytes = c.groups * plan.depth * most * plan.pixels * c.packed
-    plan.grads = arena(FC_ARENA_WEIGHTS, bias_bytes + grad_bytes)
-    if plan.grads == NULL:
-        raise MemoryError("no memory for copied gradients")
-    plan.bias = pack_bias(c, bias, plan.grads)
-    plan.grads += bias_bytes
+    flat = None if bias is None else np.ascontiguousarray(bias)
+    plan.bias = NULL if flat is None else cnp.PyArray_BYTES(flat)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = <unsigned char *><char *>refused
@@ -142,27 +140,47 @@ def _input_by_columns(cnp.ndarray grad_output, cnp.ndarray grad_input, int form,
         plan.scale, plan.spread = scales.scale, scales.spread
         if 0 not in refused[:c.batch]:
             return list(range(c.batch))
-    for plan.first in range(0, c.batch, most):
-        plan.images = min(most, c.batch - plan.first)
-        for plan.row in range(0, all_rows, band):
-            plan.rows = min(band, all_rows - plan.row)
-            plan.pixels = plan.rows * c.out[2]
-            if c.kernels.pieces:
-                run_tasks(_split_grads_task, &plan, plan.images, c.threads)
-            elif not plan.in_place:
-                _copy_grads(&plan)
-            run_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
+    threads = _share_out(&plan)
+    run_tasks(_strip_task, &plan, ceil_div(c.batch, plan.most) * plan.strips, threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
-cdef bint _whole_vectors(const Conv *c, Py_ssize_t band) noexcept nogil:
+cdef int _share_out(Plan *plan):
+    """Choose channels, images, rows that are done together; return how many threads share images and strips: one, where channels are shared."""
+    cdef Conv *c = &plan.c
+    cdef Py_ssize_t all_rows = c.out[0] * c.out[1], most_channels = max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps)
+    cdef int threads = c.threads
+    plan.most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
+    plan.cut = 0 if c.out[0] > 1 else 1
+    plan.strips = 1
+    if threads > 1 and c.groups * ceil_div(c.channels, most_channels) < threads * TASKS:
+        plan.strips = ceil_div(threads, ceil_div(c.batch, plan.most))
+        plan.strips = max(1, min(plan.strips, c.x.size[2 + plan.cut] // 2, plan.pixels // STRIP))
+    if plan.strips * ceil_div(c.batch, plan.most) >= threads:
+        c.threads = 1
+    else:
+        plan.strips = threads = 1
+    plan.together = min(ceil_div(c.channels, c.threads), most_channels)
+    if c.kernels.digits:
+        plan.together = round_up(plan.together, _channels_of_panels(c))
+    plan.parts = ceil_div(c.channels, plan.together)
+    plan.band = ceil_div(all_rows, ceil_div(plan.pixels, <Py_ssize_t>BAND))
+    plan.pixels = plan.band * c.out[2]
+    plan.pitch = round_up(plan.most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
+    plan.in_place = c.kernels.pieces == 0 and plan.most == 1 and c.channels * c.taps <= FEW_ROWS and _whole_vectors(plan)
+    plan.grad_pitch = c.y.stride[1] if plan.in_place else plan.pitch
+    return threads
+
+
+cdef bint _whole_vectors(const Plan *plan) noexcept nogil:
     """Whether the pixels of every band are neighbours, and fill whole vectors."""
+    cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
-    cdef Py_ssize_t rows = c.out[0] * c.out[1], lanes = c.kernels.lanes
+    cdef Py_ssize_t rows = 1 if plan.strips > 1 else plan.band, all_rows = c.out[0] * c.out[1], lanes = c.kernels.lanes
     return (
         y.stride[4] == 1 and (c.out[1] == 1 or y.stride[3] == c.out[2])
         and (c.out[0] == 1 or y.stride[2] == c.out[1] * c.out[2])
-        and band * c.out[2] % lanes == 0 and rows * c.out[2] % lanes == 0
+        and rows * c.out[2] % lanes == 0 and all_rows * c.out[2] % lanes == 0
     )
 
 
@@ -197,6 +215,46 @@ cdef const fc_ukernels *_digit_tile(const Conv *c, str precision):
 cdef Py_ssize_t _channels_of_panels(const Conv *c):
     """Return how many channels fill whole panels of 16 (channel, tap): so these are the same in any task."""
     return LANES // math.gcd(c.taps, LANES)
+
+
+cdef int _strip_task(const void *shared, Py_ssize_t number) noexcept nogil:
+    """Compute the gradients of a strip of one image, or of all of some images, band by band."""
+    cdef Plan plan = (<const Plan *>shared)[0]
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t row, failures = 0, grad_bytes = c.groups * c.filters * plan.pitch * c.item
+    if c.kernels.pieces:
+        grad_bytes = c.groups * plan.depth * plan.most * plan.pixels * c.packed
+    if not plan.in_place:
+        plan.grads = arena(FC_ARENA_WEIGHTS, grad_bytes)
+        if plan.grads == NULL:
+            return 1
+    plan.first = number // plan.strips * plan.most
+    plan.images = min(plan.most, c.batch - plan.first)
+    _find_strip(&plan, number % plan.strips)
+    for row from plan.strip_rows[0] <= row < plan.strip_rows[1] by plan.band:
+        plan.row = row
+        plan.rows = min(plan.band, plan.strip_rows[1] - plan.row)
+        plan.pixels = plan.rows * c.out[2]
+        if c.kernels.pieces:
+            failures += do_tasks(_split_grads_task, &plan, plan.images, c.threads)
+        elif not plan.in_place:
+            _copy_grads(&plan)
+        failures += do_tasks(_channels_task, &plan, c.groups * plan.parts, c.threads)
+    return failures > 0
+
+
+cdef void _find_strip(Plan *plan, Py_ssize_t strip) noexcept nogil:
+    """Choose a strip's cells, and the rows of pixels that see them."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t size = c.x.size[2 + plan.cut], step = c.out[1] if plan.cut == 0 else 1, first
+    cdef int axis
+    for axis in range(3):
+        plan.low[axis], plan.high[axis] = 0, c.x.size[2 + axis]
+    plan.strip_rows[0], plan.strip_rows[1] = 0, c.out[0] * c.out[1]
+    if plan.strips > 1:
+        plan.low[plan.cut], plan.high[plan.cut] = strip * size // plan.strips, (strip + 1) * size // plan.strips
+        first = min(first_pixel(plan, plan.cut, c.kernel[plan.cut] - 1), c.out[plan.cut] - 1)  # if only to fill cells that none sees
+        plan.strip_rows[0], plan.strip_rows[1] = first * step, max(first + 1, end_pixel(plan, plan.cut, 0)) * step
 
 
 cdef void _copy_grads(const Plan *plan) noexcept nogil:
@@ -499,43 +557,45 @@ cdef void _add_channel(const Plan *plan, Py_ssize_t image, Py_ssize_t channel, c
 
 
 cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias) noexcept nogil:
+    """Add a band's columns of a channel to the cells of the strip, from the last tap to the first: a cell's pixels in their order."""
     cdef const Conv *c = &plan.c
     cdef const View *v = &c.x
-    cdef Py_ssize_t d, h, w, depth, left, top, end, first, z, y, i, step = c.stride[2] * v.stride[4]
+    cdef Py_ssize_t d, h, w, tap = c.taps, depth, left, top, end, first, z, y, i, step = c.stride[2] * v.stride[4]
     cdef real *cells
-    if plan.row == 0:
-        _fill(v, x, bias)
-    for d in range(c.kernel[0]):
-        for h in range(c.kernel[1]):
-            for w in range(c.kernel[2]):
-                left = first_pixel(c, 2, w)
-                for depth in range(first_pixel(c, 0, d), end_pixel(c, 0, d)):
+    if plan.row == plan.strip_rows[0]:
+        _fill(plan, x, bias)
+    for d in range(c.kernel[0] - 1, -1, -1):
+        for h in range(c.kernel[1] - 1, -1, -1):
+            for w in range(c.kernel[2] - 1, -1, -1):
+                tap -= 1
+                left = first_pixel(plan, 2, w)
+                for depth in range(first_pixel(plan, 0, d), end_pixel(plan, 0, d)):
                     first = depth * c.out[1] - plan.row  # this plane's first row, in the band
-                    top = max(first_pixel(c, 1, h), -first)
-                    end = min(end_pixel(c, 1, h), plan.rows - first)
+                    top = max(first_pixel(plan, 1, h), -first)
+                    end = min(end_pixel(plan, 1, h), plan.rows - first)
                     if top < end:
                         cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
                         _add_plane(
                             c, cells + cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
-                            columns + (first + top) * c.out[2] + left, end - top, end_pixel(c, 2, w) - left,
+                            columns + tap * plan.pitch + (first + top) * c.out[2] + left, end - top, end_pixel(plan, 2, w) - left,
                         )
-                columns += plan.pitch
-    if not plan.relu or plan.row + plan.rows < c.out[0] * c.out[1]:
+    if not plan.relu or plan.row + plan.rows < plan.strip_rows[1]:
         return
-    for z in range(v.size[2]):
-        for y in range(v.size[3]):
+    for z in range(plan.low[0], plan.high[0]):
+        for y in range(plan.low[1], plan.high[1]):
             cells = x + z * v.stride[2] + y * v.stride[3]
             for i in range(v.size[4]):
                 if cells[i * v.stride[4]] < 0:  # a NaN stays one
                     cells[i * v.stride[4]] = 0
 
 
-cdef void _fill(const View *v, real *x, real value) noexcept nogil:
-    """Fill a plane."""
+cdef void _fill(const Plan *plan, real *x, real value) noexcept nogil:
+    """Fill a strip of a plane."""
+    cdef const View *v = &plan.c.x
     cdef Py_ssize_t z, y, i
     cdef real *cells
-    for z in range(v.size[2]):
-        for y in range(v.size[3]):
+    for z in range(plan.low[0], plan.high[0]):
+        for y in range(plan.low[1], plan.high[1]):
             cells = x + z * v.stride[2] + y * v.stride[3]
             if v.stride[4] == 1:
                 for i in range(v.size[4]):
@@ -550,14 +610,15 @@ cdef inline Py_ssize_t cell(const Conv *c, int axis, Py_ssize_t tap, Py_ssize_t 
     return pixel * c.stride[axis] - c.pad[axis] + tap * c.dilation[axis]
 
 
-cdef inline Py_ssize_t first_pixel(const Conv *c, int axis, Py_ssize_t tap) noexcept nogil:
-    """The first pixel that sees a cell of the image, not of the padding, by a tap."""
-    return ceil_div(max(0, -cell(c, axis, tap, 0)), c.stride[axis])
+cdef inline Py_ssize_t first_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
+    """The first pixel that sees a cell of the strip by a tap, not of the padding or the strip before."""
+    return ceil_div(max(0, plan.low[axis] - cell(&plan.c, axis, tap, 0)), plan.c.stride[axis])
 
 
-cdef inline Py_ssize_t end_pixel(const Conv *c, int axis, Py_ssize_t tap) noexcept nogil:
+cdef inline Py_ssize_t end_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
     """The first pixel thereafter that sees none."""
-    return min(c.out[axis], ceil_div(max(0, c.x.size[2 + axis] - cell(c, axis, tap, 0)), c.stride[axis]))
+    cdef const Conv *c = &plan.c
+    return min(c.out[axis], ceil_div(max(0, plan.high[axis] - cell(c, axis, tap, 0)), c.stride[axis]))
 
 
 cdef inline void _add_plane(const Conv *c, real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns,
