@@ -113,14 +113,15 @@ cdef Py_ssize_t share_out(Py_ssize_t tasks, Py_ssize_t parts, Py_ssize_t packing
     """Return into how many shares of its parts to cut each task, so that the last thread is done first.
 
     Shares say who computes, never what. Each packs its task's part of the image again, as long as ``packing`` quarters of a
-    part take; and another thread may be a quarter of a share late.
+    part take; and where threads have several shares, one may be a quarter of a share late.
     """
-    cdef Py_ssize_t shares, most, time, best = 1, least = 0
+    cdef Py_ssize_t shares, most, rounds, time, best = 1, least = 0
     if threads == 1:
         return 1
     for shares in range(1, min(parts, <Py_ssize_t>4 * threads) + 1):
         most = ceil_div(parts, shares)
-        time = ceil_div(tasks * shares, threads) * (4 * most + packing) + most
+        rounds = ceil_div(tasks * shares, threads)
+        time = rounds * (4 * most + packing) + (most if rounds > 1 else 0)
         if shares == 1 or time < least:
             best, least = shares, time
     return best

@@ -210,7 +210,9 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
             return list(range(c.batch))
     _pack_weights(&plan, bias, options.packed)
     tasks = c.batch * c.groups * plan.blocks.count
-    packing = 1 + 7 * c.stride[1] * c.stride[2] // c.taps if c.kernels.pieces else 1  # a split number: 54 products
+    packing = 1
+    if c.kernels.pieces:
+        packing = max(1, (20 if c.kernels.digits else 10) * c.stride[1] * c.stride[2] // c.taps)
     plan.shares = share_out(tasks, c.panels, packing, c.threads)
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
