@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 import fastconv as fc
 from fastconv import registry, runtime
+from fastconv.dims import ConvDims, channels_last
 
 from .layers import ConvLayer, Layer, PoolLayer, slice_layer
 
@@ -126,9 +127,10 @@ def candidates(
 def candidate(row: registry.Row, problem: Problem, op: str, layout: str) -> Candidate:
     """Return a row of the registry, ready to compute ``op``: of the problem or, if it is naive, of a slice of it."""
     config = runtime.get_config()
-    chosen = row == registry.select(
-        problem.layer.ops[op], problem.layer.dims, config.engine, precision=config.precision
-    )
+    dims = problem.layer.dims
+    if isinstance(dims, ConvDims):
+        dims = dims._replace(channels_last=channels_last(layout))
+    chosen = row == registry.select(problem.layer.ops[op], dims, config.engine, precision=config.precision)
     if row.algorithm == "naive" and (piece := slice_layer(problem.layer, NAIVE_OUTPUTS)) != problem.layer:
         problem = Problem.random(piece)
     call = public_call(problem, op, layout, engine=row.engine, algorithm=row.algorithm)

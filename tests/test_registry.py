@@ -412,6 +412,25 @@ def test_the_first_yes_is_chosen() -> None:
     assert registry.select("conv_forward", dims) == next(verdict.row for verdict in found if not verdict.reason)
 
 
+@pytest.mark.skipif(bool(runtime.why_missing("cython")), reason="asks the native engine")
+@pytest.mark.parametrize(
+    ("image", "weight", "stride", "first", "last"),
+    [
+        ((1, 768, 17, 17), (192, 768, 1, 1), 1, "im2col", "direct"),
+        ((1, 3, 224, 224), (32, 3, 3, 3), 2, "planar", "direct"),
+    ],
+)
+def test_the_choice_knows_where_the_channels_are(image: Any, weight: Any, stride: int, first: str, last: str) -> None:
+    """Channels last, 1x1 weights are turned by im2col, and pixels of a channel are no neighbours for planar."""
+    dims = conv_dims(image, weight, stride, 0, 1, 1)
+    there = dims._replace(channels_last=True)
+    assert [registry.select("conv_forward", d, "cython").algorithm for d in (dims, there)] == [first, last]
+    n, c, h, w = image
+    k, _, kh, kw = weight
+    found = fc.explain("conv2d", (n, h, w, c), (kh, kw, c, k), None, stride, layout="NHWC", engine="cython")
+    assert next(verdict.row.algorithm for verdict in found if not verdict.reason) == last
+
+
 @pytest.mark.skipif(runtime.isa() != "amx", reason="elsewhere a precision is no other number of products")
 def test_the_choice_knows_the_precision() -> None:
     """Patches of a first layer are laid out where products are many; where they are few, that would take longest."""

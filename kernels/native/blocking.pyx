@@ -44,7 +44,7 @@ cdef void make_conv(Conv *c, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, 
     cdef int axis
     cdef tuple stride, pad, dilation
     # Taken apart at once: looking up an attribute takes as long as all of this does.
-    _, _, _, _, c.groups, _, _, stride, pad, _, dilation, _ = <tuple>dims
+    _, _, _, _, c.groups, _, _, stride, pad, _, dilation, _, _ = <tuple>dims
     c.item = cnp.PyArray_ITEMSIZE(x)
     make_view(&c.x, x)
     make_view(&c.w, w)
@@ -202,13 +202,13 @@ cdef void pack_panel(const Conv *c, Py_ssize_t group, Py_ssize_t panel, Py_ssize
     cdef Py_ssize_t i, d, h, t, run
     if filters < width:
         memset(out, 0, <size_t>(width * channels * c.taps * c.item))
-    if w.stride[0] == 1 and not c.folded:  # filters are neighbours: a copy for each tap
+    if (w.stride[0] == 1 or (w.stride[1] == 1 and c.taps > 1)) and not c.folded:  # filters or channels are neighbours: tap by tap
         for d in range(c.kernel[0]):
             for h in range(c.kernel[1]):
                 for t in range(c.kernel[2]):
                     c.kernels.transpose(
                         base + (d * w.stride[2] + h * w.stride[3] + t * w.stride[4]) * c.item,
-                        1, w.stride[1], filters, channels, out, c.taps * width,
+                        w.stride[0], w.stride[1], filters, channels, out, c.taps * width,
                     )
                     out += width * c.item
         return

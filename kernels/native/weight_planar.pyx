@@ -16,8 +16,6 @@ A sum is a vector until its lanes are added up at the end. Gradients are read wh
 plane of ones. Where the machine has a tile that multiplies pieces of numbers, long sums are left to ``weight_taps``.
 """
 
-import math
-
 cimport numpy as cnp
 from libc.string cimport memset
 
@@ -38,10 +36,6 @@ cdef enum:
     CHUNK_PIXELS = 1 << 12      # of a chunk of the reduction, at least: adding up the lanes takes as long as a few hundred
     FAR_BYTES = 1 << 20         # of gradients: more come from beyond L2, and had better be fetched early
     CHUNKS = 16                 # for all tasks of a chunk together
-    FEW_GRADS = 1 << 15         # of an image: so few are turned rather than patches gathered, and, ...
-    FEW_PRODUCTS = 16           # ... where patches have more cells than that, ...
-    FEW_FILTERS = 32            # ... those of so few filters, or ...
-    MANY_GRADS = 1 << 18        # ... up to so many
 
 
 # What all tasks of one call share: some groups, or some filters of one group, in one fixed chunk of the units of all images.
@@ -62,14 +56,8 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
     near = input.strides[4] == input.itemsize and grad_output.strides[4] == input.itemsize
     done = near and taps_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)
     if not done and not (near and _weight_grad(input, grad_output, grad_weight, grad_bias, dims, options)):
-        other = turned_weight_grad if dims.depthwise or _turning_pays(dims) else patches_weight_grad
+        other = turned_weight_grad if dims.depthwise or dims.reduction >= SPLIT_PRODUCTS else patches_weight_grad
         other(input, grad_output, grad_weight, grad_bias, dims, options)
-
-
-cdef bint _turning_pays(dims):
-    """Whether gradients that are turned, pixel by pixel, take less time than patches that are gathered. (Measured on channels last.)"""
-    filters, grads, long = dims.group_out_channels, dims.group_out_channels * math.prod(dims.output_size), dims.reduction > FEW_PRODUCTS
-    return dims.reduction >= SPLIT_PRODUCTS or (long and filters <= FEW_FILTERS) or grads <= (MANY_GRADS if long else FEW_GRADS)
 
 
 cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, grad_bias, dims, options) except *:

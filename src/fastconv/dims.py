@@ -47,6 +47,7 @@ class ConvDims(NamedTuple):
     pad_after: Triple
     dilation: Triple
     output_size: Triple
+    channels_last: bool = False  #: in the caller's arrays; what it says about them is for the choice of an algorithm
 
     @property
     def taps(self) -> int:
@@ -228,6 +229,7 @@ def conv_dims(
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
+    channels_last: bool = False,
     *,
     input_name: str = "input",
     weight_name: str = "weight",
@@ -242,6 +244,8 @@ def conv_dims(
         (K, C/groups, *kernel).
     stride, padding, dilation, groups
         As the user wrote them.
+    channels_last
+        Whether the user's arrays have them so.
     input_name, weight_name
         What the error messages call the two shapes.
 
@@ -286,7 +290,7 @@ def conv_dims(
         spatial, batch, in_channels, out_channels, groups,
         _triple(size, 1), _triple(kernel, 1), _triple(strides, 1),
         _triple([p[0] for p in pads], 0), _triple([p[1] for p in pads], 0),
-        _triple(dilations, 1), _triple(output, 1),
+        _triple(dilations, 1), _triple(output, 1), channels_last,
     )  # fmt: skip
 
 

@@ -97,9 +97,9 @@ def _dims(name: str, call: dict[str, Any]) -> tuple[str, ConvDims | PoolDims]:
     names = ("stride", "padding", "dilation", "groups", "output_padding")
     geometry = {key: freeze(call[key], key) for key in names if key in call}
     if operation == "conv_transpose":
-        return "conv_input_grad", transpose_dims(image, weight, **geometry)
+        return "conv_input_grad", transpose_dims(image, weight, **geometry, last=last)
     kernel_op = {"": "conv_forward", "_input": "conv_input_grad", "_weight": "conv_weight_grad"}[of]
-    return kernel_op, conv_dims(image, weight, **geometry)
+    return kernel_op, conv_dims(image, weight, **geometry, channels_last=last)
 
 
 def _shapes(call: dict[str, Any], spatial: int, last: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

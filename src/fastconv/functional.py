@@ -172,7 +172,7 @@ def _conv_plan(
     threads: int,
 ) -> ConvPlan:
     skip = 5 - spatial
-    dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups)
+    dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups, last)
     shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
     how = kernel_options(activation, precision, threads)
     return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm, precision), how)
@@ -345,13 +345,14 @@ def transpose_dims(
     output_padding: Ints,
     groups: int,
     dilation: Ints,
+    last: bool,
 ) -> ConvDims:
     """Return the dims of the convolution whose input gradient the transposed convolution is.
 
     Shapes x and w are (N, C, *spatial) and (C, K/groups, *kernel).
     """
     large = conv_transpose_shape(x, w, stride, padding, output_padding, groups, dilation)
-    dims = conv_dims(large, w, stride, padding, dilation, groups)
+    dims = conv_dims(large, w, stride, padding, dilation, groups, last)
     depth, height, width = (1,) * (5 - len(x)) + x[2:]
     return dims._replace(output_size=(depth, height, width))  # less than dims has if output_padding reaches the stride
 
@@ -379,7 +380,7 @@ def _conv_transpose(
     check_same_dtype(w, "weight", x, "input")
     dims = transpose_dims(
         plain_shape(x, spatial), plain_shape(w, spatial), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(output_padding, "output_padding"), groups, freeze(dilation, "dilation"),
+        freeze(output_padding, "output_padding"), groups, freeze(dilation, "dilation"), last,
     )  # fmt: skip
     b = as_bias(bias, x, dims.in_channels)
     how = options(activation, precision)

@@ -119,22 +119,23 @@ class GradPlan(NamedTuple):
 
 def _conv_plan(
     op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
-    groups: int, engine: str | None, algorithm: str | None, precision: str | None,
+    groups: int, last: bool, engine: str | None, algorithm: str | None, precision: str | None,
 ) -> GradPlan:  # fmt: skip
     config = get_config()
     return _kept_plan(
         op, image, weight, freeze(stride, "stride"), freeze(padding, "padding"), freeze(dilation, "dilation"), groups,
-        engine or config.engine, algorithm, config.precision if precision is None else precision, threads_of(config),
+        last, engine or config.engine, algorithm, config.precision if precision is None else precision,
+        threads_of(config),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024, typed=True)
 def _kept_plan(
     op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
-    groups: int, engine: str | None, algorithm: str | None, precision: str, threads: int,
+    groups: int, last: bool, engine: str | None, algorithm: str | None, precision: str, threads: int,
 ) -> GradPlan:  # fmt: skip
     size = {"conv_input_grad": {"input_name": "input_size"}, "conv_weight_grad": {"weight_name": "weight_size"}}[op]
-    dims = conv_dims(image, weight, stride, padding, dilation, groups, **size)
+    dims = conv_dims(image, weight, stride, padding, dilation, groups, last, **size)
     output = (dims.batch, dims.out_channels, *dims.output_size)
     return GradPlan(
         dims, output, kernel(op, dims, engine, algorithm, precision), kernel_options(None, precision, threads)
@@ -153,7 +154,7 @@ def _conv_input(
     shape = _image_size(input_size, spatial, grad_output)
     plan = _conv_plan(
         "conv_input_grad", first_shape(shape, spatial, last), plain_shape(w, spatial),
-        stride, padding, dilation, groups, engine, algorithm, precision,
+        stride, padding, dilation, groups, last, engine, algorithm, precision,
     )  # fmt: skip
     _check_grad_output(g, plan.output, spatial, last)
     batched = is_batched(grad_output, spatial)
@@ -174,7 +175,7 @@ def _conv_weight(
     shape = _size(weight_size, "weight_size", (spatial + 2,))
     plan = _conv_plan(
         "conv_weight_grad", plain_shape(x, spatial), first_weight_shape(shape, spatial, last),
-        stride, padding, dilation, groups, engine, algorithm, precision,
+        stride, padding, dilation, groups, last, engine, algorithm, precision,
     )  # fmt: skip
     _check_grad_output(g, plan.output, spatial, last)
     result = allocate(out, shape, True, x, g)
@@ -552,7 +553,7 @@ def _transpose_dims(
     small: tuple[int, ...], weight: tuple[int, ...], grad: Array, geometry: tuple[Any, ...], spatial: int, last: bool
 ) -> ConvDims:
     """Return the transposed convolution's dims; ``small`` and ``weight`` are (N, C, *spatial) and (C, K/g, *kernel)."""
-    dims = transpose_dims(small, weight, *geometry)
+    dims = transpose_dims(small, weight, *geometry, last)
     _check_grad_output(grad, (dims.batch, dims.in_channels, *dims.input_size), spatial, last)
     return dims
 

@@ -107,11 +107,14 @@ def _columns(op: str, dims: ConvDims) -> str:
         return ""
     pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
     phases = math.prod(dims.stride)
-    few = _few_pixels(dims) if phases > 1 else pixels <= 100 and filters >= 64
+    turned = dims.channels_last and isa() == "amx"  # weights, which pieces are made of where they are
+    few = _few_pixels(dims) if phases > 1 else pixels <= 100 and filters >= 64 and not turned
     if few and 2 * cells >= 3 * pixels:
         return f"{pixels} pixels that see {cells}"
     channels, lanes = dims.group_in_channels, 16 if isa() in ("amx", "avx512") else 8
     empty = math.ceil(channels / lanes) * lanes * cells / (channels * phases * pixels)
+    if turned and channels >= lanes:
+        return ""
     if filters >= 16 and empty >= (1.7 if phases == 1 else 3 if isa() == "amx" else 1.9):
         return f"{channels} channels would leave lanes empty"
     if phases > 16 and (filters >= 128 or _apart(dims)):
@@ -146,15 +149,22 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     few = weights <= 2**16 or isa() == "amx" if set(dims.stride) == {1} else _few_pixels(dims)  # that im2col must turn
+    many = set(dims.stride) != {1} and pixels > 256  # for which it pays to turn weights whose filters are neighbours
+    if dims.channels_last and set(dims.stride) != {1}:
+        few = many
     if op == "conv_weight_grad" and _fills_pieces(dims):
+        return ""
+    if op == "conv_weight_grad" and dims.channels_last and dims.group_in_channels <= 4 and _turning_pays(dims):
         return ""
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
     digits = _multiplies_digits(op, dims)
     packs = digits and pixels <= (256 if set(dims.stride) == {1} else 64)  # to multiply it in direct's longer runs
-    if dims.taps == 1 and (op != "conv_input_grad" or (few and not packs)):
+    if dims.taps == 1 and {
+        "conv_forward": many or not dims.channels_last, "conv_input_grad": few and not packs, "conv_weight_grad": True
+    }[op]:  # fmt: skip
         return "slower than im2col, which leaves 1x1 weights, or the image that they see, where they are"
-    if op != "conv_forward":
+    if op != "conv_forward" or dims.channels_last:
         return ""
     filters = dims.group_out_channels
     weigh = _weights_weigh(dims) and (not digits or _few_pieces(precision))
@@ -171,6 +181,12 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if _apart(dims) and (dims.reduction <= 64 or max(dims.stride) == 2):
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
     return ""
+
+
+def _turning_pays(dims: ConvDims) -> bool:
+    """Whether direct, which turns gradients, takes less time, channels last, than gathering patches. (Measured.)"""
+    grads, short = dims.group_out_channels * math.prod(dims.output_size), dims.reduction <= 16
+    return dims.reduction > 48 or grads <= (2**15 if short else 2**18) or (not short and dims.group_out_channels <= 32)
 
 
 def _direct_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
@@ -212,6 +228,8 @@ def _planar_weights(dims: ConvDims) -> str:
         return "slower than direct or im2col: too few sums are in registers"
     if dims.taps == 1:
         return "slower than im2col, which turns the smaller part of 1x1 layers"
+    if dims.channels_last and not dims.depthwise:
+        return "slower than direct or im2col: pixels of a channel are no neighbours"
     if columns < (48 if dims.depthwise else 24) or max(dims.stride) > 2:
         return f"slower than direct or im2col: rows of {columns} pixels leave lanes empty"
     if dims.depthwise:
@@ -235,6 +253,8 @@ def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return ""
     if op == "conv_input_grad" or channels > 4:
         return f"slower than direct, which has {filters} filters to fill its lanes"
+    if dims.channels_last and (isa() != "amx" or dims.reduction < 49):
+        return "slower than direct: pixels of a channel are no neighbours"
     if dims.output_size[2] < {"amx": 12, "avx512": 12, "avx2": 6}.get(isa(), 3):
         return f"slower than direct: rows of {dims.output_size[2]} pixels leave lanes empty"
     laid = _few_pieces(precision) and dims.reduction >= 49 and not _apart(dims)  # patches take longer than products
