@@ -144,17 +144,20 @@ cdef void _cut(Plan *plan) noexcept nogil:
     """Cut the output into blocks, and lay out the planes that one of them sees."""
     cdef Conv *c = &plan.c
     cdef Blocks *blocks = &plan.blocks
+    cdef Py_ssize_t turned
     plan.one = c.filters == 1
     cdef Py_ssize_t rows = min(c.out[1], <Py_ssize_t>c.kernels.planar_rows)
     plan.together = max(LEAST_TOGETHER, min(TERMS // c.taps, NEAR_BYTES // (part_cells(c, rows, c.out[2]) * c.item)))
     plan.together = min(c.channels, max(1, plan.together))
     _divide(plan)
     plan.groups = max(1, min(c.groups, TASK_PIXELS // (blocks.rows * blocks.columns)))
+    turned = 1 if c.x.stride[4] == 1 else ceil_div(c.kernels.lanes, c.channels)  # groups whose channels fill a vector
+    plan.groups = min(c.groups, round_up(plan.groups, turned))
     plan.high = extent(c, 1, round_up(blocks.rows, c.kernels.planar_rows) if plan.one else blocks.rows)
     lay_out(plan)
     plan.ahead = 1
     if plan.together == c.channels and c.kernels.pieces == 0:
-        plan.ahead = max(1, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
+        plan.ahead = max(turned, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
         if plan.strands:
             plan.ahead = min(plan.ahead, max(1, STRAND_BYTES // (plan.strands * blocks.rows * plan.columns * c.item)))
 

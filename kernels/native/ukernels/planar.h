@@ -246,16 +246,28 @@ static void FC(pad_pairs)(const fc_padding *p, const T *image, T *plane)
 }
 #undef NARROW_CASES
 
-/* Cells of one phase, `step` apart in the image, to a row of `wide`, zeros around them. */
-static void FC(pad_row)(const T *in, ptrdiff_t step, ptrdiff_t before, ptrdiff_t n, ptrdiff_t wide, T *out)
+/* Planes whose cells are apart in the image, row by row of all: channels that are neighbours are turned together. */
+static void FC(pad_apart)(const fc_padding *p, ptrdiff_t planes, const T *in, T *out)
 {
-    const ptrdiff_t after = (before + n) / LANES * LANES;
-    FC(pad_zeros)(out, before);
-    FC(pad_zeros)(out + after, wide - after);
-    if (step == 1)
-        FC(copy_row)(in, n, out + before);
-    else
-        FC(transpose)(in, step, 0, n, 1, out + before, 0);
+    const ptrdiff_t line = p->phases * p->wide;
+    for (ptrdiff_t i = 0; i < planes; i++) {
+        T *row = FC(pad_zeros)(out + i * p->plane_step, p->above * line);
+        FC(pad_zeros)(row + p->rows * line, p->below * line);
+    }
+    out += p->above * line;
+    for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step)
+        for (ptrdiff_t phase = 0; phase < p->phases; phase++, out += p->wide) {
+            const ptrdiff_t before = p->before > phase ? (p->before - phase + p->phases - 1) / p->phases : 0;
+            const ptrdiff_t first = before * p->phases + phase - p->before;
+            const ptrdiff_t n = p->cells > first ? (p->cells - first + p->phases - 1) / p->phases : 0;
+            const ptrdiff_t after = (before + n) / LANES * LANES;
+            for (ptrdiff_t i = 0; i < planes; i++) {
+                FC(pad_zeros)(out + i * p->plane_step, before);
+                FC(pad_zeros)(out + i * p->plane_step + after, p->wide - after);
+            }
+            FC(transpose)(in + first * p->cell_step, p->phases * p->cell_step, p->image_step, n, planes, out + before,
+                          p->plane_step);
+        }
 }
 
 static void FC(pad_plane)(const fc_padding *p, const T *in, T *out)
@@ -263,25 +275,18 @@ static void FC(pad_plane)(const fc_padding *p, const T *in, T *out)
     const ptrdiff_t line = p->phases * p->wide;
     T *row = FC(pad_zeros)(out, p->above * line);
     FC(pad_zeros)(row + p->rows * line, p->below * line);
-    if (p->cell_step == 1 && p->phases == 1) {
+    if (p->phases == 1)
         FC(pad_neighbours)(p, in, row);
-        return;
-    }
-    if (p->cell_step == 1 && p->phases == 2) {
+    else
         FC(pad_pairs)(p, in, row);
-        return;
-    }
-    for (ptrdiff_t r = 0; r < p->rows; r++, in += p->row_step)
-        for (ptrdiff_t phase = 0; phase < p->phases; phase++, row += p->wide) {
-            const ptrdiff_t zeros = p->before > phase ? (p->before - phase + p->phases - 1) / p->phases : 0;
-            const ptrdiff_t first = zeros * p->phases + phase - p->before;
-            const ptrdiff_t n = p->cells > first ? (p->cells - first + p->phases - 1) / p->phases : 0;
-            FC(pad_row)(in + first * p->cell_step, p->phases * p->cell_step, zeros, n, p->wide, row);
-        }
 }
 
 static void FC(pad)(const fc_padding *p, ptrdiff_t planes, const void *image, void *out)
 {
+    if (p->cell_step != 1 || p->phases > 2) {
+        FC(pad_apart)(p, planes, image, out);
+        return;
+    }
     for (ptrdiff_t i = 0; i < planes; i++)
         FC(pad_plane)(p, (const T *)image + i * p->image_step, (T *)out + i * p->plane_step);
 }
