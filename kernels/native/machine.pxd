@@ -88,6 +88,28 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t size[3]
         Py_ssize_t step[3]
 
+    enum:
+        FC_TURNS
+
+    ctypedef struct fc_apart:
+        Py_ssize_t cell, grad, winner
+
+    ctypedef struct fc_scatter:
+        const Py_ssize_t *offsets
+        const int *places[3]
+        const int *near_offsets
+        Py_ssize_t reach[3]
+        Py_ssize_t image[3]
+        Py_ssize_t windows[3]
+        Py_ssize_t stride[3]
+        Py_ssize_t pad[3]
+        Py_ssize_t cell_step[3]
+        Py_ssize_t grad_step[3]
+        Py_ssize_t winner_step[3]
+        fc_apart lane, turn
+        Py_ssize_t lane_stride
+        int winner_item
+
     ctypedef struct fc_tiles:
         int rows, columns, high, wide
         Py_ssize_t count
@@ -123,6 +145,7 @@ cdef extern from "ukernels.h" nogil:
         void (*copy_rows)(const fc_rows *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,
                               const fc_runs *, const fc_runs *) noexcept nogil
+        void (*max_pool_scatter)(const fc_scatter *, Py_ssize_t, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*winograd_transform)(int, const fc_tiles *, const void *, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*winograd_gather)(int, const fc_tiles *, const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*add)(void *, const void *, Py_ssize_t) noexcept nogil

@@ -38,7 +38,8 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
     cdef Pool pool
     cdef Pool *p = &pool
     make_pool(p, grad_input, grad_output, winners, dims, options)
-    if p.taps > GATHER_TAPS or <double>p.stride[0] * p.stride[1] * p.stride[2] > GATHER_CLASSES:
+    cdef double classes = <double>p.stride[0] * p.stride[1] * p.stride[2]
+    if p.taps > GATHER_TAPS or classes > GATHER_CLASSES or p.taps > _most_windows(p) * classes:
         scatter(p)
     elif not p.along_channels and gathers_in_planes(p):
         gather_in_planes(p)
@@ -46,6 +47,14 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
         gather_along_channels(p)
     else:
         scatter(p)
+
+
+cdef Py_ssize_t _most_windows(const Pool *p) noexcept nogil:
+    """Return from how many windows a cell gathers in the time in which one gradient is scattered."""
+    cdef Py_ssize_t vector = p.kernels.lanes * p.item
+    if vector == 64 and p.item == 4:
+        return 12  # cells are looked up in registers
+    return 30 if vector >= 32 else 1
 
 
 cdef bint _can_gather(const Pool *p) noexcept nogil:

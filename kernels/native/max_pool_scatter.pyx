@@ -1,141 +1,134 @@
 """The gradient of max pooling for large windows and short rows: each gradient is added where its winner is.
 
-    for images, and channels (of channels-last images some at a time):       in parallel
-        zero their cells
-        for windows:  grad_input[cell of the winner] += grad_output
+    for images, and some channels at a time:                                 in parallel
+        zero their cells, and
+        for windows:  grad_input[cell of the winner] += grad_output          (one call of the microkernel)
 """
 
-from libc.string cimport memset
-
-from fastconv.kernels.native.blocking cimport View, ceil_div, run_tasks
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena
-from fastconv.kernels.native.pooling cimport Pool, uchar
-
-ctypedef unsigned short ushort
+from fastconv.kernels.native.blocking cimport View, ceil_div, round_up, run_tasks
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_TURNS, arena, fc_rows, fc_scatter
+from fastconv.kernels.native.pooling cimport Pool
 
 cdef enum:
-    CHANNELS = 64               # that a task has of a channels-last image
-    PLANES = 8                  # of another: sums into neighbours of one plane would wait for each other
+    CHANNELS = 64               # that a task has of a channels-last image, about; of another it has one for each turn
+    NEAR_TAPS = 32              # so many numbers are looked up in registers
+    APART_BYTES = 1 << 19       # of a task's channels, if they aren't all: pixels a power of two apart would share few sets of L1
+    NEAR = 1 << 30              # elements
 
 
 cdef void scatter(Pool *p) except *:
     """Compute the gradient of the input."""
-    tasks = p.x.size[0] * ceil_div(p.x.size[1], CHANNELS if p.along_channels else PLANES)
-    run_tasks(_scatter_task, p, tasks, p.threads)
+    run_tasks(_scatter_task, p, p.x.size[0] * ceil_div(p.x.size[1], _channels(p)), p.threads)
 
 
-# Where a cell of a window is, from the window's first cell.
-ctypedef struct Cell:
-    Py_ssize_t z, y, x, offset
-
-ctypedef fused real:
-    float
-    double
-
-ctypedef fused index:
-    uchar
-    ushort
+cdef Py_ssize_t _channels(const Pool *p) noexcept nogil:
+    """Return how many channels a task has."""
+    return max(<Py_ssize_t>p.kernels.lanes, min(<Py_ssize_t>CHANNELS, p.kernels.lanes * FC_TURNS)) if p.along_channels else FC_TURNS
 
 
 cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Pool *p = <const Pool *>shared
-    cdef Py_ssize_t most = CHANNELS if p.along_channels else PLANES, parts = ceil_div(p.x.size[1], most), d, h, w
+    cdef Py_ssize_t most = _channels(p), parts = ceil_div(p.x.size[1], most), tables = round_up(_tables_bytes(p), 64)
     cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
-    cdef Cell *cells = <Cell *>arena(FC_ARENA_BLOCK, p.taps * <Py_ssize_t>sizeof(Cell))
-    cdef Cell *cell = cells
-    if cells == NULL:
+    cdef Py_ssize_t pixels = p.x.size[2] * p.x.size[3] * p.x.size[4]
+    cdef bint apart = p.along_channels and p.x.stride[1] == 1 and p.x.size[1] > channels and pixels * channels * p.item <= APART_BYTES
+    cdef char *memory = arena(FC_ARENA_BLOCK, tables + (pixels * channels * p.item if apart else 0))
+    cdef fc_scatter s
+    if memory == NULL:
         return 1
-    for d in range(p.kernel[0]):
-        for h in range(p.kernel[1]):
-            for w in range(p.kernel[2]):
-                cell.z = d * p.dilation[0]
-                cell.y = h * p.dilation[1]
-                cell.x = w * p.dilation[2]
-                cell.offset = cell.z * p.x.stride[2] + cell.y * p.x.stride[3] + cell.x * p.x.stride[4]
-                cell += 1
-    if p.item == 4 and p.winner_item == 1:
-        _scatter[float, uchar](p, image, channel, channels, cells, <float *>p.x.data, <float *>p.y.data,
-                               <uchar *>p.winners.data)
-    elif p.item == 4:
-        _scatter[float, ushort](p, image, channel, channels, cells, <float *>p.x.data, <float *>p.y.data,
-                                <ushort *>p.winners.data)
-    elif p.winner_item == 1:
-        _scatter[double, uchar](p, image, channel, channels, cells, <double *>p.x.data, <double *>p.y.data,
-                                <uchar *>p.winners.data)
+    _describe(p, &s)
+    if apart:
+        s.cell_step[0], s.cell_step[1], s.cell_step[2] = p.x.size[3] * p.x.size[4] * channels, p.x.size[4] * channels, channels
+        s.lane.cell, s.turn.cell = 1, p.kernels.lanes
+    _list_cells(p, &s, memory)
+    cdef char *x = _start(&p.x, image, channel, p.item)
+    cdef char *y = _start(&p.y, image, channel, p.item)
+    cdef char *winners = _start(&p.winners, image, channel, p.winner_item)
+    cdef char *cells = memory + tables if apart else x
+    if p.along_channels:
+        _scatter_along_channels(p, &s, channels, y, winners, cells)
     else:
-        _scatter[double, ushort](p, image, channel, channels, cells, <double *>p.x.data, <double *>p.y.data,
-                                 <ushort *>p.winners.data)
+        p.kernels.max_pool_scatter(&s, channels, 0, y, winners, cells)
+    if apart:
+        _copy(p, &s, channels, cells, x)
     return 0
 
 
-cdef void _scatter(const Pool *p, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t channels, const Cell *cells, real *x,
-                   const real *y, const index *winners) noexcept nogil:
-    """Zero some channels' planes of the gradient of the input; add each gradient of the output where its winner is."""
-    cdef const View *vx = &p.x
-    cdef const View *vy = &p.y
-    cdef const View *vw = &p.winners
-    cdef Py_ssize_t oz, oy, z, y0, from_y, from_w
-    x += image * vx.stride[0] + channel * vx.stride[1]
-    _zero(vx, channels, x)
-    for oz in range(vy.size[2]):
-        z = oz * p.stride[0] - p.pad[0]
-        for oy in range(vy.size[3]):
-            y0 = oy * p.stride[1] - p.pad[1]
-            from_y = image * vy.stride[0] + channel * vy.stride[1] + oz * vy.stride[2] + oy * vy.stride[3]
-            from_w = image * vw.stride[0] + channel * vw.stride[1] + oz * vw.stride[2] + oy * vw.stride[3]
-            _scatter_row(p, channels, cells, z, y0, x, y + from_y, winners + from_w)
+cdef char *_start(const View *v, Py_ssize_t image, Py_ssize_t channel, Py_ssize_t item) noexcept nogil:
+    return v.data + (image * v.stride[0] + channel * v.stride[1]) * item
 
 
-cdef void _scatter_row(const Pool *p, Py_ssize_t channels, const Cell *cells, Py_ssize_t z, Py_ssize_t y0, real *x,
-                       const real *y, const index *winners) noexcept nogil:
-    """Add the gradients of one row of windows, whose first cells are at depth z and row y0."""
-    cdef const View *vx = &p.x
-    cdef const Cell *far = &cells[p.taps - 1]
-    cdef Py_ssize_t y_step = p.y.stride[4], won_step = p.winners.stride[4], n = p.y.size[4], inside = 0, last = 0, ox
-    if 0 <= z and z + far.z < vx.size[2] and 0 <= y0 and y0 + far.y < vx.size[3]:
-        inside = min(ceil_div(p.pad[2], p.stride[2]), n)
-        last = max(inside, min(ceil_div(vx.size[4] + p.pad[2] - far.x, p.stride[2]), n))
-    cdef real *row = x + z * vx.stride[2] + y0 * vx.stride[3] - p.pad[2] * vx.stride[4]
-    for ox in range(n):
-        if inside <= ox < last:
-            _scatter_window(channels, cells, vx.stride[1], p.y.stride[1], p.winners.stride[1],
-                            row + ox * p.stride[2] * vx.stride[4], y + ox * y_step, winners + ox * won_step)
-        else:
-            _scatter_checked(p, channels, cells, z, y0, ox * p.stride[2] - p.pad[2], x, y + ox * y_step,
-                             winners + ox * won_step)
+cdef void _scatter_along_channels(const Pool *p, const fc_scatter *s, Py_ssize_t channels, const char *y, const char *winners,
+                                  char *cells) noexcept nogil:
+    """Scatter in whole vectors of channels, and in those that are left."""
+    cdef Py_ssize_t lanes = p.kernels.lanes, turns = channels // lanes
+    if turns:
+        p.kernels.max_pool_scatter(s, turns, lanes, y, winners, cells)
+    if turns * lanes < channels:
+        p.kernels.max_pool_scatter(
+            s, 1, channels - turns * lanes, y + turns * s.turn.grad * p.item, winners + turns * s.turn.winner * p.winner_item,
+            cells + turns * s.turn.cell * p.item,
+        )
 
 
-cdef inline void _scatter_window(Py_ssize_t channels, const Cell *cells, Py_ssize_t x_step, Py_ssize_t y_step,
-                                 Py_ssize_t won_step, real *x, const real *y, const index *winners) noexcept nogil:
-    """Add the gradients of a window that is inside the image, in each of some channels."""
-    cdef Py_ssize_t c
-    for c in range(channels):
-        x[cells[winners[c * won_step]].offset + c * x_step] += y[c * y_step]
+cdef void _copy(const Pool *p, const fc_scatter *s, Py_ssize_t channels, const char *cells, char *x) noexcept nogil:
+    """Copy some channels of all cells to the image."""
+    cdef fc_rows rows
+    cdef Py_ssize_t steps[3]
+    cdef int axis
+    for axis in range(3):
+        rows.size[axis], rows.step[axis] = p.x.size[2 + axis], s.cell_step[axis] * p.item
+        steps[axis] = p.x.stride[2 + axis] * p.item
+    p.kernels.copy_rows(&rows, steps, channels * p.item, cells, x)
 
 
-cdef void _scatter_checked(const Pool *p, Py_ssize_t channels, const Cell *cells, Py_ssize_t z, Py_ssize_t y0,
-                           Py_ssize_t x0, real *x, const real *y, const index *winners) noexcept nogil:
-    """The same for a window that may reach beyond the image, where nothing is added."""
-    cdef const View *vx = &p.x
-    cdef Py_ssize_t c, first = z * vx.stride[2] + y0 * vx.stride[3] + x0 * vx.stride[4]
-    cdef const Cell *cell
-    for c in range(channels):
-        cell = &cells[winners[c * p.winners.stride[1]]]
-        if 0 <= z + cell.z < vx.size[2] and 0 <= y0 + cell.y < vx.size[3] and 0 <= x0 + cell.x < vx.size[4]:
-            x[first + cell.offset + c * vx.stride[1]] += y[c * p.y.stride[1]]
+cdef void _describe(const Pool *p, fc_scatter *s) noexcept nogil:
+    """Say how windows lie; their cells are listed later."""
+    cdef int axis, lane = 1 if p.along_channels else 4, turn = 1
+    cdef Py_ssize_t each = p.kernels.lanes if p.along_channels else 1  # channels of a turn
+    for axis in range(3):
+        s.reach[axis] = (p.kernel[axis] - 1) * p.dilation[axis]
+        s.image[axis], s.windows[axis] = p.x.size[2 + axis], p.y.size[2 + axis]
+        s.stride[axis], s.pad[axis] = p.stride[axis], p.pad[axis]
+        s.cell_step[axis] = p.x.stride[2 + axis]
+        s.grad_step[axis], s.winner_step[axis] = p.y.stride[2 + axis], p.winners.stride[2 + axis]
+    s.lane.cell = p.x.stride[lane] * (1 if p.along_channels else p.stride[2])
+    s.lane.grad, s.lane.winner = p.y.stride[lane], p.winners.stride[lane]
+    s.turn.cell, s.turn.grad, s.turn.winner = each * p.x.stride[1], each * p.y.stride[1], each * p.winners.stride[1]
+    s.lane_stride = 0 if p.along_channels else p.stride[2]
+    s.winner_item = p.winner_item
 
 
-cdef void _zero(const View *vx, Py_ssize_t channels, real *x) noexcept nogil:
-    """Zero some channels' planes, row by row along whichever dimension is contiguous."""
-    cdef Py_ssize_t z, y, i, c
-    cdef real *row
-    for z in range(vx.size[2]):
-        for y in range(vx.size[3]):
-            row = x + z * vx.stride[2] + y * vx.stride[3]
-            if vx.stride[4] == 1:
-                for c in range(channels):
-                    memset(row + c * vx.stride[1], 0, <size_t>(vx.size[4] * <Py_ssize_t>sizeof(real)))
-                continue
-            for i in range(vx.size[4]):
-                for c in range(channels):
-                    row[i * vx.stride[4] + c * vx.stride[1]] = 0
+cdef Py_ssize_t _tables_bytes(const Pool *p) noexcept nogil:
+    return round_up(p.taps, NEAR_TAPS) * <Py_ssize_t>(sizeof(Py_ssize_t) + 4 * sizeof(int))
+
+
+cdef void _list_cells(const Pool *p, fc_scatter *s, char *memory) noexcept nogil:
+    """List where the cells of a window are."""
+    cdef Py_ssize_t room = round_up(p.taps, NEAR_TAPS), d, h, w, t = 0, farthest = 0
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory
+    cdef int *near = <int *>(offsets + room)
+    cdef int *places = near + room
+    cdef int axis
+    for d in range(p.kernel[0]):
+        for h in range(p.kernel[1]):
+            for w in range(p.kernel[2]):
+                places[t] = <int>(d * p.dilation[0])
+                places[room + t] = <int>(h * p.dilation[1])
+                places[2 * room + t] = <int>(w * p.dilation[2])
+                offsets[t] = (
+                    places[t] * s.cell_step[0] + places[room + t] * s.cell_step[1] + places[2 * room + t] * s.cell_step[2]
+                )
+                near[t] = <int>offsets[t]
+                t += 1
+    for axis in range(3):
+        s.places[axis] = places + axis * room
+        farthest += (p.x.size[2 + axis] + s.reach[axis]) * _distance(s.cell_step[axis])
+    s.offsets = offsets
+    s.near_offsets = NULL
+    if p.taps <= NEAR_TAPS and p.winner_item == 1 and s.lane.grad == 1 and s.lane.winner == 1 and farthest + (_distance(s.lane.cell) + _distance(s.turn.cell)) * p.kernels.lanes < NEAR:
+        s.near_offsets = near
+
+
+cdef Py_ssize_t _distance(Py_ssize_t stride) noexcept nogil:
+    return stride if stride > 0 else -stride

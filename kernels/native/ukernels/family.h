@@ -643,6 +643,7 @@ static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes
         }
 }
 
+#include "max_pool_scatter.h"
 #include "max_pool_grad.h"
 
 /* ----------------------------------------------------------------------------------------------------------- table */
@@ -673,6 +674,7 @@ static const fc_ukernels FC(table) = {
     .copy_rows = FC(copy_rows),
     .max_pool_grad = FC(max_pool_grad),
     .max_pool_won = FC(max_pool_won),
+    .max_pool_scatter = FC(max_pool_scatter),
     .winograd_transform = FC(winograd_transform),
     .winograd_gather = FC(winograd_gather),
     .add = FC(add),

@@ -116,6 +116,25 @@ typedef struct {
     int relu;
 } fc_depthwise;
 
+/* Windows of max pooling, [z][y][x], and where their cells are: from a window's first cell, in memory and along each axis. LANES
+ * windows are found at once, neighbours or the same one in neighbouring channels, in each of some turns. Steps are in elements. */
+enum { FC_TURNS = 16 };
+typedef struct {
+    ptrdiff_t cell, grad, winner;
+} fc_apart;
+typedef struct {
+    const ptrdiff_t *offsets;
+    const int32_t *places[3];
+    const int32_t *near_offsets;      /* the same as offsets, or NULL where there are more than 32 cells or an element may be 2^31 from the first, or lanes are apart */
+    ptrdiff_t reach[3];               /* the place of the last cell */
+    ptrdiff_t image[3], windows[3], stride[3], pad[3];
+    ptrdiff_t cell_step[3];           /* from a cell of the image to the next */
+    ptrdiff_t grad_step[3], winner_step[3];
+    fc_apart lane, turn;
+    ptrdiff_t lane_stride;            /* along the last axis */
+    int winner_item;                  /* bytes */
+} fc_scatter;
+
 /* Rows of an image, [plane][slab][row]: how many, and how far apart. */
 typedef struct {
     ptrdiff_t size[3], step[3];
@@ -250,6 +269,10 @@ typedef struct {
      * plane, slab to slab, row to row; up to a vector of windows is read behind those that a row sees. */
     void (*max_pool_won)(const fc_cells *lines, ptrdiff_t wide, const fc_columns *columns, const fc_rows *rows,
                          const ptrdiff_t *window_step, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out);
+
+    /* Zeroes the image; adds gradients to the cells that won, window after window, in so many turns. `lanes` channels are found at once, or if 0, windows. */
+    void (*max_pool_scatter)(const fc_scatter *scatter, ptrdiff_t turns, ptrdiff_t lanes, const void *grad, const void *winners,
+                             void *cells);
 
     /* Winograd: cells of tiles to points, out[point][p][i] from in[at[p] + i + cells], i < block, a multiple of `lanes`; and
      * points to cells. Of inputs, taps and (gradients of) outputs in one direction, of outputs and taps in the other. */
