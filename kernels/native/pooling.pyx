@@ -13,6 +13,9 @@ cdef enum:
 
 cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, options):
     cdef int axis
+    cdef tuple kernel, stride, pad, dilation
+    # Taken apart at once: looking up an attribute takes as long as all of this does.
+    _, _, _, _, kernel, stride, pad, _, dilation, _ = <tuple>dims
     p.item = cnp.PyArray_ITEMSIZE(x)
     p.kernels = ukernels(p.item)
     make_view(&p.x, x)
@@ -25,10 +28,10 @@ cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, option
     p.taps = 1
     cells = p.y.size[0] * p.y.size[1]
     for axis in range(3):
-        p.kernel[axis] = dims.kernel_size[axis]
-        p.stride[axis] = dims.stride[axis]
-        p.pad[axis] = dims.pad_before[axis]
-        p.dilation[axis] = dims.dilation[axis]
+        p.kernel[axis] = kernel[axis]
+        p.stride[axis] = stride[axis]
+        p.pad[axis] = pad[axis]
+        p.dilation[axis] = dilation[axis]
         p.taps *= p.kernel[axis]
         cells *= p.y.size[2 + axis] * p.kernel[axis]
     p.along_channels = abs(p.x.stride[1]) < abs(p.x.stride[4])

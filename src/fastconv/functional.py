@@ -542,6 +542,7 @@ class PoolPlan(NamedTuple):
     shape: tuple[int, ...]  #: of the output, in the caller's layout
     output: tuple[int, ...]  #: the same as (N, C, OD, OH, OW)
     winners: np.dtype[Any]  #: of the compact form of indices
+    taps: int  #: cells of a window
     kernel: Kernel
     options: Options
 
@@ -552,7 +553,7 @@ def pool_plan(
 ) -> PoolPlan:  # fmt: skip
     """Return the plan of a max pooling of an image of that (N, C, *spatial) shape, or of its gradient."""
     config = get_config()
-    return _kept_pool_plan(
+    return kept_pool_plan(
         op, spatial, last, image, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
         freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine,
         config.precision, threads_of(config), input_name,
@@ -560,7 +561,7 @@ def pool_plan(
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _kept_pool_plan(
+def kept_pool_plan(
     op: str, spatial: int, last: bool, image: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
     dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
     input_name: str,
@@ -569,7 +570,7 @@ def _kept_pool_plan(
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
     output = (dims.batch, dims.channels, *dims.output_size)
     chosen = kernel(op, dims, engine, algorithm)
-    return PoolPlan(dims, shape, output, arrays.winner_dtype(dims), chosen, kernel_options(None, precision, threads))
+    return PoolPlan(dims, shape, output, arrays.winner_dtype(dims), dims.taps, chosen, kernel_options(None, precision, threads))
 
 
 def _max_pool(

@@ -29,6 +29,7 @@ from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer
 from .functional import (
     Array,
     Ints,
+    PoolPlan,
     allocate,
     averaging,
     blur_plan,
@@ -36,9 +37,9 @@ from .functional import (
     freeze,
     is_batched,
     kernel,
+    kept_pool_plan,
     kernel_options,
     options,
-    pool_plan,
     pooling_dims,
     reflected,
     run,
@@ -88,11 +89,11 @@ def _integers(name: str, *size: Any) -> tuple[int, ...]:
     return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
 
 
-def _image_size(size: object, spatial: int, grad_output: Array) -> tuple[int, ...]:
-    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output`` has."""
+def _image_size(size: object, spatial: int, ndim: int) -> tuple[int, ...]:
+    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output``, of ``ndim`` axes, has."""
     shape = _size(size, "input_size", (spatial + 1, spatial + 2))
-    if len(shape) != grad_output.ndim:
-        raise ValueError(f"input_size must have as many entries as grad_output, {grad_output.ndim}, got {shape}")
+    if len(shape) != ndim:
+        raise ValueError(f"input_size must have as many entries as grad_output, {ndim}, got {shape}")
     return shape if len(shape) == spatial + 2 else (1, *shape)
 
 
@@ -151,7 +152,7 @@ def _conv_input(
     g = as_image(grad_output, "grad_output", spatial, last)
     w = as_weight(weight, "weight", spatial, last, flip_kernel)
     check_same_dtype(w, "weight", g, "grad_output")
-    shape = _image_size(input_size, spatial, grad_output)
+    shape = _image_size(input_size, spatial, grad_output.ndim)
     plan = _conv_plan(
         "conv_input_grad", first_shape(shape, spatial, last), plain_shape(w, spatial),
         stride, padding, dilation, groups, last, engine, algorithm, precision,
@@ -566,7 +567,7 @@ def _conv_transpose_input(
     g = as_image(grad_output, "grad_output", spatial, last)
     w = as_weight(weight, "weight", spatial, last, False)
     check_same_dtype(w, "weight", g, "grad_output")
-    shape = _image_size(input_size, spatial, grad_output)
+    shape = _image_size(input_size, spatial, grad_output.ndim)
     geometry = (
         freeze(stride, "stride"), freeze(padding, "padding"), freeze(output_padding, "output_padding"), groups,
         freeze(dilation, "dilation"),
@@ -795,9 +796,9 @@ def conv_transpose3d_weight(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _winners(indices: object, grad: Array, dims: PoolDims, spatial: int, last: bool) -> Array:
+def _winners(indices: object, grad: Array, plan: PoolPlan, spatial: int, last: bool) -> Array:
     """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
-    compact = arrays.winner_dtype(dims)
+    compact = plan.winners
     if not isinstance(indices, np.ndarray) or (indices.dtype is not compact and indices.dtype not in (_FLAT, compact)):
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
         raise TypeError(f"indices must be an int64 or {compact} array that max_pool returned, got {got}")
@@ -805,11 +806,24 @@ def _winners(indices: object, grad: Array, dims: PoolDims, spatial: int, last: b
     view = first_image(batched, spatial, last) if batched.ndim == spatial + 2 else batched
     if view.shape != grad.shape:
         raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
-    if indices.dtype == _FLAT:
-        return arrays.offsets_to_winners(view, dims)
-    if view.size and (highest := int(np.maximum.reduce(view, None))) >= dims.taps:
-        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {highest}")
+    if indices.dtype is not compact and indices.dtype == _FLAT:
+        return arrays.offsets_to_winners(view, plan.dims)
+    if view.size and (highest := int(np.maximum.reduce(indices, None))) >= plan.taps:
+        raise ValueError(f"indices must be below the {plan.taps} cells of the window, got {highest}")
     return view
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _max_pool_plan(
+    spatial: int, last: bool, ndim: int, kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
+    ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int, *input_size: Any,
+) -> tuple[tuple[int, ...], PoolPlan]:  # fmt: skip
+    """Return the shape of the input, with a batch axis, and the plan."""
+    shape = _image_size(input_size, spatial, ndim)
+    return shape, kept_pool_plan(
+        "max_pool_backward", spatial, last, first_shape(shape, spatial, last), kernel_size, stride, padding, dilation,
+        ceil_mode, algorithm, engine, precision, threads, "input_size",
+    )  # fmt: skip
 
 
 def _max_pool(
@@ -819,14 +833,19 @@ def _max_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
-    shape = _image_size(input_size, spatial, grad_output)
-    plan = pool_plan(
-        "max_pool_backward", spatial, last, first_shape(shape, spatial, last), kernel_size, stride, padding, dilation,
-        ceil_mode, algorithm, engine, "input_size",
+    ndim, config = grad_output.ndim, get_config()
+    call = (
+        spatial, last, ndim, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
+        freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine, config.precision, threads_of(config),
+        *(input_size if type(input_size) is tuple else _image_size(input_size, spatial, ndim)[-ndim:]),
     )  # fmt: skip
+    try:
+        shape, plan = _max_pool_plan(*call)
+    except TypeError:  # perhaps because it can't be kept
+        shape, plan = _max_pool_plan.__wrapped__(*call)
     _check_grad_output(g, plan.output, spatial, last)
-    winners = _winners(indices, g, plan.dims, spatial, last)
-    batched = is_batched(grad_output, spatial)
+    winners = _winners(indices, g, plan, spatial, last)
+    batched = ndim == spatial + 2
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, batched, g, winners)
     plan.kernel(g, winners, first_image(result, spatial, last), plan.dims, plan.options)
     return deliver(result, out, batched)
@@ -964,7 +983,7 @@ def _avg_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
-    shape = _image_size(input_size, spatial, grad_output)
+    shape = _image_size(input_size, spatial, grad_output.ndim)
     first = first_shape(shape, spatial, last)
     dims = pooling_dims(first, kernel_size, stride, padding, 1, ceil_mode, "input_size")
     _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
@@ -1108,7 +1127,7 @@ def _max_blur_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
-    shape = _image_size(input_size, spatial, grad_output)
+    shape = _image_size(input_size, spatial, grad_output.ndim)
     first = first_shape(shape, spatial, last)
     plan = blur_plan(first, kernel_size, stride, filter_size, g.dtype)
     blur, dense = plan.blur, plan.dense
