@@ -609,38 +609,45 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
 #define MOST_WON (LANES <= 8 ? 2 : 1)
 #endif
 
-/* The cells of one class. `lines` that will be written soon are fetched beside those that are summed at once. */
-static void FC(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad, const uint8_t *winners, T *out,
-                             ptrdiff_t step, int stream, char *ahead, ptrdiff_t lines)
+enum { FC(ahead) = 2048, FC(in_turns) = 2048 }; /* bytes, from a cell to those that are written soon, of a class until it is the next one's turn */
+
+/* The cells of one class, in runs of n. */
+static void FC(gather_class)(const fc_cells *sources, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grads, const fc_runs *wins,
+                             const fc_runs *to, T *out, const int stream)
 {
-    if (n >= MOST_WON * LANES && MOST_WON > 1 && stream)
-        FC(gather_class_vector)(sources, n, grad, winners, MOST_WON, out, step, 1, ahead, lines);
-    else if (n >= MOST_WON * LANES && MOST_WON > 1)
-        FC(gather_class_vector)(sources, n, grad, winners, MOST_WON, out, step, 0, ahead, lines);
+    const T *grad = grads->data;
+    const uint8_t *winners = wins->data;
+    const ptrdiff_t bytes = (to->run > 0 ? to->run : -to->run) * T_BYTES;
+    const ptrdiff_t ahead = bytes < FC(ahead) && bytes ? FC(ahead) / bytes * to->run * T_BYTES : to->run * T_BYTES;
+    if (n >= LANES && stream)
+        FC(gather_class_vector)(sources, runs, n, grads->run, grad, winners, MOST_WON, out, to->run, 1, 1, ahead);
+    else if (n >= LANES && to->step == 1)
+        FC(gather_class_vector)(sources, runs, n, grads->run, grad, winners, MOST_WON, out, to->run, 1, 0, ahead);
     else if (n >= LANES)
-        FC(gather_class_vector)(sources, n, grad, winners, 1, out, step, stream, ahead, lines);
+        FC(gather_class_vector)(sources, runs, n, grads->run, grad, winners, 1, out, to->run, to->step, 0, ahead);
 #if VECTOR_BYTES > 4 * T_BYTES
     else if (n >= 4)
-        FC(gather_class_quad)(sources, n, grad, winners, 1, out, step, stream, NULL, 0);
+        FC(gather_class_quad)(sources, runs, n, grads->run, grad, winners, 1, out, to->run, to->step, 0, ahead);
 #endif
     else
-        for (ptrdiff_t i = 0; i < n; i++)
-            out[i * step] = FC(gather_cell)(sources, grad + i, winners + i);
+        for (ptrdiff_t r = 0; r < runs; r++, grad += grads->run, winners += grads->run, out += to->run)
+            for (ptrdiff_t i = 0; i < n; i++)
+                out[i * to->step] = FC(gather_cell)(sources, grad + i, winners + i);
 }
 
-enum { FC(ahead) = 2048 }; /* bytes, from a cell to those that are written soon */
 static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                               const fc_runs *grad, const fc_runs *winners, const fc_runs *out)
 {
-    const int stream = FC(can_stream)(out, (out->run | classes->step | n) * T_BYTES);
-    const ptrdiff_t at_once = n >= MOST_WON * LANES ? MOST_WON * LANES : LANES;
-    const ptrdiff_t lines = stream ? 0 : (n * T_BYTES + 63) / 64 * at_once / n + 1;
-    for (ptrdiff_t r = 0; r < runs; r++)
-        for (int x = 0; x < classes->count; x++) {
-            T *to = (T *)out->data + r * out->run + x * classes->step;
-            FC(gather_class)(&sources[x], n, (const T *)grad->data + r * grad->run, (const uint8_t *)winners->data + r * winners->run, to,
-                             out->step, stream, (char *)to + FC(ahead), lines);
-        }
+    const int stream = out->step == 1 && FC(can_stream)(out, (out->run | classes->step | n) * T_BYTES);
+    const ptrdiff_t most = classes->count == 1 ? runs : FC(in_turns) / (n * T_BYTES) + 1; /* memory is written in its order, about */
+    fc_runs g = *grad, w = *winners;
+    for (ptrdiff_t r = 0; r < runs; r += most) {
+        for (int x = 0; x < classes->count; x++)
+            FC(gather_class)(&sources[x], runs - r < most ? runs - r : most, n, &g, &w, out,
+                             (T *)out->data + r * out->run + x * classes->step, stream);
+        g.data = (T *)g.data + most * g.run;
+        w.data = (uint8_t *)w.data + most * w.run;
+    }
 }
 
 #include "max_pool_scatter.h"

@@ -299,33 +299,48 @@ static inline __attribute__((always_inline)) void POOL(max_finite)(const fc_cell
     }
 }
 
-/* n >= vectors * WIDTH cells of one class of max_pool_grad. Those of the last vectors overlap those before them. */
-static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, ptrdiff_t n, const T *grad,
-                                                               const uint8_t *winners, const int vectors, T *out,
-                                                               ptrdiff_t step, const int stream, char *ahead, ptrdiff_t lines)
+/* Some vectors of cells of max_pool_grad, from i on. Lines that will be written soon are fetched, `ahead` bytes further on. */
+static inline __attribute__((always_inline)) void POOL(gather_some)(const fc_cells *sources, ptrdiff_t i, const T *grad,
+                                                                    const uint8_t *winners, const int vectors, T *out,
+                                                                    ptrdiff_t step, const int stream, ptrdiff_t ahead)
 {
-    for (ptrdiff_t next = 0; next < n; next += vectors * WIDTH) {
-        const ptrdiff_t i = next + vectors * WIDTH <= n ? next : n - vectors * WIDTH;
-        V sum[4] = {{0}};
-        for (ptrdiff_t line = 0; line < lines; line++, ahead += 64)
-            __builtin_prefetch(ahead, 1);
-        UNROLL for (ptrdiff_t t = 0; t < sources->count; t++) {
-            const ptrdiff_t from = i + sources->offsets[t];
-            POOL(add_won)(EVERY(sources->numbers[t]), winners + from, grad + from, vectors, sum);
-        }
+    V sum[4] = {{0}};
+    out += i * step;
+    if (step == 1 && !stream)
         UNROLL for (int v = 0; v < vectors; v++)
-            if (step == 1)
-                POOL(put)(out + i + v * WIDTH, sum[v], stream);
-            else
-                POOL(store)(out + (i + v * WIDTH) * step, step, sum[v]);
+            __builtin_prefetch((char *)(out + v * WIDTH) + ahead, 1);
+    UNROLL for (ptrdiff_t t = 0; t < sources->count; t++) {
+        const ptrdiff_t from = i + sources->offsets[t];
+        POOL(add_won)(EVERY(sources->numbers[t]), winners + from, grad + from, vectors, sum);
+    }
+    UNROLL for (int v = 0; v < vectors; v++)
+        if (step == 1)
+            POOL(put)(out + v * WIDTH, sum[v], stream);
+        else
+            POOL(store)(out + v * WIDTH * step, step, sum[v]);
+}
+
+/* Runs of n >= WIDTH cells of one class of max_pool_grad, `vectors` at a time while there are so many. The last vector overlaps the one before. */
+static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, ptrdiff_t runs, ptrdiff_t n, ptrdiff_t from_step,
+                                                               const T *grad, const uint8_t *winners, const int vectors, T *out,
+                                                               ptrdiff_t to_step, ptrdiff_t step, const int stream, ptrdiff_t ahead)
+{
+    for (ptrdiff_t r = 0; r < runs; r++, grad += from_step, winners += from_step, out += to_step) {
+        ptrdiff_t i = 0;
+        for (; vectors > 1 && i + vectors * WIDTH <= n; i += vectors * WIDTH)
+            POOL(gather_some)(sources, i, grad, winners, vectors, out, step, stream, ahead);
+        for (; i < n; i += WIDTH) {
+            i = i + WIDTH <= n ? i : n - WIDTH;
+            POOL(gather_some)(sources, i, grad, winners, 1, out, step, stream, ahead);
+        }
     }
 }
 
 /* The same for `count` sources, a constant: they are in registers. */
-static inline __attribute__((always_inline)) void POOL(gather_few)(const fc_cells *sources, const int count, ptrdiff_t n,
-                                                                   const T *grad, const uint8_t *winners,
-                                                                   const int vectors, T *out, ptrdiff_t step,
-                                                                   const int stream, char *ahead, ptrdiff_t lines)
+static inline __attribute__((always_inline)) void POOL(gather_few)(const fc_cells *sources, const int count, ptrdiff_t runs, ptrdiff_t n,
+                                                                   ptrdiff_t from_step, const T *grad, const uint8_t *winners,
+                                                                   const int vectors, T *out, ptrdiff_t to_step, ptrdiff_t step,
+                                                                   const int stream, ptrdiff_t ahead)
 {
     ptrdiff_t offsets[9];
     int32_t numbers[9];
@@ -334,24 +349,27 @@ static inline __attribute__((always_inline)) void POOL(gather_few)(const fc_cell
         numbers[t] = sources->numbers[t];
     }
     const fc_cells few = {count, offsets, numbers};
-    POOL(gather)(&few, n, grad, winners, vectors, out, step, stream, ahead, lines);
+    POOL(gather)(&few, runs, n, from_step, grad, winners, vectors, out, to_step, step, stream, ahead);
 }
 
-static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t n, const T *grad,
-                                                                     const uint8_t *winners, const int vectors, T *out,
-                                                                     ptrdiff_t step, const int stream, char *ahead,
-                                                                     ptrdiff_t lines)
+static inline __attribute__((always_inline)) void POOL(gather_class)(const fc_cells *sources, ptrdiff_t runs, ptrdiff_t n,
+                                                                     ptrdiff_t from_step, const T *grad, const uint8_t *winners,
+                                                                     const int vectors, T *out, ptrdiff_t to_step, ptrdiff_t step,
+                                                                     const int stream, ptrdiff_t ahead)
 {
-    if (sources->count == 1)
-        POOL(gather_few)(sources, 1, n, grad, winners, vectors, out, step, stream, ahead, lines);
-    else if (sources->count == 2)
-        POOL(gather_few)(sources, 2, n, grad, winners, vectors, out, step, stream, ahead, lines);
-    else if (sources->count == 4)
-        POOL(gather_few)(sources, 4, n, grad, winners, vectors, out, step, stream, ahead, lines);
-    else if (sources->count == 9)
-        POOL(gather_few)(sources, 9, n, grad, winners, vectors, out, step, stream, ahead, lines);
-    else
-        POOL(gather)(sources, n, grad, winners, vectors, out, step, stream, ahead, lines);
+#define FEW_CASE(count)                                                                                                        \
+    case count:                                                                                                                \
+        POOL(gather_few)(sources, count, runs, n, from_step, grad, winners, vectors, out, to_step, step, stream, ahead);        \
+        break;
+    switch (sources->count) {
+        FEW_CASE(1)
+        FEW_CASE(2)
+        FEW_CASE(4)
+        FEW_CASE(9)
+    default:
+        POOL(gather)(sources, runs, n, from_step, grad, winners, vectors, out, to_step, step, stream, ahead);
+    }
+#undef FEW_CASE
 }
 
 #undef V
