@@ -10,6 +10,7 @@ them. The classes of a row are stored together, so that every cell is written on
 over the windows in their order.
 """
 
+from fastconv.kernels.native.blocking cimport ceil_div, round_up
 from fastconv.kernels.native.max_pool_channels cimport gather_along_channels
 from fastconv.kernels.native.max_pool_planes cimport gather_in_planes, gathers_in_planes, pool_in_planes, pools_in_planes
 from fastconv.kernels.native.max_pool_rows cimport number_rows, pool_by_rows
@@ -17,9 +18,8 @@ from fastconv.kernels.native.max_pool_scatter cimport scatter
 from fastconv.kernels.native.pooling cimport Pool, make_pool
 
 cdef enum:
-    GATHER_TAPS = 36            # larger windows are scattered, ...
-    GATHER_CLASSES = 16         # ... and so are those that have more classes of cells, ...
-    SHORT = 4                   # ... and images of fewer channels; of less than a vector, if windows overlap
+    GATHER_CLASSES = 16         # with more classes of cells, gradients are scattered, ...
+    SHORT = 4                   # ... and in images of fewer channels; of less than a vector, if windows overlap
 
 
 def max_pool_forward(input, output, winners, dims, options):
@@ -38,8 +38,7 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
     cdef Pool pool
     cdef Pool *p = &pool
     make_pool(p, grad_input, grad_output, winners, dims, options)
-    cdef double classes = <double>p.stride[0] * p.stride[1] * p.stride[2]
-    if p.taps > GATHER_TAPS or classes > GATHER_CLASSES or p.taps > _most_windows(p) * classes:
+    if _is_large(p) or <double>p.stride[0] * p.stride[1] * p.stride[2] > GATHER_CLASSES:
         scatter(p)
     elif not p.along_channels and gathers_in_planes(p):
         gather_in_planes(p)
@@ -49,12 +48,15 @@ def max_pool_backward(grad_output, winners, grad_input, dims, options):
         scatter(p)
 
 
-cdef Py_ssize_t _most_windows(const Pool *p) noexcept nogil:
-    """Return from how many windows a cell gathers in the time in which one gradient is scattered."""
-    cdef Py_ssize_t vector = p.kernels.lanes * p.item
-    if vector == 64 and p.item == 4:
-        return 12  # cells are looked up in registers
-    return 30 if vector >= 32 else 1
+cdef bint _is_large(const Pool *p) noexcept nogil:
+    """Whether a gradient is scattered in less time than all cells that may have won it take to look there."""
+    cdef Py_ssize_t lanes = p.kernels.lanes, vector = lanes * p.item, cells = ceil_div(p.x.size[4], p.stride[2])
+    cdef double looks = p.taps
+    if not p.along_channels:
+        looks *= round_up(cells, lanes) / <double>cells  # a short row leaves a part of its vectors empty
+    if vector < 32:
+        return looks > 2
+    return looks > (16 if vector == 64 and p.item == 4 else 36)  # where 16 winners are looked up at once, or not
 
 
 cdef bint _can_gather(const Pool *p) noexcept nogil:
