@@ -140,7 +140,7 @@ cdef extern from "ukernels.h" nogil:
         void (*max_pool_finite)(const fc_cells *, Py_ssize_t, const void *, void *, unsigned char *, const void *,
                                 Py_ssize_t) noexcept nogil
         int (*to_phases)(const fc_phases *, const fc_rows *, Py_ssize_t, const void *, void *) noexcept nogil
-        void (*max_pool_won)(const fc_cells *, Py_ssize_t, const fc_columns *, const fc_rows *, const Py_ssize_t *, Py_ssize_t,
+        void (*max_pool_won)(const fc_cells *, Py_ssize_t, Py_ssize_t, const fc_columns *, const fc_rows *, const Py_ssize_t *, Py_ssize_t,
                              const void *, const unsigned char *, void *) noexcept nogil
         void (*copy_rows)(const fc_rows *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*max_pool_grad)(const fc_cells *, const fc_classes *, Py_ssize_t, Py_ssize_t, const fc_runs *,

@@ -465,11 +465,11 @@ cdef Py_ssize_t _index(const View *v, const Block *block, int cut) noexcept nogi
 
 cdef void _gather(const Planes *q, const Block *block, const Sources *sources, const Py_ssize_t *steps, const char *grads,
                   const uchar *winners) noexcept nogil:
-    """Compute a block's part of the gradient of the input, one class of rows after another."""
+    """Compute a block's part of the gradient of the input, one class of slabs after another."""
     cdef const Pool *p = q.p
     cdef Part cells
     cdef fc_rows rows, some
-    cdef Py_ssize_t z, y
+    cdef Py_ssize_t z
     cdef int axis
     for axis in range(3):
         _clip(
@@ -478,12 +478,9 @@ cdef void _gather(const Planes *q, const Block *block, const Sources *sources, c
     image = _rows(&p.x, block, &cells, p.item, &rows)
     some = rows
     some.step[1] = rows.step[1] * p.stride[0]
-    some.step[2] = rows.step[2] * p.stride[1]
     for z in range(min(p.stride[0], rows.size[1])):
-        for y in range(min(p.stride[1], rows.size[2])):
-            some.size[1] = ceil_div(rows.size[1] - z, p.stride[0])
-            some.size[2] = ceil_div(rows.size[2] - y, p.stride[1])
-            p.kernels.max_pool_won(
-                &sources.lines[z * p.stride[1] + y], p.stride[2], sources.columns, &some, steps,
-                cells.end[2] - cells.first[2], grads, winners, image + (z * rows.step[1] + y * rows.step[2]) * p.item,
-            )
+        some.size[1] = ceil_div(rows.size[1] - z, p.stride[0])
+        p.kernels.max_pool_won(
+            &sources.lines[z * p.stride[1]], p.stride[1], p.stride[2], sources.columns, &some, steps,
+            cells.end[2] - cells.first[2], grads, winners, image + z * rows.step[1] * p.item,
+        )

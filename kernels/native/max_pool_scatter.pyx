@@ -10,7 +10,7 @@ from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_TURNS, arena, fc
 from fastconv.kernels.native.pooling cimport Pool
 
 cdef enum:
-    CHANNELS = 64               # that a task has of a channels-last image, about; of another it has one for each turn
+    CHANNELS = 128              # that a task has of a channels-last image, about; of another it has one for each turn
     NEAR_TAPS = 32              # so many numbers are looked up in registers
     APART_BYTES = 1 << 19       # of a task's channels, if they aren't all: pixels a power of two apart would share few sets of L1
     NEAR = 1 << 30              # elements

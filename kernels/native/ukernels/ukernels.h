@@ -264,10 +264,10 @@ typedef struct {
     void (*max_pool_grad)(const fc_cells *sources, const fc_classes *classes, ptrdiff_t runs, ptrdiff_t n,
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
-    /* The same for rows of n neighbouring cells, whose `wide` classes, 16 at most, take turns. They see lines of windows, and in each the
-     * columns of their class; window numbers are sums of a line's and a column's. Rows of windows are window_step[] apart from plane to
+    /* The same for rows of n neighbouring cells, whose `wide` classes, 16 at most, take turns, as do the rows' `high` classes. They see
+     * the lines of windows of the one, and in each the columns of the other; window numbers are sums of a line's and a column's. Rows of windows are window_step[] apart from plane to
      * plane, slab to slab, row to row; up to a vector of windows is read behind those that a row sees. */
-    void (*max_pool_won)(const fc_cells *lines, ptrdiff_t wide, const fc_columns *columns, const fc_rows *rows,
+    void (*max_pool_won)(const fc_cells *lines, ptrdiff_t high, ptrdiff_t wide, const fc_columns *columns, const fc_rows *rows,
                          const ptrdiff_t *window_step, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out);
 
     /* Zeroes the image; adds gradients to the cells that won, window after window, in so many turns. `lanes` channels are found at once, or if 0, windows. */
