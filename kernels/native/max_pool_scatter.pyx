@@ -10,9 +10,9 @@ from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_TURNS, arena, fc
 from fastconv.kernels.native.pooling cimport Pool
 
 cdef enum:
-    CHANNELS = 128              # that a task has of a channels-last image, about; of another it has one for each turn
+    CHANNELS = 128              # that a task has of a channels-last image; of another it has one for each turn
     NEAR_TAPS = 32              # so many numbers are looked up in registers
-    APART_BYTES = 1 << 19       # of a task's channels, if they aren't all: pixels a power of two apart would share few sets of L1
+    APART_BYTES = 1 << 19       # of its cells, if there are other channels between: a power of two apart, they would share few sets of L1
     NEAR = 1 << 30              # elements
 
 
@@ -23,7 +23,7 @@ cdef void scatter(Pool *p) except *:
 
 cdef Py_ssize_t _channels(const Pool *p) noexcept nogil:
     """Return how many channels a task has."""
-    return max(<Py_ssize_t>p.kernels.lanes, min(<Py_ssize_t>CHANNELS, p.kernels.lanes * FC_TURNS)) if p.along_channels else FC_TURNS
+    return min(<Py_ssize_t>CHANNELS, p.kernels.lanes * FC_TURNS) if p.along_channels else FC_TURNS
 
 
 cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -110,6 +110,7 @@ cdef void _list_cells(const Pool *p, fc_scatter *s, char *memory) noexcept nogil
     cdef int *near = <int *>(offsets + room)
     cdef int *places = near + room
     cdef int axis
+    cdef bint neighbours
     for d in range(p.kernel[0]):
         for h in range(p.kernel[1]):
             for w in range(p.kernel[2]):
@@ -125,9 +126,9 @@ cdef void _list_cells(const Pool *p, fc_scatter *s, char *memory) noexcept nogil
         s.places[axis] = places + axis * room
         farthest += (p.x.size[2 + axis] + s.reach[axis]) * _distance(s.cell_step[axis])
     s.offsets = offsets
-    s.near_offsets = NULL
-    if p.taps <= NEAR_TAPS and p.winner_item == 1 and s.lane.grad == 1 and s.lane.winner == 1 and farthest + (_distance(s.lane.cell) + _distance(s.turn.cell)) * p.kernels.lanes < NEAR:
-        s.near_offsets = near
+    farthest += _distance(s.lane.cell) * p.kernels.lanes + _distance(s.turn.cell) * FC_TURNS
+    neighbours = p.winner_item == 1 and s.lane.grad == 1 and s.lane.winner == 1
+    s.near_offsets = near if neighbours and p.taps <= NEAR_TAPS and farthest < NEAR else NULL
 
 
 cdef Py_ssize_t _distance(Py_ssize_t stride) noexcept nogil:

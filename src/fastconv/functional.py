@@ -542,35 +542,22 @@ class PoolPlan(NamedTuple):
     shape: tuple[int, ...]  #: of the output, in the caller's layout
     output: tuple[int, ...]  #: the same as (N, C, OD, OH, OW)
     winners: np.dtype[Any]  #: of the compact form of indices
-    taps: int  #: cells of a window
     kernel: Kernel
     options: Options
 
 
-def pool_plan(
-    op: str, spatial: int, last: bool, image: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
-    dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, input_name: str,
-) -> PoolPlan:  # fmt: skip
-    """Return the plan of a max pooling of an image of that (N, C, *spatial) shape, or of its gradient."""
-    config = get_config()
-    return kept_pool_plan(
-        op, spatial, last, image, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
-        freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine,
-        config.precision, threads_of(config), input_name,
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=1024, typed=True)
-def kept_pool_plan(
+def pool_plan(
     op: str, spatial: int, last: bool, image: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
     dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
     input_name: str,
 ) -> PoolPlan:  # fmt: skip
+    """Return the plan of a max pooling of an image of that (N, C, *spatial) shape, or of its gradient."""
     dims = pooling_dims(image, kernel_size, stride, padding, dilation, ceil_mode, input_name)
     shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
     output = (dims.batch, dims.channels, *dims.output_size)
     chosen = kernel(op, dims, engine, algorithm)
-    return PoolPlan(dims, shape, output, arrays.winner_dtype(dims), dims.taps, chosen, kernel_options(None, precision, threads))
+    return PoolPlan(dims, shape, output, arrays.winner_dtype(dims), chosen, kernel_options(None, precision, threads))
 
 
 def _max_pool(
@@ -591,9 +578,11 @@ def _max_pool(
     x = as_image(input, "input", spatial, last)
     if return_indices not in (False, True, "compact"):
         raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
+    config = get_config()
     plan = pool_plan(
-        "max_pool_forward", spatial, last, plain_shape(x, spatial), kernel_size, stride, padding, dilation, ceil_mode,
-        algorithm, engine, "input",
+        "max_pool_forward", spatial, last, plain_shape(x, spatial), freeze(kernel_size, "kernel_size"),
+        freeze(stride, "stride"), freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm,
+        engine or config.engine, config.precision, threads_of(config), "input",
     )  # fmt: skip
     dims, shape = plan.dims, plan.shape
     batched = is_batched(input, spatial)

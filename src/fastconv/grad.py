@@ -37,9 +37,9 @@ from .functional import (
     freeze,
     is_batched,
     kernel,
-    kept_pool_plan,
     kernel_options,
     options,
+    pool_plan,
     pooling_dims,
     reflected,
     run,
@@ -90,7 +90,7 @@ def _integers(name: str, *size: Any) -> tuple[int, ...]:
 
 
 def _image_size(size: object, spatial: int, ndim: int) -> tuple[int, ...]:
-    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output``, of ``ndim`` axes, has."""
+    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output``, of that ndim, has."""
     shape = _size(size, "input_size", (spatial + 1, spatial + 2))
     if len(shape) != ndim:
         raise ValueError(f"input_size must have as many entries as grad_output, {ndim}, got {shape}")
@@ -796,9 +796,10 @@ def conv_transpose3d_weight(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _winners(indices: object, grad: Array, plan: PoolPlan, spatial: int, last: bool) -> Array:
+def _winners(
+    indices: object, grad: Array, dims: PoolDims, compact: np.dtype[Any], spatial: int, last: bool
+) -> Array:  # fmt: skip
     """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
-    compact = plan.winners
     if not isinstance(indices, np.ndarray) or (indices.dtype is not compact and indices.dtype not in (_FLAT, compact)):
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
         raise TypeError(f"indices must be an int64 or {compact} array that max_pool returned, got {got}")
@@ -807,9 +808,9 @@ def _winners(indices: object, grad: Array, plan: PoolPlan, spatial: int, last: b
     if view.shape != grad.shape:
         raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
     if indices.dtype is not compact and indices.dtype == _FLAT:
-        return arrays.offsets_to_winners(view, plan.dims)
-    if view.size and (highest := int(np.maximum.reduce(indices, None))) >= plan.taps:
-        raise ValueError(f"indices must be below the {plan.taps} cells of the window, got {highest}")
+        return arrays.offsets_to_winners(view, dims)
+    if view.size and (highest := int(np.maximum.reduce(indices, None))) >= dims.taps:
+        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {highest}")
     return view
 
 
@@ -820,7 +821,7 @@ def _max_pool_plan(
 ) -> tuple[tuple[int, ...], PoolPlan]:  # fmt: skip
     """Return the shape of the input, with a batch axis, and the plan."""
     shape = _image_size(input_size, spatial, ndim)
-    return shape, kept_pool_plan(
+    return shape, pool_plan(
         "max_pool_backward", spatial, last, first_shape(shape, spatial, last), kernel_size, stride, padding, dilation,
         ceil_mode, algorithm, engine, precision, threads, "input_size",
     )  # fmt: skip
@@ -834,17 +835,18 @@ def _max_pool(
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
     ndim, config = grad_output.ndim, get_config()
+    size = input_size if type(input_size) is tuple else _image_size(input_size, spatial, ndim)[-ndim:]
     call = (
         spatial, last, ndim, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine, config.precision, threads_of(config),
-        *(input_size if type(input_size) is tuple else _image_size(input_size, spatial, ndim)[-ndim:]),
+        freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine, config.precision,
+        threads_of(config), *size,
     )  # fmt: skip
     try:
         shape, plan = _max_pool_plan(*call)
     except TypeError:  # perhaps because it can't be kept
         shape, plan = _max_pool_plan.__wrapped__(*call)
     _check_grad_output(g, plan.output, spatial, last)
-    winners = _winners(indices, g, plan, spatial, last)
+    winners = _winners(indices, g, plan.dims, plan.winners, spatial, last)
     batched = ndim == spatial + 2
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, batched, g, winners)
     plan.kernel(g, winners, first_image(result, spatial, last), plan.dims, plan.options)
@@ -1139,7 +1141,7 @@ def _max_blur_pool(
     for axis, border in enumerate(plan.borders, start=2):
         if any(border):
             maxima = _fold(maxima, axis, border)
-    winners = _winners(indices, maxima, dense, spatial, last)
+    winners = _winners(indices, maxima, dense, arrays.winner_dtype(dense), spatial, last)
     target = first_image(result, spatial, last)
     run("max_pool_backward", dense, maxima, winners, target, how=options(), engine=engine, algorithm=None)
     return deliver(result, out, batched)

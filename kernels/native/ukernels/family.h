@@ -609,7 +609,7 @@ static inline T FC(gather_cell)(const fc_cells *sources, const T *grad, const ui
 #define MOST_WON (LANES <= 8 ? 2 : 1)
 #endif
 
-enum { FC(ahead) = 2048, FC(in_turns) = 2048 }; /* bytes, from a cell to those that are written soon, of a class until it is the next one's turn */
+enum { FC(ahead) = 2048, FC(in_turns) = 2048 }; /* bytes: from a cell to those that are written soon, of a class in its turn */
 
 /* The cells of one class, in runs of n. */
 static void FC(gather_class)(const fc_cells *sources, ptrdiff_t runs, ptrdiff_t n, const fc_runs *grads, const fc_runs *wins,

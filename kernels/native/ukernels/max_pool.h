@@ -320,7 +320,8 @@ static inline __attribute__((always_inline)) void POOL(gather_some)(const fc_cel
             POOL(store)(out + v * WIDTH * step, step, sum[v]);
 }
 
-/* Runs of n >= WIDTH cells of one class of max_pool_grad, `vectors` at a time while there are so many. The last vector overlaps the one before. */
+/* Runs of n >= WIDTH cells of one class of max_pool_grad, `vectors` at a time while there are so many. The last vector overlaps the one
+ * before. */
 static inline __attribute__((always_inline)) void POOL(gather)(const fc_cells *sources, ptrdiff_t runs, ptrdiff_t n, ptrdiff_t from_step,
                                                                const T *grad, const uint8_t *winners, const int vectors, T *out,
                                                                ptrdiff_t to_step, ptrdiff_t step, const int stream, ptrdiff_t ahead)

@@ -169,9 +169,11 @@ static inline __attribute__((always_inline)) void FC(won_rows)(const FC(won) *wo
                 for (ptrdiff_t y = 0; y < rows.size[2]; y++, from += step[2], to += rows.step[2])
                     FC(won_row_of_any)(w, grad + from, winners + from, to);
             else if (n < LANES + (odd > 0))
-                FC(won_slab)(w, seen, lines, later, even, odd, 1, rows.size[2], rows.step[2], step[2], some, grad + from, winners + from, to);
+                FC(won_slab)(w, seen, lines, later, even, odd, 1, rows.size[2], rows.step[2], step[2], some, grad + from,
+                             winners + from, to);
             else
-                FC(won_slab)(w, seen, lines, later, even, odd, 0, rows.size[2], rows.step[2], step[2], some, grad + from, winners + from, to);
+                FC(won_slab)(w, seen, lines, later, even, odd, 0, rows.size[2], rows.step[2], step[2], some, grad + from,
+                             winners + from, to);
         }
 }
 

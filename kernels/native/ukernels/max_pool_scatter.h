@@ -26,7 +26,8 @@ static inline void FC(scatter_any)(const fc_scatter *s, const FC(windows) *w, pt
                 inside &= place >= 0 && place < s->image[axis];
             }
             if (inside)
-                cells[w->offset + s->offsets[won] + turn * s->turn.cell + i * s->lane.cell] += grad[turn * s->turn.grad + i * s->lane.grad];
+                cells[w->offset + s->offsets[won] + turn * s->turn.cell + i * s->lane.cell] +=
+                    grad[turn * s->turn.grad + i * s->lane.grad];
         }
 }
 
@@ -71,7 +72,8 @@ static inline __attribute__((always_inline)) void FC(find)(const fc_scatter *s, 
                                                            const T *grad, const uint8_t *winners, FC(additions) *to)
 {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i column = _mm512_add_epi32(_mm512_set1_epi32((int)w->place[2]), _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)s->lane_stride)));
+    const __m512i apart = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)s->lane_stride));
+    const __m512i column = _mm512_add_epi32(_mm512_set1_epi32((int)w->place[2]), apart);
     const __m512i size = _mm512_set1_epi32((int)s->image[2]), turn_step = _mm512_set1_epi32((int)s->turn.cell);
     const FC(numbers) offsets = FC(numbers_of)(s->near_offsets);
     const FC(numbers) columns = inside ? offsets : FC(columns_inside)(s, w);
@@ -157,13 +159,16 @@ static void FC(clear)(T *cells, int axes, const ptrdiff_t *size, const ptrdiff_t
 
 static void FC(clear_image)(const fc_scatter *s, ptrdiff_t turns, ptrdiff_t lanes, T *cells)
 {
-    const ptrdiff_t first[5][2] = {{s->image[2], s->cell_step[2]}, {s->image[1], s->cell_step[1]}, {s->image[0], s->cell_step[0]}, {turns, s->turn.cell}, {1, 1}};
-    const ptrdiff_t last[5][2] = {{lanes, s->lane.cell}, {turns, s->turn.cell}, {s->image[2], s->cell_step[2]}, {s->image[1], s->cell_step[1]}, {s->image[0], s->cell_step[0]}};
+    const ptrdiff_t image[3][2] = {
+        {s->image[2], s->cell_step[2]}, {s->image[1], s->cell_step[1]}, {s->image[0], s->cell_step[0]},
+    };
+    const ptrdiff_t turn[2] = {turns, s->turn.cell}, lane[2] = {lanes, s->lane.cell};
+    const ptrdiff_t *last[] = {lane, turn, image[0], image[1], image[2]}, *first[] = {image[0], image[1], image[2], turn};
     ptrdiff_t size[5], step[5];
     int axes = 0;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < (lanes ? 5 : 4); i++) {
         const ptrdiff_t *axis = lanes ? last[i] : first[i];
-        if (axes && (axis[0] == 1 || axis[1] == size[axes - 1] * step[axes - 1]))
+        if (axes && (axis[0] == 1 || axis[1] == size[axes - 1] * step[axes - 1])) /* one axis with the one before */
             size[axes - 1] *= axis[0];
         else
             size[axes] = axis[0], step[axes++] = axis[1];

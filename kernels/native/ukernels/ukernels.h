@@ -116,8 +116,8 @@ typedef struct {
     int relu;
 } fc_depthwise;
 
-/* Windows of max pooling, [z][y][x], and where their cells are: from a window's first cell, in memory and along each axis. LANES
- * windows are found at once, neighbours or the same one in neighbouring channels, in each of some turns. Steps are in elements. */
+/* Windows of max pooling, [z][y][x], and their cells: where they are from a window's first one, in memory and along each axis. `lanes` of
+ * them are found at once, neighbours or the same one in neighbouring channels, in each of some turns. Steps are in elements. */
 enum { FC_TURNS = 16 };
 typedef struct {
     ptrdiff_t cell, grad, winner;
@@ -125,14 +125,14 @@ typedef struct {
 typedef struct {
     const ptrdiff_t *offsets;
     const int32_t *places[3];
-    const int32_t *near_offsets;      /* the same as offsets, or NULL where there are more than 32 cells or an element may be 2^31 from the first, or lanes are apart */
-    ptrdiff_t reach[3];               /* the place of the last cell */
+    const int32_t *near_offsets; /* the same offsets; or NULL, if there are more than 32, a cell is too far away for them, or lanes are apart */
+    ptrdiff_t reach[3];          /* the place of the last cell */
     ptrdiff_t image[3], windows[3], stride[3], pad[3];
-    ptrdiff_t cell_step[3];           /* from a cell of the image to the next */
+    ptrdiff_t cell_step[3];      /* from a cell of the image to the next */
     ptrdiff_t grad_step[3], winner_step[3];
     fc_apart lane, turn;
-    ptrdiff_t lane_stride;            /* along the last axis */
-    int winner_item;                  /* bytes */
+    ptrdiff_t lane_stride;       /* 0, or how many cells of a row neighbouring windows are apart */
+    int winner_item;             /* bytes */
 } fc_scatter;
 
 /* Rows of an image, [plane][slab][row]: how many, and how far apart. */
@@ -265,12 +265,14 @@ typedef struct {
                           const fc_runs *grad, const fc_runs *winners, const fc_runs *out);
 
     /* The same for rows of n neighbouring cells, whose `wide` classes, 16 at most, take turns, as do the rows' `high` classes. They see
-     * the lines of windows of the one, and in each the columns of the other; window numbers are sums of a line's and a column's. Rows of windows are window_step[] apart from plane to
-     * plane, slab to slab, row to row; up to a vector of windows is read behind those that a row sees. */
+     * the lines of windows of the one, and in each the columns of the other; window numbers are sums of a line's and a column's. Rows of
+     * windows are window_step[] apart from plane to plane, slab to slab, row to row; up to a vector of windows is read behind those that
+     * a row sees. */
     void (*max_pool_won)(const fc_cells *lines, ptrdiff_t high, ptrdiff_t wide, const fc_columns *columns, const fc_rows *rows,
                          const ptrdiff_t *window_step, ptrdiff_t n, const void *grad, const uint8_t *winners, void *out);
 
-    /* Zeroes the image; adds gradients to the cells that won, window after window, in so many turns. `lanes` channels are found at once, or if 0, windows. */
+    /* Zeroes the image and adds gradients to the cells that won, window after window, in so many turns; of so many channels at once or,
+     * if `lanes` is 0, of neighbouring windows. */
     void (*max_pool_scatter)(const fc_scatter *scatter, ptrdiff_t turns, ptrdiff_t lanes, const void *grad, const void *winners,
                              void *cells);
 
