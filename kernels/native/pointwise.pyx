@@ -128,7 +128,7 @@ cdef int _task(const void *shared, Py_ssize_t number) noexcept nogil:
     if planes.laid == NULL:
         return 1
     planes.taps, planes.laid_taps = plan.taps, plan.laid_taps
-    planes.rows, planes.out_column, planes.out_filter = 1, 1, y.stride[1]
+    planes.rows, planes.cell_row, planes.out_row, planes.out_column, planes.out_filter = 1, 0, 0, 1, y.stride[1]
     planes.ahead = plan.ahead
     for pixel from first <= pixel < end by plan.box:
         planes.columns = min(plan.box, end - pixel)

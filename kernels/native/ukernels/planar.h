@@ -82,22 +82,37 @@ static __attribute__((noinline)) void FC(spread)(const T *sums, ptrdiff_t rows, 
 #undef HIGH_TWICE
 #undef EVEN_LANES
 
-/* Finish a tile's sums and store them, row by row, `step` apart: n pixels, one at least of the last vector, or fewer than there are. Each row
- * has a bias of its own, or all have the same. Not all rows may be wanted. Rows and vectors are constants where this is inlined. */
+/* Vectors of pixels, anywhere: where their sums go, how many pixels are wanted of each, and which lanes these are if not all vectors
+ * are whole. */
+typedef struct {
+    T *out[FC(widest)];
+    ptrdiff_t n[FC(widest)];
+    FC(lanes) some[FC(widest)];
+    int whole;
+} FC(target);
+
+static inline __attribute__((always_inline)) void FC(find_lanes)(FC(target) *to, const int vectors)
+{
+    to->whole = 1;
+    UNROLL for (int v = 0; v < vectors; v++)
+        to->whole &= to->n[v] >= LANES;
+    if (!to->whole)
+        UNROLL for (int v = 0; v < vectors; v++)
+            to->some[v] = FC(between)(0, to->n[v]);
+}
+
+/* Finish a tile's sums and store them, row by row, `step` apart. Each row has a bias of its own, or all have the same. Not all rows may be
+ * wanted. Rows and vectors are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_planes *p, V acc[][FC(widest)], const int rows,
                                                                   ptrdiff_t wanted, const int vectors, const T *bias,
-                                                                  const int own, ptrdiff_t n, T *out, ptrdiff_t step)
+                                                                  const int own, const FC(target) *to, ptrdiff_t step)
 {
-    const ptrdiff_t last = (vectors - 1) * LANES;
-    const FC(lanes) some = FC(between)(0, n - last);
-    const int whole = n - last >= LANES;
     if (p->accumulate)
         UNROLL for (int r = 0; r < rows; r++) {
             if (r >= wanted)
                 break;
-            UNROLL for (int v = 0; v < vectors - 1; v++)
-                acc[r][v] += *(const V *)(out + r * step + v * LANES);
-            acc[r][vectors - 1] += LOAD_LANES(some, out + r * step + last);
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[r][v] += to->whole ? *(const V *)(to->out[v] + r * step) : LOAD_LANES(to->some[v], to->out[v] + r * step);
         }
     if (bias)
         UNROLL for (int r = 0; r < rows; r++)
@@ -108,26 +123,43 @@ static inline __attribute__((always_inline)) void FC(finish_tile)(const fc_plane
             UNROLL for (int v = 0; v < vectors; v++)
                 acc[r][v] = FC(rectified)(acc[r][v]);
     if (p->out_column == 2) {
-        V sums[FC(most)][FC(widest)];
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < vectors; v++)
-                sums[r][v] = acc[r][v];
-        FC(spread)((const T *)sums, wanted, FC(widest) * LANES, whole ? vectors * LANES : n, out, step);
-    } else if (whole)
+        V sums[FC(widest)][FC(most)];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[v][r] = acc[r][v];
+            FC(spread)((const T *)sums[v], wanted, LANES, to->n[v] < LANES ? to->n[v] : LANES, to->out[v], step);
+        }
+        return;
+    }
+    if (to->whole)
         UNROLL for (int r = 0; r < rows; r++) {
             if (r >= wanted)
                 break;
             UNROLL for (int v = 0; v < vectors; v++)
-                *(V *)(out + r * step + v * LANES) = acc[r][v];
+                *(V *)(to->out[v] + r * step) = acc[r][v];
         }
     else
-        UNROLL for (int r = 0; r < rows; r++) {
-            if (r >= wanted)
-                break;
-            UNROLL for (int v = 0; v < vectors - 1; v++)
-                *(V *)(out + r * step + v * LANES) = acc[r][v];
-            STORE_LANES(out + r * step + last, some, acc[r][vectors - 1]);
-        }
+        UNROLL for (int v = 0; v < vectors; v++)
+            UNROLL for (int r = 0; r < rows; r++) {
+                if (r >= wanted)
+                    break;
+                if (to->n[v] >= LANES)
+                    *(V *)(to->out[v] + r * step) = acc[r][v];
+                else
+                    STORE_LANES(to->out[v] + r * step, to->some[v], acc[r][v]);
+            }
+}
+
+/* Neighbouring vectors: n pixels, one at least of the last, or fewer than there are. */
+static inline __attribute__((always_inline)) FC(target) FC(neighbours)(T *out, ptrdiff_t column, ptrdiff_t n, const int vectors)
+{
+    FC(target) to;
+    UNROLL for (int v = 0; v < vectors; v++) {
+        to.out[v] = out + v * LANES * column;
+        to.n[v] = n - v * LANES;
+    }
+    FC(find_lanes)(&to, vectors);
+    return to;
 }
 
 /* -------------------------------------------------------------------------------------------------------- padding */
@@ -364,76 +396,123 @@ typedef struct {
     ptrdiff_t first, end;
 } FC(fetched);
 
-/* filters and vectors are constants where this is inlined; n pixels are wanted, one at least of the last vector. Cells are laid where
- * `laid` is not NULL, and the output's next lines are fetched before they are stored to: where there are few taps, that takes longest. */
+/* The products of one tap. Filters and vectors are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(add_tap)(ptrdiff_t tap, const T *weight, const int filters,
+                                                              const T *const *cells, const int vectors, const FC(target) *to, T *laid,
+                                                              V acc[][FC(widest)])
+{
+    V cell[FC(widest)];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        cell[v] = laid && !to->whole ? LOAD_LANES(to->some[v], cells[v] + tap) : *(const V *)(cells[v] + tap);
+        HELD(cell[v]);
+    }
+    if (laid)
+        UNROLL for (int v = 0; v < vectors; v++)
+            *(V *)(laid + v * LANES) = cell[v];
+    UNROLL for (int f = 0; f < filters; f++) {
+        const V factor = weight[f] - (V){0};
+        UNROLL for (int v = 0; v < vectors; v++)
+            acc[f][v] += factor * cell[v];
+        NEEDED(factor);
+    }
+}
+
+/* A tile of filters and vectors of pixels, constants where this is inlined. Cells are laid where `laid` is not NULL. Much that is to be
+ * fetched is fetched `beside` the taps. Else the taps of common tiles are added some in a step, for what counts them takes its time from
+ * the products; and in each step a filter's lines are asked for that are stored to next: where there are few taps, waiting for them takes
+ * longest. */
+enum { FC(step) = 3, FC(many_lines) = 32 };
 static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_planes *p, const T *weight, const int filters,
-                                                                  const T *cells, const int vectors, const T *bias,
-                                                                  ptrdiff_t n, T *laid, const FC(fetched) *next, T *out)
+                                                                  const T *const *cells, const int vectors, const T *bias, T *laid,
+                                                                  const int beside, const FC(fetched) *next, const FC(target) *to)
 {
     V acc[FC(most)][FC(widest)];
-    const ptrdiff_t last = (vectors - 1) * LANES;
-    const FC(lanes) some = FC(between)(0, n - last);
-    const int whole = n - last >= LANES;
-    if (p->out_column == 1)
-        UNROLL for (int f = 0; f < filters; f++)
-            UNROLL for (int v = 0; v < vectors; v++)
-                __builtin_prefetch(out + f * p->out_filter + (vectors + v) * LANES, 1);
+    const ptrdiff_t *taps = p->taps, n = p->n_taps;
+    const T *lines = to->out[0] + vectors * LANES, *const end = lines + filters * p->out_filter;
+    ptrdiff_t t = 0;
+    for (ptrdiff_t v = next->first; v < next->end && !beside; v++)
+        for (ptrdiff_t i = 0; i < n; i++)
+            __builtin_prefetch(next->cells + next->taps[i] + v * LANES);
     UNROLL for (int r = 0; r < filters; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
-    for (ptrdiff_t t = 0; t < p->n_taps; t++, weight += filters) {
-        const T *at = cells + p->taps[t];
-        V cell[FC(widest)];
-        UNROLL for (int v = 0; v < vectors; v++)
-            cell[v] = laid && v == vectors - 1 && !whole ? LOAD_LANES(some, at + last) : *(const V *)(at + v * LANES);
-        if (laid)
+    for (; filters % (FC(filters) / 2) == 0 && !beside && t + FC(step) <= n; t += FC(step), weight += FC(step) * filters) {
+        if (lines < end) {
             UNROLL for (int v = 0; v < vectors; v++)
-                *(V *)(laid + p->laid_taps[t] + v * LANES) = cell[v];
-        for (ptrdiff_t v = next->first; v < next->end; v++)
-            __builtin_prefetch(next->cells + next->taps[t] + v * LANES);
-        UNROLL for (int f = 0; f < filters; f++) {
-            const V factor = weight[f] - (V){0};
-            UNROLL for (int v = 0; v < vectors; v++)
-                acc[f][v] += factor * cell[v];
-            NEEDED(factor);
+                __builtin_prefetch(lines + v * LANES, 1);
+            lines += p->out_filter;
         }
+        UNROLL for (int i = 0; i < FC(step); i++)
+            FC(add_tap)(taps[t + i], weight + i * filters, filters, cells, vectors, to, NULL, acc);
     }
-    FC(finish_tile)(p, acc, filters, filters, vectors, bias, 1, n, out, p->out_filter);
+    for (; t < n; t++, weight += filters) {
+        for (ptrdiff_t v = next->first; v < next->end && beside; v++)
+            __builtin_prefetch(next->cells + next->taps[t] + v * LANES);
+        FC(add_tap)(taps[t], weight, filters, cells, vectors, to, laid ? laid + p->laid_taps[t] : NULL, acc);
+    }
+    FC(finish_tile)(p, acc, filters, filters, vectors, bias, 1, to, p->out_filter);
 }
 
-/* A row of pixels, in tiles of about the same size. */
-static inline __attribute__((always_inline)) void FC(planar_row)(const fc_planes *p, const T *weight, const int filters,
-                                                                 const T *cells, const T *bias, const int lay,
-                                                                 const FC(fetched) *later, T *out)
+/* How many of the vectors that are left the next tile has: as many as registers are for, but the last two tiles are of about the same size. */
+static inline ptrdiff_t FC(some_vectors)(ptrdiff_t left, ptrdiff_t most)
 {
-    T *const laid = lay ? p->laid : NULL;
+    return left >= 2 * most || left == most ? most : left > most ? (left + 1) / 2 : left;
+}
+
+/* Rows of pixels, vector by vector: a tile may end in the next row. */
+static inline __attribute__((always_inline)) void FC(planar_tiles)(const fc_planes *p, const T *weight, const int filters,
+                                                                   const T *cells, const T *bias, const int lay, const int beside,
+                                                                   const FC(fetched) *later, T *out)
+{
+    const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3;
+    const ptrdiff_t across = p->columns, cell_row = p->cell_row, out_row = p->out_row, out_column = p->out_column;
+    ptrdiff_t left = p->rows * ((across + LANES - 1) / LANES), x = 0;
     FC(fetched) next = *later;
-    const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3, all = (p->columns + LANES - 1) / LANES, tiles = (all + most - 1) / most;
-    ptrdiff_t done = 0;
-    for (ptrdiff_t tile = 1; tile <= tiles; tile++) {
-        const ptrdiff_t vectors = all * tile / tiles - done, x = done * LANES;
-        done += vectors;
+    while (left > 0) {
+        const ptrdiff_t vectors = FC(some_vectors)(left, most);
+        const T *from[FC(widest)];
+        T *const laid = lay ? (T *)p->laid + x : NULL;
+        FC(target) to;
+        left -= vectors;
         next.cells = later->cells + x;
+        to.whole = x + vectors * LANES <= across;
+        if (to.whole) {
+            UNROLL for (int v = 0; v < FC(widest); v++) {
+                from[v] = cells + x + v * LANES;
+                to.out[v] = out + (x + v * LANES) * out_column;
+                to.n[v] = LANES;
+            }
+            x += vectors * LANES;
+            if (x >= across)
+                x = 0, cells += cell_row, out += out_row;
+        } else {
+            UNROLL for (int v = 0; v < FC(widest); v++) {
+                from[v] = cells + x;
+                to.out[v] = out + x * out_column;
+                to.n[v] = across - x;
+                if (v >= vectors)
+                    continue;
+                x += LANES;
+                if (x >= across)
+                    x = 0, cells += cell_row, out += out_row;
+            }
+            FC(find_lanes)(&to, FC(widest));
+        }
         if (filters <= FC(filters) / 2 && vectors == 4)
-            FC(planar_tile)(p, weight, filters, cells + x, 4, bias, p->columns - x, lay ? laid + x : NULL, &next,
-                            out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, from, 4, bias, laid, beside, &next, &to);
         else if (vectors == 3)
-            FC(planar_tile)(p, weight, filters, cells + x, 3, bias, p->columns - x, lay ? laid + x : NULL, &next,
-                            out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, from, 3, bias, laid, beside, &next, &to);
         else if (vectors == 2)
-            FC(planar_tile)(p, weight, filters, cells + x, 2, bias, p->columns - x, lay ? laid + x : NULL, &next,
-                            out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, from, 2, bias, laid, beside, &next, &to);
         else
-            FC(planar_tile)(p, weight, filters, cells + x, 1, bias, p->columns - x, lay ? laid + x : NULL, &next,
-                            out + x * p->out_column);
+            FC(planar_tile)(p, weight, filters, from, 1, bias, laid, beside, &next, &to);
     }
 }
 
-#define FILTERS_CASE(n)                                                                            \
-    case n:                                                                                        \
-        for (ptrdiff_t r = 0; r < p->rows && n <= FC(filters); r++)                                 \
-            FC(planar_row)(p, w, n <= FC(filters) ? n : 1, a + r * p->cell_row, bias, 0, &next, \
-                           c + r * p->out_row);                                                                  \
+#define FILTERS_CASE(n)                                                                \
+    case n:                                                                            \
+        if (n <= FC(filters))                                                          \
+            FC(planar_tiles)(p, w, n <= FC(filters) ? n : 1, a, bias, 0, 0, &next, c); \
         break;
 
 static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out)
@@ -446,7 +525,7 @@ static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t fi
     const ptrdiff_t each = p->ahead ? (3 + filters / n - 1) / (filters / n) : 0; /* vectors of 3: all tiles share in fetching them */
     FC(fetched) next = {a + p->ahead, p->taps, 0, each};
     if (p->laid) {
-        FC(planar_row)(p, w, FC(filters), a, bias, 1, &next, c);
+        FC(planar_tiles)(p, w, FC(filters), a, bias, 1, 1, &next, c);
         next.first = each;
         own.taps = p->laid_taps;
         a = p->laid;
@@ -458,7 +537,10 @@ static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t fi
     for (; filters > 0; filters -= n, next.first += each) {
         n = filters < FC(filters) ? filters : FC(filters);
         next.end = next.first + each < 3 ? next.first + each : 3;
-        switch (n) {
+        switch (each * p->n_taps > FC(many_lines) && n == FC(filters) ? 0 : n) {
+        case 0:
+            FC(planar_tiles)(p, w, FC(filters), a, bias, 0, 1, &next, c);
+            break;
             FILTERS_CASE(1)
             FILTERS_CASE(2)
             FILTERS_CASE(3)
@@ -628,7 +710,8 @@ static inline __attribute__((always_inline)) void FC(columns)(const fc_planes *p
                         acc[(j - h) / every][v] += x * w[h];
             }
     }
-    FC(finish_tile)(p, acc, rows, wanted, vectors, p->bias, 0, n, out, p->out_row);
+    const FC(target) to = FC(neighbours)(out, p->out_column, n, vectors);
+    FC(finish_tile)(p, acc, rows, wanted, vectors, p->bias, 0, &to, p->out_row);
 }
 
 /* The same for columns of any height, and rows of pixels any distance apart. */
@@ -645,7 +728,8 @@ static void FC(columns_any)(const fc_planes *p, const T *weight, const T *cells,
             UNROLL for (int r = 0; r < FC(rows); r++)
                 acc[r][0] += *(const V *)(cell + r * p->cell_row) * factor;
         }
-    FC(finish_tile)(p, acc, FC(rows), wanted, 1, p->bias, 0, n, out, p->out_row);
+    const FC(target) to = FC(neighbours)(out, p->out_column, n, 1);
+    FC(finish_tile)(p, acc, FC(rows), wanted, 1, p->bias, 0, &to, p->out_row);
 }
 
 static inline __attribute__((always_inline)) void FC(column_rows)(const fc_planes *p, const T *weight, const int high,
