@@ -94,11 +94,10 @@ typedef struct {
 static inline __attribute__((always_inline)) void FC(find_lanes)(FC(target) *to, const int vectors)
 {
     to->whole = 1;
-    UNROLL for (int v = 0; v < vectors; v++)
+    UNROLL for (int v = 0; v < vectors; v++) {
         to->whole &= to->n[v] >= LANES;
-    if (!to->whole)
-        UNROLL for (int v = 0; v < vectors; v++)
-            to->some[v] = FC(between)(0, to->n[v]);
+        to->some[v] = FC(between)(0, to->n[v]);
+    }
 }
 
 /* Finish a tile's sums and store them, row by row, `step` apart. Each row has a bias of its own, or all have the same. Not all rows may be
@@ -417,11 +416,11 @@ static inline __attribute__((always_inline)) void FC(add_tap)(ptrdiff_t tap, con
     }
 }
 
-/* A tile of filters and vectors of pixels, constants where this is inlined. Cells are laid where `laid` is not NULL. Much that is to be
- * fetched is fetched `beside` the taps. Else the taps of common tiles are added some in a step, for what counts them takes its time from
- * the products; and in each step a filter's lines are asked for that are stored to next: where there are few taps, waiting for them takes
- * longest. */
-enum { FC(step) = 3, FC(many_lines) = 32 };
+/* A tile of filters and vectors of pixels, constants where this is inlined. Cells are laid where `laid` is not NULL. The lines that are
+ * stored to next are asked for: where there are few taps, waiting for them takes longest. Where cells are fetched `beside` the taps that
+ * comes first; else a filter's lines are asked for in each step of common tiles, of some taps, for what counts taps takes its time from
+ * the products. */
+enum { FC(step) = 3 };
 static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_planes *p, const T *weight, const int filters,
                                                                   const T *const *cells, const int vectors, const T *bias, T *laid,
                                                                   const int beside, const FC(fetched) *next, const FC(target) *to)
@@ -430,9 +429,10 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
     const ptrdiff_t *taps = p->taps, n = p->n_taps;
     const T *lines = to->out[0] + vectors * LANES, *const end = lines + filters * p->out_filter;
     ptrdiff_t t = 0;
-    for (ptrdiff_t v = next->first; v < next->end && !beside; v++)
-        for (ptrdiff_t i = 0; i < n; i++)
-            __builtin_prefetch(next->cells + next->taps[i] + v * LANES);
+    if (beside)
+        UNROLL for (int f = 0; f < filters; f++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                __builtin_prefetch(lines + f * p->out_filter + v * LANES, 1);
     UNROLL for (int r = 0; r < filters; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
@@ -481,6 +481,7 @@ static inline __attribute__((always_inline)) void FC(planar_tiles)(const fc_plan
                 from[v] = cells + x + v * LANES;
                 to.out[v] = out + (x + v * LANES) * out_column;
                 to.n[v] = LANES;
+                to.some[v] = FC(between)(0, LANES);
             }
             x += vectors * LANES;
             if (x >= across)
@@ -537,7 +538,7 @@ static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t fi
     for (; filters > 0; filters -= n, next.first += each) {
         n = filters < FC(filters) ? filters : FC(filters);
         next.end = next.first + each < 3 ? next.first + each : 3;
-        switch (each * p->n_taps > FC(many_lines) && n == FC(filters) ? 0 : n) {
+        switch (p->ahead && n == FC(filters) ? 0 : n) {
         case 0:
             FC(planar_tiles)(p, w, FC(filters), a, bias, 0, 1, &next, c);
             break;
