@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from cases import Array, ConvArrays, ConvCase, ConvResults, PoolResults, conv_results, for_every_row, how, pool_results
 
 import fastconv as fc
@@ -44,6 +45,20 @@ def test_convolution_does_not_depend_on_the_number_of_threads(row: Row, case: Co
     for threads in (1, 2, 3):
         with fc.config_context(num_threads=threads):
             assert_same_results(alone, conv_results(case, arrays, row))
+
+
+@pytest.mark.parametrize("tiny", [slice(20, 44), slice(30, 52), slice(41, 70)])
+def test_the_gradient_does_not_depend_on_where_threads_cut_an_image(tiny: slice, rng: np.random.Generator) -> None:
+    """Tiny numbers are not split; some strips have nothing else."""
+    weight = rng.standard_normal((64, 32, 3, 3), np.float32)
+    grad = rng.standard_normal((1, 64, 70, 66), np.float32)
+    grad[:, :, tiny] *= np.float32(1e-37)
+    results = []
+    for threads in (1, 2, 3):
+        with fc.config_context(num_threads=threads):
+            results.append(fc.grad.conv2d_input((1, 32, 70, 66), weight, grad, 1, 1, algorithm="im2col"))
+    for result in results[1:]:
+        assert_same_bits(results[0], result, "grad_input")
 
 
 @for_every_row(CASES)

@@ -297,35 +297,46 @@ cdef Py_ssize_t _scale_number(const Plan *plan, Py_ssize_t image, Py_ssize_t gro
 
 
 cdef int _split_grads_task(const void *shared, Py_ssize_t image) noexcept nogil:
-    """Turn an image's gradients and split them, [group][block of filters][image][pixel][filter]."""
+    """Turn an image's gradients and split them, [group][block of filters][image][pixel][filter].
+
+    A row with nothing but tiny numbers is refused, and the image with it: rows are the same in any strip and band.
+    """
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t group, row, k, n
-    cdef int sizes = FC_ORDINARY if c.kernels.digits else 0
-    cdef char *out
+    cdef Py_ssize_t group, row
+    cdef int sizes
     cdef char *floats = arena(FC_ARENA_BLOCK, c.out[2] * c.filters * c.item)
     if floats == NULL:
         return 1
-    for group in range(c.groups):
-        for row in range(plan.rows):
-            c.kernels.transpose(
-                _grad_row(plan, image, row) + group * c.filters * c.y.stride[1] * c.item,
-                c.y.stride[1], c.y.stride[4], c.filters, c.out[2], floats, c.filters,
-            )
-            for k from 0 <= k < c.filters by plan.block:
-                n = min(plan.block, c.filters - k)
-                out = _grads_at(plan, group, k) + (
-                    (image * plan.pixels + row * c.out[2]) * _block_depth(plan, k)
-                ) * c.packed
-                if c.kernels.digits:
-                    c.kernels.digits_rows(
-                        floats + k * c.item, c.out[2], c.filters, n, plan.scale[_scale_number(plan, image, group, k)], out
-                    )
-                else:
-                    sizes |= c.kernels.split_rows(floats + k * c.item, c.out[2], c.filters, n, c.kernels.pieces, out)
-    if sizes & FC_HUGE or sizes == FC_TINY:
-        plan.refused[plan.first + image] = 1
+    for row in range(plan.rows):
+        sizes = FC_ORDINARY if c.kernels.digits else 0
+        for group in range(c.groups):
+            sizes |= _split_row(plan, image, group, row, floats)
+        if sizes & FC_HUGE or sizes == FC_TINY:
+            plan.refused[plan.first + image] = 1
     return 0
+
+
+cdef int _split_row(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_t row, char *floats) noexcept nogil:
+    """Turn and split a row of a group's gradients; return the numbers' sizes."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t k, n
+    cdef int sizes = 0
+    cdef char *out
+    c.kernels.transpose(
+        _grad_row(plan, image, row) + group * c.filters * c.y.stride[1] * c.item,
+        c.y.stride[1], c.y.stride[4], c.filters, c.out[2], floats, c.filters,
+    )
+    for k from 0 <= k < c.filters by plan.block:
+        n = min(plan.block, c.filters - k)
+        out = _grads_at(plan, group, k) + (image * plan.pixels + row * c.out[2]) * _block_depth(plan, k) * c.packed
+        if c.kernels.digits:
+            c.kernels.digits_rows(
+                floats + k * c.item, c.out[2], c.filters, n, plan.scale[_scale_number(plan, image, group, k)], out
+            )
+        else:
+            sizes |= c.kernels.split_rows(floats + k * c.item, c.out[2], c.filters, n, c.kernels.pieces, out)
+    return sizes
 
 
 cdef int _channels_task(const void *shared, Py_ssize_t task) noexcept nogil:
