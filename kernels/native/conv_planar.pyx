@@ -157,7 +157,7 @@ cdef void _cut(Plan *plan) noexcept nogil:
     lay_out(plan)
     plan.ahead = 1
     if plan.together == c.channels and c.kernels.pieces == 0:
-        plan.ahead = max(turned, min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
+        plan.ahead = max(min(plan.groups, turned), min(plan.groups, AHEAD_BYTES // (c.channels * plan.plane * c.item)))
         if plan.strands:
             plan.ahead = min(plan.ahead, max(1, STRAND_BYTES // (plan.strands * blocks.rows * plan.columns * c.item)))
 
