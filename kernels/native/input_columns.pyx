@@ -149,17 +149,16 @@ cdef int _share_out(Plan *plan):
     """Choose channels, images, rows that are done together; return how many threads share images and strips: one, where channels are shared."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t all_rows = c.out[0] * c.out[1], most_channels = max(1, (SPLIT_ROWS if c.kernels.pieces else ROWS) // c.taps)
-    cdef int threads = c.threads
+    cdef Py_ssize_t images, strips
+    cdef int sharing = 1
     plan.most = max(1, min(c.batch, (SPLIT_PIXELS if c.kernels.pieces else PIXELS) // plan.pixels))
     plan.cut = 0 if c.out[0] > 1 else 1
     plan.strips = 1
-    if threads > 1 and c.groups * ceil_div(c.channels, most_channels) < threads * TASKS:
-        plan.strips = ceil_div(threads, ceil_div(c.batch, plan.most))
-        plan.strips = max(1, min(plan.strips, c.x.size[2 + plan.cut] // 2, plan.pixels // STRIP))
-    if plan.strips * ceil_div(c.batch, plan.most) >= threads:
-        c.threads = 1
-    else:
-        plan.strips = threads = 1
+    if c.threads > 1 and c.groups * ceil_div(c.channels, most_channels) < c.threads * TASKS:
+        images = ceil_div(c.batch, plan.most)
+        strips = max(1, min(ceil_div(c.threads, images), c.x.size[2 + plan.cut] // 2, plan.pixels // STRIP))
+        if strips * images >= c.threads:
+            plan.strips, sharing, c.threads = strips, c.threads, 1
     plan.together = min(ceil_div(c.channels, c.threads), most_channels)
     if c.kernels.digits:
         plan.together = round_up(plan.together, _channels_of_panels(c))
@@ -169,7 +168,7 @@ cdef int _share_out(Plan *plan):
     plan.pitch = round_up(plan.most * plan.pixels, c.kernels.lanes) | c.kernels.lanes  # an odd number of vectors: L1's sets
     plan.in_place = c.kernels.pieces == 0 and plan.most == 1 and c.channels * c.taps <= FEW_ROWS and _whole_vectors(plan)
     plan.grad_pitch = c.y.stride[1] if plan.in_place else plan.pitch
-    return threads
+    return sharing
 
 
 cdef bint _whole_vectors(const Plan *plan) noexcept nogil:

@@ -148,10 +148,11 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if dims.depthwise:
         return ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
-    few = weights <= 2**16 or isa() == "amx" if set(dims.stride) == {1} else _few_pixels(dims)  # that im2col must turn
-    many = set(dims.stride) != {1} and pixels > 256  # for which it pays to turn weights whose filters are neighbours
-    if dims.channels_last and set(dims.stride) != {1}:
-        few = many
+    strided = set(dims.stride) != {1}
+    many = strided and pixels > 256  # for which it pays to turn weights whose filters are neighbours
+    few = weights <= 2**16 or isa() == "amx"  # that im2col must turn
+    if strided:
+        few = many if dims.channels_last else _few_pixels(dims)
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return ""
     if op == "conv_weight_grad" and dims.channels_last and dims.group_in_channels <= 4 and _turning_pays(dims):
@@ -159,7 +160,7 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
     digits = _multiplies_digits(op, dims)
-    packs = digits and pixels <= (256 if set(dims.stride) == {1} else 64)  # to multiply it in direct's longer runs
+    packs = digits and pixels <= (64 if strided else 256)  # to multiply it in direct's longer runs
     if dims.taps == 1 and {
         "conv_forward": many or not dims.channels_last, "conv_input_grad": few and not packs, "conv_weight_grad": True
     }[op]:  # fmt: skip
