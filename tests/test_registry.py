@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 import fastconv as fc
 from fastconv import registry, runtime
 from fastconv.dims import conv_dims
+from fastconv.kernels.exchange import exchanged
 from fastconv.registry import ROWS, Row, available
 
 
@@ -432,6 +433,17 @@ def test_the_choice_knows_where_the_channels_are(image: Any, weight: Any, stride
 
 
 @pytest.mark.skipif(runtime.isa() != "amx", reason="elsewhere a precision is no other number of products")
+def test_few_filters_are_the_channels_of_the_gradient_of_the_weights() -> None:
+    for case in named("3x3, two filters, dilation 2, asymmetric padding", "signal, one filter of many channels"):
+        dims = case.dims
+        other = registry.seen("cython", "conv_weight_grad", dims)
+        assert exchanged(other) == dims != other
+        assert (other.in_channels, other.input_size) == (dims.out_channels, dims.output_size)
+        assert registry.seen("cython", "conv_forward", dims) is dims
+    for case in named("3x3, padding beyond the kernel", "3x3, dilation 3, stride 2", "3x3, groups of many channels"):
+        assert exchanged(case.dims) is None
+
+
 def test_the_choice_knows_the_precision() -> None:
     """Patches of a first layer are laid out where products are many; where they are few, that would take longest."""
     dims = conv_dims((1, 3, 224, 224), (64, 3, 11, 11), 4, 2, 1, 1)
@@ -446,6 +458,6 @@ def test_the_choice_knows_the_precision() -> None:
 def test_a_slower_row_runs_when_named_but_is_not_chosen(conv_row: Row) -> None:
     for case in CONV_CASES:
         for op in CONV_OPS:
-            if conv_row.supports(op, case.dims).startswith("slower"):
+            if conv_row.why_not(op, case.dims).startswith("slower"):
                 assert registry.select(op, case.dims, **how(conv_row)) == conv_row
                 assert registry.select(op, case.dims) != conv_row

@@ -68,7 +68,7 @@ def kernel(
 ) -> Kernel:
     """Return the kernel that the registry selects."""
     check_engine(engine)
-    return select(op, dims, engine, algorithm, precision).load(op)
+    return select(op, dims, engine, algorithm, precision).kernel(op, dims)
 
 
 def run(

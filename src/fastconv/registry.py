@@ -13,11 +13,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from .dims import ConvDims, PoolDims
 from .kernels import winograd
+from .kernels.exchange import exchanged, weight_grad
 from .runtime import ENGINES, isa, why_missing
 
 Kernel = Callable[..., None]
@@ -41,9 +42,18 @@ class Row(NamedTuple):
         kernel: Kernel = getattr(importlib.import_module(f"fastconv.kernels.{folder}.{module}"), op)
         return kernel
 
+    def kernel(self, op: str, dims: Dims) -> Kernel:
+        """Return the kernel of this row for ``op`` and these dims, as ``seen`` says."""
+        kernel, other = self.load(op), seen(self.engine, op, dims)
+        return kernel if other is dims else partial(weight_grad, kernel, other)
+
+    def why_not(self, op: str, dims: Dims, precision: str = "highest") -> str:
+        """Say why this row isn't the choice, by the problem as ``seen``; empty if it is."""
+        return self.supports(op, seen(self.engine, op, dims), precision)
+
     def can(self, op: str, dims: Dims) -> bool:
         """Whether this row computes ``op`` when asked for by name, fastest or not."""
-        reason = self.supports(op, dims)
+        reason = self.why_not(op, dims)
         return not reason or reason.startswith("slower")
 
 
@@ -52,6 +62,25 @@ class Verdict(NamedTuple):
 
     row: Row
     reason: str
+
+
+def seen(engine: str, op: str, dims: Dims) -> Dims:
+    """Return the problem as an engine computes it: with image and gradients exchanged where there are few filters.
+
+    That is for the gradient of the weights. (Measured on all instruction sets.)
+    """
+    if engine != "cython" or op != "conv_weight_grad" or not isinstance(dims, ConvDims):
+        return dims
+    filters, channels = dims.out_channels, dims.in_channels
+    if isa() == "scalar":
+        few = filters <= 2 and dims.taps > 1
+    elif filters <= 4:
+        few = True
+    else:
+        few = filters < 16 and channels >= 4 * filters and dims.taps > 1
+        if isa() == "amx":  # whose tile multiplies pieces of longer sums, or of more pixels' patches
+            few = few and dims.taps <= 9 and math.prod(dims.output_size) >= 196
+    return (exchanged(dims) or dims) if few and channels >= 2 * filters else dims
 
 
 def _always(op: str, dims: Dims, precision: str = "highest") -> str:
@@ -369,7 +398,7 @@ def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | 
         return f"algorithm {algorithm!r} was asked for"
     if missing := why_missing(row.engine):
         return missing
-    return "" if algorithm is not None and row.can(op, dims) else row.supports(op, dims, precision)
+    return "" if algorithm is not None and row.can(op, dims) else row.why_not(op, dims, precision)
 
 
 def select(
