@@ -20,7 +20,7 @@ Pixels are the lanes, so that neither the weights nor the output of a channels-f
 would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
 and one block exist at a time; the full column matrix never does.
 
-The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution forward.
+Where an image has few pixels nothing is turned at all (``few_pixels``). The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution forward.
 That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
@@ -36,6 +36,7 @@ cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
+from fastconv.kernels.few_pixels import has_few_pixels
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_products, piece_tile, round_up, run_tasks, share_out,
     start_sums, use_tile,
@@ -49,6 +50,7 @@ from fastconv.kernels.native.machine cimport (
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.pointwise cimport convolve_rows, suits_rows
 
+from fastconv.kernels.native import few_pixels
 from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_im2col import conv_weight_grad
 
@@ -78,11 +80,18 @@ def conv_forward(input, weight, bias, output, dims, options):
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
         rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
+    if has_few_pixels("conv_forward", dims) and weight[0].flags.c_contiguous:
+        few_pixels.conv_forward(input, weight, bias, output, dims, options)
+        return
     by_forms(_forward, input, output, dims.reduction, (weight, rows, bias, dims, options))
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
+    plain = bias is None and options.activation is None
+    if plain and has_few_pixels("conv_input_grad", dims) and weight[0].flags.c_contiguous:
+        few_pixels.conv_input_grad(grad_output, weight, grad_input, dims, options)
+        return
     most = FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS
     if (dims.taps > 1 or math.prod(dims.output_size) <= most) and dims.taps * dims.output_size[2] <= ROW_COLUMNS:
         input_by_columns(grad_output, weight, bias, grad_input, dims, options)

@@ -17,8 +17,12 @@
 Numbers are never split here: ``weight_pieces`` shares what it packs among more products.
 """
 
+import numpy as np
+
 cimport numpy as cnp
 
+from fastconv.kernels.few_pixels import has_few_pixels
+from fastconv.kernels.native import few_pixels
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, round_up,
 )
@@ -41,6 +45,11 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
 
     Through 1x1 filters each pixel sees itself: image and gradients are alike, and what takes less to be turned is.
     """
+    if has_few_pixels("conv_weight_grad", dims) and grad_weight[0].flags.c_contiguous:
+        few_pixels.conv_weight_grad(input, grad_output, grad_weight, dims, options)
+        if grad_bias is not None:
+            np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
+        return
     channels, filters = dims.group_in_channels, dims.group_out_channels
     alike = input.shape[2:] == grad_output.shape[2:] and dims.taps == dims.groups == max(dims.stride) == 1 and grad_bias is None
     if alike and 5 * _turning(channels, filters) < 4 * _turning(filters, channels):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from .dims import ConvDims, PoolDims
 from .kernels import winograd
 from .kernels.exchange import exchanged, weight_grad
+from .kernels.few_pixels import has_few_pixels
 from .runtime import ENGINES, isa, why_missing
 
 Kernel = Callable[..., None]
@@ -149,6 +150,18 @@ def _columns(op: str, dims: ConvDims) -> str:
     if phases > 16 and (filters >= 128 or _apart(dims)):
         return f"each of {phases} phases has weights of its own to pack"
     return ""
+
+
+def _unless_few(supports: Callable[..., str]) -> Callable[..., str]:
+    """Let a native row that may say yes leave few pixels to im2col, which takes weights once and in their order."""
+
+    def reason(op: str, dims: ConvDims, precision: str = "highest") -> str:
+        why_not = supports(op, dims, precision)
+        if (why_not and not why_not.startswith("slower")) or not has_few_pixels(op, dims):
+            return why_not
+        return f"slower than im2col, which takes weights as they lie, for {math.prod(dims.output_size)} pixels"
+
+    return reason
 
 
 def _few_pixels(dims: ConvDims) -> bool:
@@ -356,9 +369,9 @@ def _winograd_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
 
 
 CONVOLUTIONS = (
-    Row("winograd", "cython", _winograd_cython),
-    Row("planar", "cython", _planar_cython),
-    Row("direct", "cython", _direct),
+    Row("winograd", "cython", _unless_few(_winograd_cython)),
+    Row("planar", "cython", _unless_few(_planar_cython)),
+    Row("direct", "cython", _unless_few(_direct)),
     Row("im2col", "cython", _im2col),
     Row("winograd", "numba", _winograd_numba),
     Row("planar", "numba", _planar_numba),
