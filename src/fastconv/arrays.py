@@ -6,32 +6,33 @@ transposed view with leading ones costs no copy.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from .dims import PoolDims, Triple
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+try:
+    from .kernels.native import arrays as _quick
+except ImportError:  # the native engine was not built
+    from .kernels.reference import arrays as _quick
 
-#: Image axes of the caller's (N, *spatial, C) array in (N, C, *spatial) order, by spatial dimensions.
-_IMAGE_FIRST = {1: (0, 2, 1), 2: (0, 3, 1, 2), 3: (0, 4, 1, 2, 3)}
-#: Weight axes of the caller's (*kernel, C, K) array in (K, C, *kernel) order.
-_WEIGHT_FIRST = {1: (2, 1, 0), 2: (3, 2, 0, 1), 3: (4, 3, 0, 1, 2)}
-#: Index that adds the leading ones.
-_EXPAND: dict[int, Any] = {
-    1: (slice(None), slice(None), None, None),
-    2: (slice(None), slice(None), None),
-    3: (),
-}
+Axes = tuple[int, ...]  #: of the caller's array in the order of a kernel; -1 for one that it lacks
+DTYPES: tuple[np.dtype[Any], ...] = _quick.DTYPES
+arrange: Callable[[np.ndarray, Axes], np.ndarray] = _quick.arrange
+highest: Callable[[np.ndarray], int] = _quick.highest
+is_ordinary: Callable[[object], TypeGuard[np.ndarray]] = _quick.is_ordinary
+
 _BYTE, _WORD = np.dtype(np.uint8), np.dtype(np.uint16)
 _FLIP = (slice(None), slice(None)) + (slice(None, None, -1),) * 3
 
 
 def check_array(array: object, name: str) -> np.ndarray:
     """Return a float32 or float64 array that kernels can read; TypeError says what else came."""
-    if type(array) is np.ndarray and array.dtype in DTYPES and array.flags.carray:
-        return array  # an ordinary array, without further questions: small calls are made of such moments
+    if is_ordinary(array):
+        return array  # without further questions: small calls are made of such moments
     if type(array) is not np.ndarray:
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a numpy.ndarray, got {type(array).__name__}")
@@ -57,36 +58,48 @@ def check_same_dtype(array: np.ndarray, name: str, other: np.ndarray, other_name
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {array.dtype}")
 
 
-def as_image(array: object, name: str, spatial: int, last: bool) -> np.ndarray:
-    """Return an image, (N, C, *spatial) or (C, *spatial) or the same with channels last, as (N, C, D, H, W)."""
-    image = check_array(array, name)
-    if image.ndim == spatial + 1:
-        image = image[None]
-    elif image.ndim != spatial + 2:
+@lru_cache(maxsize=1024)
+def image_axes(shape: tuple[int, ...], name: str, spatial: int, last: bool) -> Axes:
+    """Return the axes of an image, (N, C, *spatial) or (C, *spatial) or the same with channels last, for a kernel."""
+    batched = len(shape) == spatial + 2
+    if not batched and len(shape) != spatial + 1:
         raise ValueError(
-            f"{name} must have {spatial + 2} dimensions (or {spatial + 1} without a batch), got shape {image.shape}"
+            f"{name} must have {spatial + 2} dimensions (or {spatial + 1} without a batch), got shape {shape}"
         )
-    return first_image(image, spatial, last)
+    first = batched if last else batched + 1
+    channels = batched + spatial if last else int(batched)
+    return (0 if batched else -1, channels, *(-1,) * (3 - spatial), *range(first, first + spatial))
+
+
+@lru_cache(maxsize=1024)
+def weight_axes(shape: tuple[int, ...], name: str, spatial: int, last: bool) -> Axes:
+    """Return the axes of weights, (K, C, *kernel) or with channels last (*kernel, C, K), for a kernel."""
+    if len(shape) != spatial + 2:
+        raise ValueError(f"{name} must have {spatial + 2} dimensions, got shape {shape}")
+    filters, channels, first = (spatial + 1, spatial, 0) if last else (0, 1, 2)
+    return (filters, channels, *(-1,) * (3 - spatial), *range(first, first + spatial))
+
+
+def as_image(array: object, name: str, spatial: int, last: bool) -> np.ndarray:
+    """Return an image of the caller's, checked, as (N, C, D, H, W)."""
+    image = check_array(array, name)
+    return arrange(image, image_axes(image.shape, name, spatial, last))
 
 
 def first_image(image: np.ndarray, spatial: int, last: bool) -> np.ndarray:
-    """Return a batched image of the caller's layout as (N, C, D, H, W)."""
-    view: np.ndarray = image.transpose(_IMAGE_FIRST[spatial]) if last else image
-    return view if spatial == 3 else view[_EXPAND[spatial]]
+    """Return an image of the caller's layout as (N, C, D, H, W)."""
+    return arrange(image, image_axes(image.shape, "image", spatial, last))
 
 
 def as_weight(array: object, name: str, spatial: int, last: bool, flip: bool) -> np.ndarray:
-    """Return weights, (K, C, *kernel) or with channels last (*kernel, C, K), as (K, C, KD, KH, KW)."""
+    """Return weights of the caller's, checked, as (K, C, KD, KH, KW), rotated by half a turn if ``flip``."""
     weight = check_array(array, name)
-    if weight.ndim != spatial + 2:
-        raise ValueError(f"{name} must have {spatial + 2} dimensions, got shape {weight.shape}")
-    return first_weight(weight, spatial, last, flip)
+    return flipped(arrange(weight, weight_axes(weight.shape, name, spatial, last)), flip)
 
 
-def first_weight(weight: np.ndarray, spatial: int, last: bool, flip: bool) -> np.ndarray:
-    """Return weights of the caller's layout as (K, C, KD, KH, KW), rotated by half a turn if ``flip``."""
-    view: np.ndarray = (weight.transpose(_WEIGHT_FIRST[spatial]) if last else weight)[_EXPAND[spatial]]
-    return view[_FLIP] if flip else view
+def flipped(weight: np.ndarray, flip: bool) -> np.ndarray:
+    """Return (K, C, KD, KH, KW) weights, rotated by half a turn if ``flip``."""
+    return weight[_FLIP] if flip else weight
 
 
 def as_bias(array: object | None, like: np.ndarray, channels: int) -> np.ndarray | None:
@@ -112,13 +125,17 @@ def plain_shape(first: np.ndarray, spatial: int) -> tuple[int, ...]:
 
 
 def first_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, ...]:
-    """Return the shape of a batched image of the caller's layout as (N, C, *spatial)."""
-    return tuple(shape[axis] for axis in _IMAGE_FIRST[spatial]) if last else shape
+    """Return the shape of an image of the caller's layout as (N, C, *spatial)."""
+    return _without_ones(shape, image_axes(shape, "image", spatial, last), spatial)
 
 
 def first_weight_shape(shape: tuple[int, ...], spatial: int, last: bool) -> tuple[int, ...]:
     """Return the shape of weights of the caller's layout as (K, C, *kernel)."""
-    return tuple(shape[axis] for axis in _WEIGHT_FIRST[spatial]) if last else shape
+    return _without_ones(shape, weight_axes(shape, "weight", spatial, last), spatial)
+
+
+def _without_ones(shape: tuple[int, ...], axes: Axes, spatial: int) -> tuple[int, ...]:
+    return tuple(1 if axis < 0 else shape[axis] for axis in axes[:2] + axes[5 - spatial :])
 
 
 def check_out(out: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -146,9 +163,9 @@ def storable(out: np.ndarray, *inputs: np.ndarray | None) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def winner_dtype(dims: PoolDims) -> np.dtype[Any]:
+def winner_dtype(taps: int) -> np.dtype[Any]:
     """Return the type of the compact form: one byte unless the window has more than 256 cells."""
-    return _BYTE if dims.taps <= 256 else _WORD
+    return _BYTE if taps <= 256 else _WORD
 
 
 def winners_to_offsets(winners: np.ndarray, dims: PoolDims) -> np.ndarray:
@@ -177,7 +194,7 @@ def offsets_to_winners(offsets: np.ndarray, dims: PoolDims) -> np.ndarray:
         start = np.arange(dims.output_size[axis]) * dims.stride[axis] - dims.pad_before[axis]
         from_start = position - start.reshape([-1 if i == axis else 1 for i in range(3)])
         cells.append(np.clip(from_start // dims.dilation[axis], 0, dims.kernel_size[axis] - 1))
-    winners: np.ndarray = np.ravel_multi_index(cells, dims.kernel_size).astype(winner_dtype(dims))
+    winners: np.ndarray = np.ravel_multi_index(cells, dims.kernel_size).astype(winner_dtype(dims.taps))
     winners[offsets < 0] = 0
     if not np.array_equal(winners_to_offsets(winners, dims), offsets):
         raise ValueError("indices must be offsets within the pooling windows, as max_pool returned them; got others")

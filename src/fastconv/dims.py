@@ -52,7 +52,8 @@ class ConvDims(NamedTuple):
     @property
     def taps(self) -> int:
         """Number of cells of one filter, without channels."""
-        return math.prod(self.kernel_size)
+        depth, height, width = self.kernel_size
+        return depth * height * width
 
     @property
     def group_in_channels(self) -> int:
@@ -112,7 +113,8 @@ class PoolDims(NamedTuple):
     @property
     def taps(self) -> int:
         """Number of cells of one window."""
-        return math.prod(self.kernel_size)
+        depth, height, width = self.kernel_size
+        return depth * height * width
 
     def as_depthwise(self) -> ConvDims:
         """Return the convolution that visits the same windows, one filter for each channel."""

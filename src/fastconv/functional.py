@@ -17,11 +17,27 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 
 from . import arrays
-from .arrays import as_bias, as_image, as_weight, check_same_dtype, first_image, image_shape, plain_shape
+from .arrays import (
+    Axes,
+    arrange,
+    as_bias,
+    as_image,
+    as_weight,
+    check_array,
+    check_same_dtype,
+    first_image,
+    first_shape,
+    first_weight_shape,
+    flipped,
+    image_axes,
+    image_shape,
+    plain_shape,
+    weight_axes,
+)
 from .buffers import empty, packed
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
-from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, threads_of
+from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, settings
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Ints: TypeAlias = int | Sequence[int]
@@ -35,8 +51,7 @@ Indices: TypeAlias = bool | Literal["compact"]
 
 def options(activation: str | None = None, precision: str | None = None) -> Options:
     """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
-    config = get_config()
-    return kernel_options(activation, config.precision if precision is None else precision, threads_of(config))
+    return kernel_options(activation, *settings(None, precision)[1:])
 
 
 @lru_cache
@@ -78,30 +93,42 @@ def run(
     kernel(op, dims, engine or get_config().engine, algorithm, how.precision)(*arrays, dims, how)
 
 
-def allocate(out: object, shape: tuple[int, ...], batched: bool, *inputs: Array | None) -> Array:
-    """Return a batched array for a result: ``out`` itself, checked, if a kernel may write into it, or a new one."""
+class Plan(NamedTuple):
+    """What the shapes and options of a call come to; kept, so that the next call of the kind has no shape algebra."""
+
+    dims: Any  #: ConvDims or PoolDims
+    shape: tuple[int, ...]  #: of the result, as the caller has it
+    axes: tuple[Axes, ...]  #: of the caller's arrays, in the order of the kernel's
+    kernel: Kernel
+    options: Options
+
+
+def allocate(out: object, shape: tuple[int, ...], *inputs: Array | None) -> Array:
+    """Return an array for a result: ``out`` itself, checked, if a kernel may write into it, or a new one."""
     like = inputs[0]
     assert like is not None
     if out is not None:
-        checked = arrays.check_out(out, shape if batched else shape[1:], like.dtype)
+        checked = arrays.check_out(out, shape, like.dtype)
         if arrays.storable(checked, *inputs):
-            return checked if batched else checked[None]
+            return checked
     return empty(shape, like.dtype)
 
 
-def deliver(result: Array, out: Array | None, batched: bool) -> Array:
-    """Return what ``allocate`` gave as the caller's array: without its batch axis, or by way of a copy to ``out``."""
-    unbatched = result if batched else result[0]
+def deliver(result: Array, out: Array | None) -> Array:
+    """Return what ``allocate`` gave as the caller's array: perhaps by way of a copy to ``out``."""
     if out is None:
-        return unbatched
+        return result
     if not np.may_share_memory(out, result):
-        out[...] = unbatched
+        out[...] = result
     return out
 
 
-def is_batched(array: Array, spatial: int) -> bool:
-    """Whether a (checked) image of the caller's has a batch axis."""
-    return array.ndim == spatial + 2
+def result_shape(
+    dims: ConvDims | PoolDims, channels: int, size: tuple[int, int, int], ndim: int, last: bool
+) -> tuple[int, ...]:
+    """Return the shape of an image of that size in the caller's layout, with a batch axis if so many axes have one."""
+    shape = image_shape(dims.batch, channels, size, dims.spatial, last)
+    return shape if ndim == len(shape) else shape[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,55 +154,34 @@ def _conv(
     out: Array | None,
 ) -> Array:
     last = channels_last(layout)
-    x = as_image(input, "input", spatial, last)
-    w = as_weight(weight, "weight", spatial, last, flip_kernel)
+    x, w = check_array(input, "input"), check_array(weight, "weight")
     check_same_dtype(w, "weight", x, "input")
-    config = get_config()
-    plan = _conv_plan(
+    dims, shape, axes, run_kernel, how = _conv_plan(
         spatial, last, x.shape, w.shape, freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), groups, engine or config.engine, algorithm, activation,
-        config.precision if precision is None else precision, threads_of(config),
+        freeze(dilation, "dilation"), groups, algorithm, activation, *settings(engine, precision),
     )  # fmt: skip
-    b = None if bias is None else as_bias(bias, x, plan.dims.out_channels)
-    batched = is_batched(input, spatial)
-    result = empty(plan.shape, x.dtype) if out is None else allocate(out, plan.shape, batched, x, w, b)
-    how, kept = plan.options, packed()
+    b = None if bias is None else as_bias(bias, x, dims.out_channels)
+    result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, w, b)
+    kept = packed()
     if kept is not None:
         how = Options(how.activation, how.precision, how.threads, kept)
-    plan.kernel(x, w, b, first_image(result, spatial, last), plan.dims, how)
-    return result if out is None and batched else deliver(result, out, batched)
-
-
-class ConvPlan(NamedTuple):
-    """What a convolution's shapes and options come to; kept, so that the next call of the kind has no shape algebra."""
-
-    dims: ConvDims
-    shape: tuple[int, ...]  #: of the output, in the caller's layout
-    kernel: Kernel
-    options: Options
+    filters = flipped(arrange(w, axes[1]), flip_kernel)
+    run_kernel(arrange(x, axes[0]), filters, b, arrange(result, axes[2]), dims, how)
+    return result if out is None else deliver(result, out)
 
 
 @lru_cache(maxsize=1024, typed=True)
 def _conv_plan(
-    spatial: int,
-    last: bool,
-    x: tuple[int, ...],
-    w: tuple[int, ...],
-    stride: Ints,
-    padding: Padding,
-    dilation: Ints,
-    groups: int,
-    engine: str | None,
-    algorithm: str | None,
-    activation: str | None,
-    precision: str,
-    threads: int,
-) -> ConvPlan:
-    skip = 5 - spatial
-    dims = conv_dims(x[:2] + x[skip:], w[:2] + w[skip:], stride, padding, dilation, groups, last)
-    shape = image_shape(dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    spatial: int, last: bool, x: tuple[int, ...], w: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
+    groups: int, algorithm: str | None, activation: str | None, engine: str | None, precision: str, threads: int,
+) -> Plan:  # fmt: skip
+    image, weight = image_axes(x, "input", spatial, last), weight_axes(w, "weight", spatial, last)
+    sizes = first_shape(x, spatial, last), first_weight_shape(w, spatial, last)
+    dims = conv_dims(*sizes, stride, padding, dilation, groups, last)
     how = kernel_options(activation, precision, threads)
-    return ConvPlan(dims, shape, kernel("conv_forward", dims, engine, algorithm, precision), how)
+    chosen = kernel("conv_forward", dims, engine, algorithm, precision)
+    shape = result_shape(dims, dims.out_channels, dims.output_size, len(x), last)
+    return Plan(dims, shape, (image, weight, image), chosen, how)
 
 
 def conv1d(
@@ -384,12 +390,10 @@ def _conv_transpose(
     )  # fmt: skip
     b = as_bias(bias, x, dims.in_channels)
     how = options(activation, precision)
-    batched = is_batched(input, spatial)
-    shape = image_shape(dims.batch, dims.in_channels, dims.input_size, spatial, last)
-    result = allocate(out, shape, batched, x, w, b)
+    result = allocate(out, result_shape(dims, dims.in_channels, dims.input_size, input.ndim, last), x, w, b)
     target = first_image(result, spatial, last)
     run("conv_input_grad", dims, x, w, b, target, how=how, engine=engine, algorithm=algorithm)
-    return deliver(result, out, batched)
+    return deliver(result, out)
 
 
 def conv_transpose1d(
@@ -535,29 +539,16 @@ def pooling_dims(
     )  # fmt: skip
 
 
-class PoolPlan(NamedTuple):
-    """What the shapes and options of a max pooling, or of its gradient, come to; kept as a `ConvPlan` is."""
-
-    dims: PoolDims
-    shape: tuple[int, ...]  #: of the output, in the caller's layout
-    output: tuple[int, ...]  #: the same as (N, C, OD, OH, OW)
-    winners: np.dtype[Any]  #: of the compact form of indices
-    kernel: Kernel
-    options: Options
-
-
 @lru_cache(maxsize=1024, typed=True)
-def pool_plan(
-    op: str, spatial: int, last: bool, image: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
+def _max_pool_plan(
+    spatial: int, last: bool, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
     dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
-    input_name: str,
-) -> PoolPlan:  # fmt: skip
-    """Return the plan of a max pooling of an image of that (N, C, *spatial) shape, or of its gradient."""
-    dims = pooling_dims(image, kernel_size, stride, padding, dilation, ceil_mode, input_name)
-    shape = image_shape(dims.batch, dims.channels, dims.output_size, spatial, last)
-    output = (dims.batch, dims.channels, *dims.output_size)
-    chosen = kernel(op, dims, engine, algorithm)
-    return PoolPlan(dims, shape, output, arrays.winner_dtype(dims), chosen, kernel_options(None, precision, threads))
+) -> Plan:  # fmt: skip
+    image = image_axes(x, "input", spatial, last)
+    dims = pool_dims(first_shape(x, spatial, last), kernel_size, stride, padding, dilation, ceil_mode)
+    shape = result_shape(dims, dims.channels, dims.output_size, len(x), last)
+    chosen = kernel("max_pool_forward", dims, engine, algorithm)
+    return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads))
 
 
 def _max_pool(
@@ -575,28 +566,24 @@ def _max_pool(
     out: Array | None,
 ) -> Any:
     last = channels_last(layout)
-    x = as_image(input, "input", spatial, last)
+    x = check_array(input, "input")
     if return_indices not in (False, True, "compact"):
         raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
-    config = get_config()
-    plan = pool_plan(
-        "max_pool_forward", spatial, last, plain_shape(x, spatial), freeze(kernel_size, "kernel_size"),
-        freeze(stride, "stride"), freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm,
-        engine or config.engine, config.precision, threads_of(config), "input",
+    dims, shape, (image,), run_kernel, how = _max_pool_plan(
+        spatial, last, x.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
+        freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, *settings(engine, None),
     )  # fmt: skip
-    dims, shape = plan.dims, plan.shape
-    batched = is_batched(input, spatial)
-    result = empty(shape, x.dtype) if out is None else allocate(out, shape, batched, x)
-    winners = empty(shape, plan.winners) if return_indices else None
-    where = None if winners is None else first_image(winners, spatial, last)
-    plan.kernel(x, first_image(result, spatial, last), where, dims, plan.options)
-    pooled = deliver(result, out, batched)
+    result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
+    winners = empty(shape, arrays.winner_dtype(dims.taps)) if return_indices else None
+    where = None if winners is None else arrange(winners, image)
+    run_kernel(arrange(x, image), arrange(result, image), where, dims, how)
+    pooled = result if out is None else deliver(result, out)
     if winners is None or where is None:
         return pooled
     if return_indices != "compact":  # True, or what equals it, such as numpy.True_
         winners = np.empty(shape, np.int64)
-        first_image(winners, spatial, last)[...] = arrays.winners_to_offsets(where, dims)
-    return pooled, winners if batched else winners[0]
+        arrange(winners, image)[...] = arrays.winners_to_offsets(where, dims)
+    return pooled, winners
 
 
 @overload
@@ -818,16 +805,35 @@ def _avg_pool(
     out: Array | None,
 ) -> Array:
     last = channels_last(layout)
-    x = as_image(input, "input", spatial, last)
-    dims = pooling_dims(plain_shape(x, spatial), kernel_size, stride, padding, 1, ceil_mode)
-    conv, weight, divisors = averaging(dims, count_include_pad, divisor_override, x.dtype)
-    batched = is_batched(input, spatial)
-    result = allocate(out, image_shape(dims.batch, dims.channels, dims.output_size, spatial, last), batched, x)
-    target = first_image(result, spatial, last)
-    run("conv_forward", conv, x, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
+    x = check_array(input, "input")
+    plan, weight, divisors = _avg_pool_plan(
+        spatial, last, x.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
+        freeze(padding, "padding"), ceil_mode, bool(count_include_pad), divisor_override, x.dtype, algorithm,
+        *settings(engine, None),
+    )  # fmt: skip
+    dims, shape, (image,), run_kernel, how = plan
+    result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
+    target = arrange(result, image)
+    run_kernel(arrange(x, image), weight, None, target, dims, how)
     if divisors is not None:
         target /= divisors
-    return deliver(result, out, batched)
+    return result if out is None else deliver(result, out)
+
+
+@lru_cache(maxsize=128, typed=True)  # divisors may be as many as outputs
+def _avg_pool_plan(
+    spatial: int, last: bool, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any],
+    algorithm: str | None, engine: str | None, precision: str, threads: int,
+) -> tuple[Plan, Array, Array | None]:  # fmt: skip
+    """Return the plan of the depthwise convolution, its weight, and what its sums are divided by."""
+    image = image_axes(x, "input", spatial, last)
+    pool = pool_dims(first_shape(x, spatial, last), kernel_size, stride, padding, 1, ceil_mode)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor_override, dtype)
+    shape = result_shape(pool, pool.channels, pool.output_size, len(x), last)
+    how = kernel_options(None, precision, threads)
+    chosen = kernel("conv_forward", dims, engine, algorithm, precision)
+    return Plan(dims, shape, (image,), chosen, how), weight, divisors
 
 
 def avg_pool1d(
@@ -986,9 +992,8 @@ def _max_blur_pool(
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
     plan = blur_plan(plain_shape(x, spatial), kernel_size, stride, filter_size, x.dtype)
-    batched = is_batched(input, spatial)
     blur = plan.blur
-    result = allocate(out, image_shape(blur.batch, blur.out_channels, blur.output_size, spatial, last), batched, x)
+    result = allocate(out, result_shape(blur, blur.out_channels, blur.output_size, input.ndim, last), x)
     dense = _max_pool(spatial, input, kernel_size, 1, 0, 1, False, return_indices, layout, None, engine, None)
     maxima = as_image(dense[0] if return_indices else dense, "input", spatial, last)
     for axis, (before, after) in enumerate(plan.borders, start=2):
@@ -996,7 +1001,7 @@ def _max_blur_pool(
             maxima = maxima.take(reflected(maxima.shape[axis], before, after), axis)
     target = first_image(result, spatial, last)
     run("conv_forward", blur, maxima, plan.weight, None, target, how=options(), engine=engine, algorithm=None)
-    blurred = deliver(result, out, batched)
+    blurred = deliver(result, out)
     return (blurred, dense[1]) if return_indices else blurred
 
 

@@ -14,39 +14,42 @@ import numpy as np
 
 from . import arrays
 from .arrays import (
+    Axes,
+    arrange,
     as_image,
     as_weight,
+    check_array,
     check_same_dtype,
     first_image,
     first_shape,
-    first_weight,
     first_weight_shape,
+    flipped,
+    highest,
+    image_axes,
     image_shape,
     plain_shape,
+    weight_axes,
 )
 from .buffers import empty
-from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer
+from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer, pool_dims
 from .functional import (
     Array,
     Ints,
-    PoolPlan,
+    Plan,
     allocate,
     averaging,
     blur_plan,
     deliver,
     freeze,
-    is_batched,
     kernel,
     kernel_options,
     options,
-    pool_plan,
-    pooling_dims,
     reflected,
+    result_shape,
     run,
     transpose_dims,
 )
-from .registry import Kernel
-from .runtime import Options, get_config, threads_of
+from .runtime import settings
 
 __all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_pool") for n in (1, 2, 3)] + [
     f"{name}{n}d_{what}" for name in ("conv", "conv_transpose") for n in (1, 2, 3) for what in ("input", "weight")
@@ -72,36 +75,44 @@ class ConvGradients(NamedTuple):
 
 def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape that the user gave as a tuple of ints."""
+    entries = _entries(size, name)
+    if len(entries) not in ndims:
+        wanted = " or ".join(map(str, ndims))
+        raise ValueError(f"{name} must have {wanted} entries, got {tuple(entries)}")
+    return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(entries))
+
+
+def _entries(size: object, name: str) -> Sequence[Any]:
+    """Return a shape that the user gave, whose entries are yet to be checked."""
     if not isinstance(size, (list, tuple)):
         raise TypeError(f"{name} must be a sequence of integers, got {size!r}")
-    if len(size) not in ndims:
-        wanted = " or ".join(map(str, ndims))
-        raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
-    try:
-        return _integers(name, *size)
-    except TypeError:  # perhaps because it can't be kept
-        return _integers.__wrapped__(name, *size)
-
-
-@lru_cache(maxsize=1024, typed=True)
-def _integers(name: str, *size: Any) -> tuple[int, ...]:
-    """Return the entries of a size, checked; kept, for most calls have the size of an earlier one."""
-    return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
+    return size
 
 
 def _image_size(size: object, spatial: int, ndim: int) -> tuple[int, ...]:
-    """Return ``input_size`` with a batch axis, of which it has one exactly if ``grad_output``, of that ndim, has."""
+    """Return ``input_size``, which has a batch axis exactly if ``grad_output``, of that ndim, has."""
     shape = _size(size, "input_size", (spatial + 1, spatial + 2))
     if len(shape) != ndim:
         raise ValueError(f"input_size must have as many entries as grad_output, {ndim}, got {shape}")
-    return shape if len(shape) == spatial + 2 else (1, *shape)
+    return shape
 
 
-def _check_grad_output(grad: Array, shape: tuple[int, ...], spatial: int, last: bool) -> None:
-    """Raise ValueError unless the gradient has the shape of the operation's output, both (N, C, D, H, W)."""
-    if grad.shape != shape:
-        wanted, got = (image_shape(n, c, (d, h, w), spatial, last) for n, c, d, h, w in (shape, grad.shape))
+def _check_grad_output(
+    grad: tuple[int, ...], batch: int, channels: int, size: tuple[int, int, int], spatial: int, last: bool
+) -> None:
+    """Raise ValueError unless the gradient, of that shape, is as an image of that size in the caller's layout."""
+    wanted = image_shape(batch, channels, size, spatial, last)
+    got = grad if len(grad) == len(wanted) else (1, *grad)
+    if got != wanted:
         raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
+
+
+def _recall(plan: Any, *call: Any) -> Any:
+    """Return the plan of a call, as it is kept or, of what can't be kept, anew."""
+    try:
+        return plan(*call)
+    except TypeError:  # perhaps because it can't be kept
+        return plan.__wrapped__(*call)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,38 +120,25 @@ def _check_grad_output(grad: Array, shape: tuple[int, ...], spatial: int, last: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class GradPlan(NamedTuple):
-    """What the shapes and options of a convolution's gradient come to, kept as `functional.ConvPlan` is."""
-
-    dims: ConvDims
-    output: tuple[int, ...]  #: of the convolution, which grad_output must have, (N, K, OD, OH, OW)
-    kernel: Kernel
-    options: Options
-
-
-def _conv_plan(
-    op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
-    groups: int, last: bool, engine: str | None, algorithm: str | None, precision: str | None,
-) -> GradPlan:  # fmt: skip
-    config = get_config()
-    return _kept_plan(
-        op, image, weight, freeze(stride, "stride"), freeze(padding, "padding"), freeze(dilation, "dilation"), groups,
-        last, engine or config.engine, algorithm, config.precision if precision is None else precision,
-        threads_of(config),
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=1024, typed=True)
-def _kept_plan(
-    op: str, image: tuple[int, ...], weight: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
-    groups: int, last: bool, engine: str | None, algorithm: str | None, precision: str, threads: int,
-) -> GradPlan:  # fmt: skip
-    size = {"conv_input_grad": {"input_name": "input_size"}, "conv_weight_grad": {"weight_name": "weight_size"}}[op]
-    dims = conv_dims(image, weight, stride, padding, dilation, groups, last, **size)
-    output = (dims.batch, dims.out_channels, *dims.output_size)
-    return GradPlan(
-        dims, output, kernel(op, dims, engine, algorithm, precision), kernel_options(None, precision, threads)
-    )
+def _conv_plan(
+    op: str, spatial: int, last: bool, other: tuple[int, ...], grad: tuple[int, ...], stride: Ints, padding: Padding,
+    dilation: Ints, groups: int, algorithm: str | None, engine: str | None, precision: str, threads: int, *size: Any,
+) -> Plan:  # fmt: skip
+    """Return the plan of one gradient, from the shapes of the ``other`` array, ``grad_output`` and the result."""
+    grad_axes = image_axes(grad, "grad_output", spatial, last)
+    if op == "conv_input_grad":
+        image = shape = _image_size(size, spatial, len(grad))
+        weight, names = other, ("input_size", "weight")
+    else:
+        weight = shape = _size(size, "weight_size", (spatial + 2,))
+        image, names = other, ("input", "weight_size")
+    axes = (image_axes(image, "input", spatial, last), weight_axes(weight, "weight", spatial, last), grad_axes)
+    sizes = first_shape(image, spatial, last), first_weight_shape(weight, spatial, last)
+    dims = conv_dims(*sizes, stride, padding, dilation, groups, last, input_name=names[0], weight_name=names[1])
+    _check_grad_output(grad, dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    chosen = kernel(op, dims, engine, algorithm, precision)
+    return Plan(dims, shape, axes, chosen, kernel_options(None, precision, threads))
 
 
 def _conv_input(
@@ -149,19 +147,17 @@ def _conv_input(
     out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
-    g = as_image(grad_output, "grad_output", spatial, last)
-    w = as_weight(weight, "weight", spatial, last, flip_kernel)
+    g, w = check_array(grad_output, "grad_output"), check_array(weight, "weight")
     check_same_dtype(w, "weight", g, "grad_output")
-    shape = _image_size(input_size, spatial, grad_output.ndim)
-    plan = _conv_plan(
-        "conv_input_grad", first_shape(shape, spatial, last), plain_shape(w, spatial),
-        stride, padding, dilation, groups, last, engine, algorithm, precision,
+    dims, shape, axes, run_kernel, how = _recall(
+        _conv_plan, "conv_input_grad", spatial, last, w.shape, g.shape, freeze(stride, "stride"),
+        freeze(padding, "padding"), freeze(dilation, "dilation"), groups, algorithm, *settings(engine, precision),
+        *_entries(input_size, "input_size"),
     )  # fmt: skip
-    _check_grad_output(g, plan.output, spatial, last)
-    batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, batched, g, w)
-    plan.kernel(g, w, None, first_image(result, spatial, last), plan.dims, plan.options)
-    return deliver(result, out, batched)
+    result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, w)
+    filters = flipped(arrange(w, axes[1]), flip_kernel)
+    run_kernel(arrange(g, axes[2]), filters, None, arrange(result, axes[0]), dims, how)
+    return result if out is None else deliver(result, out)
 
 
 def _conv_weight(
@@ -170,19 +166,18 @@ def _conv_weight(
     out: Array | None, with_bias: bool = False,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     last = channels_last(layout)
-    x = as_image(input, "input", spatial, last)
-    g = as_image(grad_output, "grad_output", spatial, last)
+    x, g = check_array(input, "input"), check_array(grad_output, "grad_output")
     check_same_dtype(g, "grad_output", x, "input")
-    shape = _size(weight_size, "weight_size", (spatial + 2,))
-    plan = _conv_plan(
-        "conv_weight_grad", plain_shape(x, spatial), first_weight_shape(shape, spatial, last),
-        stride, padding, dilation, groups, last, engine, algorithm, precision,
+    dims, shape, axes, run_kernel, how = _recall(
+        _conv_plan, "conv_weight_grad", spatial, last, x.shape, g.shape, freeze(stride, "stride"),
+        freeze(padding, "padding"), freeze(dilation, "dilation"), groups, algorithm, *settings(engine, precision),
+        *_entries(weight_size, "weight_size"),
     )  # fmt: skip
-    _check_grad_output(g, plan.output, spatial, last)
-    result = allocate(out, shape, True, x, g)
-    bias = np.empty(plan.dims.out_channels, x.dtype) if with_bias else None
-    plan.kernel(x, g, first_weight(result, spatial, last, flip_kernel), bias, plan.dims, plan.options)
-    return deliver(result, out, True), bias
+    result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, g)
+    bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
+    target = flipped(arrange(result, axes[1]), flip_kernel)
+    run_kernel(arrange(x, axes[0]), arrange(g, axes[2]), target, bias, dims, how)
+    return result if out is None else deliver(result, out), bias
 
 
 def _conv(
@@ -551,11 +546,16 @@ def conv3d(
 
 
 def _transpose_dims(
-    small: tuple[int, ...], weight: tuple[int, ...], grad: Array, geometry: tuple[Any, ...], spatial: int, last: bool
+    small: tuple[int, ...],
+    weight: tuple[int, ...],
+    grad: tuple[int, ...],
+    geometry: tuple[Any, ...],
+    spatial: int,
+    last: bool,
 ) -> ConvDims:
     """Return the transposed convolution's dims; ``small`` and ``weight`` are (N, C, *spatial) and (C, K/g, *kernel)."""
     dims = transpose_dims(small, weight, *geometry, last)
-    _check_grad_output(grad, (dims.batch, dims.in_channels, *dims.input_size), spatial, last)
+    _check_grad_output(grad, dims.batch, dims.in_channels, dims.input_size, spatial, last)
     return dims
 
 
@@ -573,11 +573,11 @@ def _conv_transpose_input(
         freeze(dilation, "dilation"),
     )  # fmt: skip
     kernel_shape = plain_shape(w, spatial)
-    dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, g, geometry, spatial, last)
+    dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, grad_output.shape, geometry, spatial, last)
     result = np.empty(shape, g.dtype)
     target = first_image(result, spatial, last)
     run("conv_forward", dims, g, w, None, target, how=options(), engine=engine, algorithm=None)
-    return result if is_batched(grad_output, spatial) else result[0]
+    return result
 
 
 def _conv_transpose_weight(
@@ -594,9 +594,10 @@ def _conv_transpose_weight(
         freeze(dilation, "dilation"),
     )  # fmt: skip
     small = plain_shape(x, spatial)
-    dims = _transpose_dims(small, first_weight_shape(shape, spatial, last), g, geometry, spatial, last)
+    kernel_shape = first_weight_shape(shape, spatial, last)
+    dims = _transpose_dims(small, kernel_shape, grad_output.shape, geometry, spatial, last)
     result = np.empty(shape, x.dtype)
-    target = first_weight(result, spatial, last, False)
+    target = arrange(result, weight_axes(shape, "weight", spatial, last))
     run("conv_weight_grad", dims, g, x, target, None, how=options(), engine=engine, algorithm=None)
     return result
 
@@ -796,35 +797,37 @@ def conv_transpose3d_weight(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _winners(
-    indices: object, grad: Array, dims: PoolDims, compact: np.dtype[Any], spatial: int, last: bool
-) -> Array:  # fmt: skip
-    """Return indices of either form as (N, C, OD, OH, OW) positions in the window, checked."""
+def _winners(indices: object, shape: tuple[int, ...], axes: Axes, dims: PoolDims) -> Array:
+    """Return indices of either form, of the caller's shape, as (N, C, OD, OH, OW) positions in the window, checked."""
+    taps = dims.taps
+    compact = arrays.winner_dtype(taps)
     if not isinstance(indices, np.ndarray) or (indices.dtype is not compact and indices.dtype not in (_FLAT, compact)):
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
         raise TypeError(f"indices must be an int64 or {compact} array that max_pool returned, got {got}")
-    batched = indices if indices.ndim == spatial + 2 else indices[None]
-    view = first_image(batched, spatial, last) if batched.ndim == spatial + 2 else batched
-    if view.shape != grad.shape:
+    if indices.shape != shape:
         raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
+    view = arrange(indices, axes)
     if indices.dtype is not compact and indices.dtype == _FLAT:
         return arrays.offsets_to_winners(view, dims)
-    if view.size and (highest := int(np.maximum.reduce(indices, None))) >= dims.taps:
-        raise ValueError(f"indices must be below the {dims.taps} cells of the window, got {highest}")
+    if indices.size and (most := highest(indices)) >= taps:
+        raise ValueError(f"indices must be below the {taps} cells of the window, got {most}")
     return view
 
 
 @lru_cache(maxsize=1024, typed=True)
 def _max_pool_plan(
-    spatial: int, last: bool, ndim: int, kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
-    ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int, *input_size: Any,
-) -> tuple[tuple[int, ...], PoolPlan]:  # fmt: skip
-    """Return the shape of the input, with a batch axis, and the plan."""
-    shape = _image_size(input_size, spatial, ndim)
-    return shape, pool_plan(
-        "max_pool_backward", spatial, last, first_shape(shape, spatial, last), kernel_size, stride, padding, dilation,
-        ceil_mode, algorithm, engine, precision, threads, "input_size",
-    )  # fmt: skip
+    spatial: int, last: bool, grad: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
+    dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
+    *size: Any,
+) -> Plan:  # fmt: skip
+    image = image_axes(grad, "grad_output", spatial, last)
+    shape = _image_size(size, spatial, len(grad))
+    dims = pool_dims(
+        first_shape(shape, spatial, last), kernel_size, stride, padding, dilation, ceil_mode, input_name="input_size"
+    )
+    _check_grad_output(grad, dims.batch, dims.channels, dims.output_size, spatial, last)
+    chosen = kernel("max_pool_backward", dims, engine, algorithm)
+    return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads))
 
 
 def _max_pool(
@@ -833,24 +836,16 @@ def _max_pool(
     out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
-    g = as_image(grad_output, "grad_output", spatial, last)
-    ndim, config = grad_output.ndim, get_config()
-    size = input_size if type(input_size) is tuple else _image_size(input_size, spatial, ndim)[-ndim:]
-    call = (
-        spatial, last, ndim, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), ceil_mode, algorithm, engine or config.engine, config.precision,
-        threads_of(config), *size,
+    g = check_array(grad_output, "grad_output")
+    dims, shape, (image,), run_kernel, how = _recall(
+        _max_pool_plan, spatial, last, g.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
+        freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, *settings(engine, None),
+        *_entries(input_size, "input_size"),
     )  # fmt: skip
-    try:
-        shape, plan = _max_pool_plan(*call)
-    except TypeError:  # perhaps because it can't be kept
-        shape, plan = _max_pool_plan.__wrapped__(*call)
-    _check_grad_output(g, plan.output, spatial, last)
-    winners = _winners(indices, g, plan.dims, plan.winners, spatial, last)
-    batched = ndim == spatial + 2
-    result = empty(shape, g.dtype) if out is None else allocate(out, shape, batched, g, winners)
-    plan.kernel(g, winners, first_image(result, spatial, last), plan.dims, plan.options)
-    return deliver(result, out, batched)
+    winners = _winners(indices, g.shape, image, dims)
+    result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, winners)
+    run_kernel(arrange(g, image), winners, arrange(result, image), dims, how)
+    return result if out is None else deliver(result, out)
 
 
 def max_pool1d(
@@ -978,24 +973,42 @@ def max_pool3d(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=128, typed=True)  # divisors may be as many as outputs
+def _avg_pool_plan(
+    spatial: int, last: bool, grad: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any],
+    algorithm: str | None, engine: str | None, precision: str, threads: int, *size: Any,
+) -> tuple[Plan, Array, Array | None]:  # fmt: skip
+    """Return the plan of the depthwise convolution's gradient, its weight, and what gradients are divided by."""
+    image = image_axes(grad, "grad_output", spatial, last)
+    shape = _image_size(size, spatial, len(grad))
+    first = first_shape(shape, spatial, last)
+    pool = pool_dims(first, kernel_size, stride, padding, 1, ceil_mode, input_name="input_size")
+    _check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor_override, dtype)
+    chosen = kernel("conv_input_grad", dims, engine, algorithm, precision)
+    return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
+
+
 def _avg_pool(
     spatial: int, input_size: Size, grad_output: Array, kernel_size: Ints, stride: Ints | None, padding: Ints,
     ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, layout: str, algorithm: str | None,
     engine: str | None, out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
-    g = as_image(grad_output, "grad_output", spatial, last)
-    shape = _image_size(input_size, spatial, grad_output.ndim)
-    first = first_shape(shape, spatial, last)
-    dims = pooling_dims(first, kernel_size, stride, padding, 1, ceil_mode, "input_size")
-    _check_grad_output(g, (dims.batch, dims.channels, *dims.output_size), spatial, last)
-    conv, weight, divisors = averaging(dims, count_include_pad, divisor_override, g.dtype)
-    share = g if divisors is None else g / divisors
-    batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, batched, g)
-    target = first_image(result, spatial, last)
-    run("conv_input_grad", conv, share, weight, None, target, how=options(), engine=engine, algorithm=algorithm)
-    return deliver(result, out, batched)
+    g = check_array(grad_output, "grad_output")
+    plan, weight, divisors = _recall(
+        _avg_pool_plan, spatial, last, g.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
+        freeze(padding, "padding"), ceil_mode, bool(count_include_pad), divisor_override, g.dtype, algorithm,
+        *settings(engine, None), *_entries(input_size, "input_size"),
+    )  # fmt: skip
+    dims, shape, (image,), run_kernel, how = plan
+    share = arrange(g, image)
+    if divisors is not None:
+        share = share / divisors
+    result = empty(shape, g.dtype) if out is None else allocate(out, shape, g)
+    run_kernel(share, weight, None, arrange(result, image), dims, how)
+    return result if out is None else deliver(result, out)
 
 
 def avg_pool1d(
@@ -1130,21 +1143,20 @@ def _max_blur_pool(
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output.ndim)
-    first = first_shape(shape, spatial, last)
-    plan = blur_plan(first, kernel_size, stride, filter_size, g.dtype)
+    plan = blur_plan(first_shape(shape, spatial, last), kernel_size, stride, filter_size, g.dtype)
     blur, dense = plan.blur, plan.dense
-    _check_grad_output(g, (blur.batch, blur.out_channels, *blur.output_size), spatial, last)
-    batched = is_batched(grad_output, spatial)
-    result = allocate(out, shape, batched, g)
+    _check_grad_output(grad_output.shape, blur.batch, blur.out_channels, blur.output_size, spatial, last)
+    result = allocate(out, shape, g)
     maxima = np.empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
     run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=None)
     for axis, border in enumerate(plan.borders, start=2):
         if any(border):
             maxima = _fold(maxima, axis, border)
-    winners = _winners(indices, maxima, dense, arrays.winner_dtype(dense), spatial, last)
+    wanted = result_shape(dense, dense.channels, dense.output_size, grad_output.ndim, last)
+    winners = _winners(indices, wanted, image_axes(shape, "input_size", spatial, last), dense)
     target = first_image(result, spatial, last)
     run("max_pool_backward", dense, maxima, winners, target, how=options(), engine=engine, algorithm=None)
-    return deliver(result, out, batched)
+    return deliver(result, out)
 
 
 def max_blur_pool1d(

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -193,19 +193,29 @@ def get_num_threads() -> int:
     ...     fc.get_num_threads()
     1
     """
-    return threads_of(get_config())
+    return settings(None, None)[2]
 
 
-def threads_of(config: Config) -> int:
-    """Return the largest number of threads that a call uses under these settings."""
-    if config.num_threads is not None:
-        return config.num_threads
+def settings(engine: str | None, precision: str | None) -> tuple[str | None, str, int]:
+    """Return engine, precision and threads of a call that asks for these two, from the settings in force."""
+    usual_engine, usual_precision, threads = get_config()
+    return (
+        engine or usual_engine,
+        usual_precision if precision is None else precision,
+        _count_threads()() if threads is None else threads,
+    )
+
+
+@cache
+def _count_threads() -> Callable[[], int]:
+    """Return what tells how many threads the machine allows."""
     native = native_module()
     if native is not None:
-        return int(native.max_threads())
+        counted: Callable[[], int] = native.max_threads
+        return counted
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return lambda: len(os.sched_getaffinity(0))
+    return lambda: os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

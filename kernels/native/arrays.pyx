@@ -1,0 +1,56 @@
+"""See ``reference/arrays.py``."""
+
+from cpython.ref cimport Py_INCREF, PyObject
+
+cimport numpy as cnp
+
+from fastconv.kernels.reference import arrays
+from fastconv.kernels.reference.arrays import DTYPES
+
+cnp.import_array()
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(
+        type, cnp.PyArray_Descr *, int, const cnp.npy_intp *, const cnp.npy_intp *, void *, int, PyObject *
+    )
+
+cdef enum:
+    MOST_AXES = 5
+
+
+def is_ordinary(array):
+    """See ``reference/arrays.py``."""
+    if not cnp.PyArray_CheckExact(array) or not cnp.PyArray_ISCARRAY(<cnp.ndarray>array):
+        return False
+    return cnp.PyArray_TYPE(<cnp.ndarray>array) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)
+
+
+def arrange(cnp.ndarray array, tuple axes):
+    """See ``reference/arrays.py``; of at most five axes."""
+    cdef cnp.npy_intp[MOST_AXES] size
+    cdef cnp.npy_intp[MOST_AXES] stride
+    cdef cnp.PyArray_Descr *dtype = cnp.PyArray_DESCR(array)
+    cdef int count = <int>len(axes), i, axis
+    for i in range(count):
+        axis = axes[i]
+        size[i] = cnp.PyArray_DIM(array, axis) if axis >= 0 else 1
+        stride[i] = cnp.PyArray_STRIDE(array, axis) if axis >= 0 else 0
+    Py_INCREF(<object>dtype)  # the view's own
+    view = PyArray_NewFromDescr(
+        cnp.ndarray, dtype, count, size, stride, cnp.PyArray_DATA(array),
+        cnp.PyArray_FLAGS(array) & cnp.NPY_ARRAY_WRITEABLE, NULL,
+    )
+    cnp.set_array_base(view, array)
+    return view
+
+
+def highest(cnp.ndarray array):
+    """See ``reference/arrays.py``."""
+    if cnp.PyArray_TYPE(array) != cnp.NPY_UINT8 or not cnp.PyArray_IS_C_CONTIGUOUS(array):
+        return arrays.highest(array)
+    cdef const unsigned char *number = <const unsigned char *>cnp.PyArray_DATA(array)
+    cdef unsigned char most = 0
+    cdef Py_ssize_t i
+    for i in range(cnp.PyArray_SIZE(array)):
+        most = number[i] if number[i] > most else most
+    return most
