@@ -25,6 +25,34 @@ def is_ordinary(array):
     return cnp.PyArray_TYPE(<cnp.ndarray>array) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)
 
 
+def is_frozen(tuple values):
+    """See ``reference/arrays.py``; of tuples of tuples of tuples it says no."""
+    return _is_frozen(values, 2)
+
+
+cdef bint _is_frozen(tuple values, int depth):
+    for value in values:
+        if type(value) is int or value is None or type(value) is str:
+            continue
+        if depth == 0 or type(value) is not tuple or not _is_frozen(value, depth - 1):
+            return False
+    return True
+
+
+def empty_below(Py_ssize_t limit, tuple shape, dtype):
+    """See ``reference/arrays.py``; of at most five axes."""
+    cdef cnp.npy_intp[MOST_AXES] size
+    cdef Py_ssize_t bytes = (<cnp.dtype>dtype).itemsize, length
+    cdef int count = <int>len(shape), i
+    for i in range(count):
+        length = size[i] = shape[i]
+        bytes *= length
+        if bytes >= limit:
+            return None
+    Py_INCREF(dtype)  # the array's own
+    return PyArray_NewFromDescr(cnp.ndarray, <cnp.PyArray_Descr *>dtype, count, size, NULL, NULL, 0, NULL)
+
+
 def arrange(cnp.ndarray array, tuple axes):
     """See ``reference/arrays.py``; of at most five axes."""
     cdef cnp.npy_intp[MOST_AXES] size

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -10,6 +13,18 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 def is_ordinary(array: object) -> bool:
     """Whether it is NumPy's own kind of array, of float32 or float64 in native byte order: contiguous, writable."""
     return type(array) is np.ndarray and array.dtype in DTYPES and bool(array.flags.carray)
+
+
+def is_frozen(values: tuple[object, ...]) -> bool:
+    """Whether each is an int (and no bool), None, a word or a tuple of such."""
+    return all(
+        value is None or type(value) in (int, str) or (type(value) is tuple and is_frozen(value)) for value in values
+    )
+
+
+def empty_below(limit: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray | None:
+    """Return an array with arbitrary content if that takes fewer bytes than the limit, else None."""
+    return np.empty(shape, dtype) if math.prod(shape) * dtype.itemsize < limit else None
 
 
 def arrange(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

@@ -23,6 +23,8 @@ Axes = tuple[int, ...]  #: of the caller's array in the order of a kernel; -1 fo
 DTYPES: tuple[np.dtype[Any], ...] = _quick.DTYPES
 arrange: Callable[[np.ndarray, Axes], np.ndarray] = _quick.arrange
 highest: Callable[[np.ndarray], int] = _quick.highest
+is_frozen: Callable[[tuple[Any, ...]], bool] = _quick.is_frozen
+empty_below: Callable[[int, tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any] | None] = _quick.empty_below
 is_ordinary: Callable[[object], TypeGuard[np.ndarray]] = _quick.is_ordinary
 
 _BYTE, _WORD = np.dtype(np.uint8), np.dtype(np.uint16)

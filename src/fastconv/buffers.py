@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import empty_below
+
 __all__ = ["Buffers", "Packed", "empty", "keep", "packed", "reuse"]
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
@@ -87,8 +89,11 @@ def _from_line(shape: tuple[int, ...], dtype: np.dtype[Any], memory: Memory) -> 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """Return an array with arbitrary content, from the buffers in use if it is large."""
+    small = empty_below(LARGE, shape, dtype)
+    if small is not None:
+        return small
     buffers, size = _thread.buffers, math.prod(shape) * dtype.itemsize
-    if buffers is not None and size >= LARGE:
+    if buffers is not None:
         return buffers.empty(shape, dtype)
     return np.empty(shape, dtype) if size <= FAR else _from_line(shape, dtype, np.empty(size + LINE, np.uint8))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from . import functional, grad
 from .arrays import as_image, as_weight, first_shape, first_weight_shape, plain_shape
-from .dims import ConvDims, PoolDims, channels_last, conv_dims
-from .functional import freeze, pooling_dims, transpose_dims
+from .dims import ConvDims, PoolDims, channels_last, conv_dims, pool_dims
+from .functional import freeze, transpose_dims
 from .registry import Verdict, verdicts
 from .runtime import check_engine, check_precision, get_config
 
@@ -91,11 +91,11 @@ def _dims(name: str, call: dict[str, Any]) -> tuple[str, ConvDims | PoolDims]:
     if operation in ("max_pool", "avg_pool"):
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
         sizes = [call.get(key, 1) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
-        pool = pooling_dims(plain_shape(x, spatial), *sizes)
+        pool = pool_dims(plain_shape(x, spatial), *sizes)
         return ("max_pool_forward", pool) if operation == "max_pool" else ("conv_forward", pool.as_depthwise())
     image, weight = _shapes(call, spatial, last)
-    names = ("stride", "padding", "dilation", "groups", "output_padding")
-    geometry = {key: freeze(call[key], key) for key in names if key in call}
+    names = [key for key in ("stride", "padding", "dilation", "groups", "output_padding") if key in call]
+    geometry = dict(zip(names, freeze(tuple(names), *[call[key] for key in names]), strict=True))
     if operation == "conv_transpose":
         return "conv_input_grad", transpose_dims(image, weight, **geometry, last=last)
     kernel_op = {"": "conv_forward", "_input": "conv_input_grad", "_weight": "conv_weight_grad"}[of]

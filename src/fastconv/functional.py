@@ -37,11 +37,18 @@ from .arrays import (
 from .buffers import empty, packed
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
 from .registry import Kernel, select
-from .runtime import ACTIVATIONS, Options, check_engine, check_precision, get_config, settings
+from .runtime import ACTIVATIONS, Options, Setting, check_engine, check_precision, get_config, settings
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Ints: TypeAlias = int | Sequence[int]
 Indices: TypeAlias = bool | Literal["compact"]
+
+#: Names of arguments that say which cells an operation sees.
+CONV = ("stride", "padding", "dilation", "groups")
+TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
+POOL = ("kernel_size", "stride", "padding", "dilation")
+AVERAGE = ("kernel_size", "stride", "padding", "divisor_override")
+BLUR = ("kernel_size", "stride", "filter_size")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,19 +69,18 @@ def kernel_options(activation: str | None, precision: str, threads: int) -> Opti
     return Options(activation, check_precision(precision), threads)
 
 
-def freeze(value: Any, name: str) -> Any:
-    """Return a hashable copy of an argument that may be an int, a word or (nested) lists.
+def freeze(names: tuple[str, ...], *values: Any) -> tuple[Any, ...]:
+    """Return a hashable copy of arguments, each of which may be an int, None, a word or (nested) lists.
 
-    The numbers of a list must be integers: a cache that knows (1, 1) would take (1.0, True) for it.
+    Numbers must be integers: a cache that knows (1, 1) would take (1.0, True) for it.
     """
-    if type(value) is int or not isinstance(value, (list, tuple)):
-        return value
-    if set(map(type, value)) == {int}:
-        return tuple(value)
-    return tuple(
-        freeze(each, f"{name}[{i}]") if isinstance(each, (list, tuple)) else integer(each, f"{name}[{i}]", -(2**31))
-        for i, each in enumerate(value)
-    )
+    return values if arrays.is_frozen(values) else tuple(map(_freeze, values, names))
+
+
+def _freeze(value: Any, name: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(each, f"{name}[{i}]") for i, each in enumerate(value))
+    return value if value is None or isinstance(value, str) else integer(value, name, -(2**31))
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -157,8 +163,8 @@ def _conv(
     x, w = check_array(input, "input"), check_array(weight, "weight")
     check_same_dtype(w, "weight", x, "input")
     dims, shape, axes, run_kernel, how = _conv_plan(
-        spatial, last, x.shape, w.shape, freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), groups, algorithm, activation, *settings(engine, precision),
+        spatial, last, x.shape, w.shape, freeze(CONV, stride, padding, dilation, groups), algorithm, activation,
+        settings(engine, precision),
     )  # fmt: skip
     b = None if bias is None else as_bias(bias, x, dims.out_channels)
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, w, b)
@@ -172,11 +178,13 @@ def _conv(
 
 @lru_cache(maxsize=1024, typed=True)
 def _conv_plan(
-    spatial: int, last: bool, x: tuple[int, ...], w: tuple[int, ...], stride: Ints, padding: Padding, dilation: Ints,
-    groups: int, algorithm: str | None, activation: str | None, engine: str | None, precision: str, threads: int,
+    spatial: int, last: bool, x: tuple[int, ...], w: tuple[int, ...], geometry: tuple[Any, ...], algorithm: str | None,
+    activation: str | None, setting: Setting,
 ) -> Plan:  # fmt: skip
+    engine, precision, threads = setting
     image, weight = image_axes(x, "input", spatial, last), weight_axes(w, "weight", spatial, last)
     sizes = first_shape(x, spatial, last), first_weight_shape(w, spatial, last)
+    stride, padding, dilation, groups = geometry
     dims = conv_dims(*sizes, stride, padding, dilation, groups, last)
     how = kernel_options(activation, precision, threads)
     chosen = kernel("conv_forward", dims, engine, algorithm, precision)
@@ -385,8 +393,8 @@ def _conv_transpose(
     w = as_weight(weight, "weight", spatial, last, False)
     check_same_dtype(w, "weight", x, "input")
     dims = transpose_dims(
-        plain_shape(x, spatial), plain_shape(w, spatial), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(output_padding, "output_padding"), groups, freeze(dilation, "dilation"), last,
+        plain_shape(x, spatial), plain_shape(w, spatial),
+        *freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation), last,
     )  # fmt: skip
     b = as_bias(bias, x, dims.in_channels)
     how = options(activation, precision)
@@ -520,31 +528,14 @@ def conv_transpose3d(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_kept_dims = lru_cache(maxsize=1024, typed=True)(pool_dims)
-
-
-def pooling_dims(
-    shape: tuple[int, ...],
-    kernel_size: Ints,
-    stride: Ints | None,
-    padding: Ints,
-    dilation: Ints,
-    ceil_mode: bool,
-    input_name: str = "input",
-) -> PoolDims:
-    """Return the dims of a pooling of an image of that (N, C, *spatial) shape."""
-    return _kept_dims(
-        shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"), freeze(padding, "padding"),
-        freeze(dilation, "dilation"), ceil_mode, input_name=input_name,
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=1024, typed=True)
 def _max_pool_plan(
-    spatial: int, last: bool, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
-    dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
+    spatial: int, last: bool, x: tuple[int, ...], geometry: tuple[Any, ...], ceil_mode: bool, algorithm: str | None,
+    setting: Setting,
 ) -> Plan:  # fmt: skip
+    engine, precision, threads = setting
     image = image_axes(x, "input", spatial, last)
+    kernel_size, stride, padding, dilation = geometry
     dims = pool_dims(first_shape(x, spatial, last), kernel_size, stride, padding, dilation, ceil_mode)
     shape = result_shape(dims, dims.channels, dims.output_size, len(x), last)
     chosen = kernel("max_pool_forward", dims, engine, algorithm)
@@ -570,8 +561,8 @@ def _max_pool(
     if return_indices not in (False, True, "compact"):
         raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
     dims, shape, (image,), run_kernel, how = _max_pool_plan(
-        spatial, last, x.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
-        freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, *settings(engine, None),
+        spatial, last, x.shape, freeze(POOL, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
+        settings(engine, None),
     )  # fmt: skip
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
     winners = empty(shape, arrays.winner_dtype(dims.taps)) if return_indices else None
@@ -807,9 +798,8 @@ def _avg_pool(
     last = channels_last(layout)
     x = check_array(input, "input")
     plan, weight, divisors = _avg_pool_plan(
-        spatial, last, x.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
-        freeze(padding, "padding"), ceil_mode, bool(count_include_pad), divisor_override, x.dtype, algorithm,
-        *settings(engine, None),
+        spatial, last, x.shape, freeze(AVERAGE, kernel_size, stride, padding, divisor_override), ceil_mode,
+        bool(count_include_pad), x.dtype, algorithm, settings(engine, None),
     )  # fmt: skip
     dims, shape, (image,), run_kernel, how = plan
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
@@ -822,18 +812,18 @@ def _avg_pool(
 
 @lru_cache(maxsize=128, typed=True)  # divisors may be as many as outputs
 def _avg_pool_plan(
-    spatial: int, last: bool, x: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
-    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any],
-    algorithm: str | None, engine: str | None, precision: str, threads: int,
+    spatial: int, last: bool, x: tuple[int, ...], geometry: tuple[Any, ...], ceil_mode: bool, count_include_pad: bool,
+    dtype: np.dtype[Any], algorithm: str | None, setting: Setting,
 ) -> tuple[Plan, Array, Array | None]:  # fmt: skip
     """Return the plan of the depthwise convolution, its weight, and what its sums are divided by."""
     image = image_axes(x, "input", spatial, last)
+    kernel_size, stride, padding, divisor = geometry
     pool = pool_dims(first_shape(x, spatial, last), kernel_size, stride, padding, 1, ceil_mode)
-    dims, weight, divisors = averaging(pool, count_include_pad, divisor_override, dtype)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype)
     shape = result_shape(pool, pool.channels, pool.output_size, len(x), last)
-    how = kernel_options(None, precision, threads)
+    engine, precision, threads = setting
     chosen = kernel("conv_forward", dims, engine, algorithm, precision)
-    return Plan(dims, shape, (image,), chosen, how), weight, divisors
+    return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
 
 
 def avg_pool1d(
@@ -958,18 +948,24 @@ class BlurPlan(NamedTuple):
 
 def blur_plan(x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any]) -> BlurPlan:
     """Return the plan of a max-blur pooling of an image of the (N, C, *spatial) shape x."""
+    return _blur_plan(x, freeze(BLUR, kernel_size, stride, filter_size), dtype)
+
+
+@lru_cache
+def _blur_plan(x: tuple[int, ...], geometry: tuple[Any, ...], dtype: np.dtype[Any]) -> BlurPlan:
+    kernel_size, stride, filter_size = geometry
     spatial = len(x) - 2
     size = integer(filter_size, "filter_size", 1)
     if size > 64:
         raise ValueError(f"filter_size must be at most 64, got {size}")
-    dense = pooling_dims(x, kernel_size, 1, 0, 1, False)
+    dense = pool_dims(x, kernel_size, 1, 0, 1, False)
     row = np.array([math.comb(size - 1, i) for i in range(size)], np.float64) / 2 ** (size - 1)
     rows = [row if axis >= 3 - spatial else np.ones(1) for axis in range(3)]
     cube = np.einsum("d,h,w->dhw", *rows).astype(dtype)
     borders = tuple(((len(r) - 1) // 2, len(r) // 2) for r in rows)
     padded = tuple(n + sum(b) for n, b in zip(dense.output_size, borders, strict=True))
     shape = (x[0], x[1], *padded[3 - spatial :])
-    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, freeze(stride, "stride"), 0, 1, x[1])
+    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, stride, 0, 1, x[1])
     return BlurPlan(dense, blur, borders, np.broadcast_to(cube, (x[1], 1, *cube.shape)))
 
 

@@ -33,6 +33,10 @@ from .arrays import (
 from .buffers import empty
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, integer, pool_dims
 from .functional import (
+    AVERAGE,
+    CONV,
+    POOL,
+    TRANSPOSE,
     Array,
     Ints,
     Plan,
@@ -49,13 +53,17 @@ from .functional import (
     run,
     transpose_dims,
 )
-from .runtime import settings
+from .runtime import Setting, settings
 
 __all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_pool") for n in (1, 2, 3)] + [
     f"{name}{n}d_{what}" for name in ("conv", "conv_transpose") for n in (1, 2, 3) for what in ("input", "weight")
 ]
 
 Size = Sequence[int]
+
+#: Names of arguments, those of the operation behind the shape that the result has.
+_CONV_INPUT, _CONV_WEIGHT = ("input_size", *CONV), ("weight_size", *CONV)
+_POOL, _AVERAGE = ("input_size", *POOL), ("input_size", *AVERAGE)
 
 _FLAT = np.dtype(np.int64)  #: offsets in the plane, the form of indices that PyTorch has, too
 
@@ -75,18 +83,12 @@ class ConvGradients(NamedTuple):
 
 def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape that the user gave as a tuple of ints."""
-    entries = _entries(size, name)
-    if len(entries) not in ndims:
-        wanted = " or ".join(map(str, ndims))
-        raise ValueError(f"{name} must have {wanted} entries, got {tuple(entries)}")
-    return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(entries))
-
-
-def _entries(size: object, name: str) -> Sequence[Any]:
-    """Return a shape that the user gave, whose entries are yet to be checked."""
     if not isinstance(size, (list, tuple)):
         raise TypeError(f"{name} must be a sequence of integers, got {size!r}")
-    return size
+    if len(size) not in ndims:
+        wanted = " or ".join(map(str, ndims))
+        raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
+    return tuple(integer(n, f"{name}[{i}]", 0) for i, n in enumerate(size))
 
 
 def _image_size(size: object, spatial: int, ndim: int) -> tuple[int, ...]:
@@ -107,14 +109,6 @@ def _check_grad_output(
         raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
 
 
-def _recall(plan: Any, *call: Any) -> Any:
-    """Return the plan of a call, as it is kept or, of what can't be kept, anew."""
-    try:
-        return plan(*call)
-    except TypeError:  # perhaps because it can't be kept
-        return plan.__wrapped__(*call)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolution
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,10 +116,12 @@ def _recall(plan: Any, *call: Any) -> Any:
 
 @lru_cache(maxsize=1024, typed=True)
 def _conv_plan(
-    op: str, spatial: int, last: bool, other: tuple[int, ...], grad: tuple[int, ...], stride: Ints, padding: Padding,
-    dilation: Ints, groups: int, algorithm: str | None, engine: str | None, precision: str, threads: int, *size: Any,
+    op: str, spatial: int, last: bool, other: tuple[int, ...], grad: tuple[int, ...], geometry: tuple[Any, ...],
+    algorithm: str | None, setting: Setting,
 ) -> Plan:  # fmt: skip
-    """Return the plan of one gradient, from the shapes of the ``other`` array, ``grad_output`` and the result."""
+    """Return the plan of one gradient, from the shapes of the ``other`` array and ``grad_output``."""
+    size, stride, padding, dilation, groups = geometry
+    engine, precision, threads = setting
     grad_axes = image_axes(grad, "grad_output", spatial, last)
     if op == "conv_input_grad":
         image = shape = _image_size(size, spatial, len(grad))
@@ -149,10 +145,10 @@ def _conv_input(
     last = channels_last(layout)
     g, w = check_array(grad_output, "grad_output"), check_array(weight, "weight")
     check_same_dtype(w, "weight", g, "grad_output")
-    dims, shape, axes, run_kernel, how = _recall(
-        _conv_plan, "conv_input_grad", spatial, last, w.shape, g.shape, freeze(stride, "stride"),
-        freeze(padding, "padding"), freeze(dilation, "dilation"), groups, algorithm, *settings(engine, precision),
-        *_entries(input_size, "input_size"),
+    dims, shape, axes, run_kernel, how = _conv_plan(
+        "conv_input_grad", spatial, last, w.shape, g.shape,
+        freeze(_CONV_INPUT, input_size, stride, padding, dilation, groups), algorithm,
+        settings(engine, precision),
     )  # fmt: skip
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, w)
     filters = flipped(arrange(w, axes[1]), flip_kernel)
@@ -168,10 +164,10 @@ def _conv_weight(
     last = channels_last(layout)
     x, g = check_array(input, "input"), check_array(grad_output, "grad_output")
     check_same_dtype(g, "grad_output", x, "input")
-    dims, shape, axes, run_kernel, how = _recall(
-        _conv_plan, "conv_weight_grad", spatial, last, x.shape, g.shape, freeze(stride, "stride"),
-        freeze(padding, "padding"), freeze(dilation, "dilation"), groups, algorithm, *settings(engine, precision),
-        *_entries(weight_size, "weight_size"),
+    dims, shape, axes, run_kernel, how = _conv_plan(
+        "conv_weight_grad", spatial, last, x.shape, g.shape,
+        freeze(_CONV_WEIGHT, weight_size, stride, padding, dilation, groups), algorithm,
+        settings(engine, precision),
     )  # fmt: skip
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, g)
     bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
@@ -568,10 +564,7 @@ def _conv_transpose_input(
     w = as_weight(weight, "weight", spatial, last, False)
     check_same_dtype(w, "weight", g, "grad_output")
     shape = _image_size(input_size, spatial, grad_output.ndim)
-    geometry = (
-        freeze(stride, "stride"), freeze(padding, "padding"), freeze(output_padding, "output_padding"), groups,
-        freeze(dilation, "dilation"),
-    )  # fmt: skip
+    geometry = freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation)
     kernel_shape = plain_shape(w, spatial)
     dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, grad_output.shape, geometry, spatial, last)
     result = np.empty(shape, g.dtype)
@@ -589,10 +582,7 @@ def _conv_transpose_weight(
     g = as_image(grad_output, "grad_output", spatial, last)
     check_same_dtype(g, "grad_output", x, "input")
     shape = _size(weight_size, "weight_size", (spatial + 2,))
-    geometry = (
-        freeze(stride, "stride"), freeze(padding, "padding"), freeze(output_padding, "output_padding"), groups,
-        freeze(dilation, "dilation"),
-    )  # fmt: skip
+    geometry = freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation)
     small = plain_shape(x, spatial)
     kernel_shape = first_weight_shape(shape, spatial, last)
     dims = _transpose_dims(small, kernel_shape, grad_output.shape, geometry, spatial, last)
@@ -816,10 +806,11 @@ def _winners(indices: object, shape: tuple[int, ...], axes: Axes, dims: PoolDims
 
 @lru_cache(maxsize=1024, typed=True)
 def _max_pool_plan(
-    spatial: int, last: bool, grad: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
-    dilation: Ints, ceil_mode: bool, algorithm: str | None, engine: str | None, precision: str, threads: int,
-    *size: Any,
+    spatial: int, last: bool, grad: tuple[int, ...], geometry: tuple[Any, ...], ceil_mode: bool, algorithm: str | None,
+    setting: Setting,
 ) -> Plan:  # fmt: skip
+    size, kernel_size, stride, padding, dilation = geometry
+    engine, precision, threads = setting
     image = image_axes(grad, "grad_output", spatial, last)
     shape = _image_size(size, spatial, len(grad))
     dims = pool_dims(
@@ -837,10 +828,10 @@ def _max_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = check_array(grad_output, "grad_output")
-    dims, shape, (image,), run_kernel, how = _recall(
-        _max_pool_plan, spatial, last, g.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
-        freeze(padding, "padding"), freeze(dilation, "dilation"), ceil_mode, algorithm, *settings(engine, None),
-        *_entries(input_size, "input_size"),
+    dims, shape, (image,), run_kernel, how = _max_pool_plan(
+        spatial, last, g.shape,
+        freeze(_POOL, input_size, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
+        settings(engine, None),
     )  # fmt: skip
     winners = _winners(indices, g.shape, image, dims)
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, winners)
@@ -975,17 +966,19 @@ def max_pool3d(
 
 @lru_cache(maxsize=128, typed=True)  # divisors may be as many as outputs
 def _avg_pool_plan(
-    spatial: int, last: bool, grad: tuple[int, ...], kernel_size: Ints, stride: Ints | None, padding: Ints,
-    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any],
-    algorithm: str | None, engine: str | None, precision: str, threads: int, *size: Any,
+    spatial: int, last: bool, grad: tuple[int, ...], geometry: tuple[Any, ...], ceil_mode: bool,
+    count_include_pad: bool, dtype: np.dtype[Any], algorithm: str | None, setting: Setting,
 ) -> tuple[Plan, Array, Array | None]:  # fmt: skip
     """Return the plan of the depthwise convolution's gradient, its weight, and what gradients are divided by."""
+    size, kernel_size, stride, padding, divisor = geometry
+    engine, precision, threads = setting
     image = image_axes(grad, "grad_output", spatial, last)
     shape = _image_size(size, spatial, len(grad))
-    first = first_shape(shape, spatial, last)
-    pool = pool_dims(first, kernel_size, stride, padding, 1, ceil_mode, input_name="input_size")
+    pool = pool_dims(
+        first_shape(shape, spatial, last), kernel_size, stride, padding, 1, ceil_mode, input_name="input_size"
+    )
     _check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
-    dims, weight, divisors = averaging(pool, count_include_pad, divisor_override, dtype)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype)
     chosen = kernel("conv_input_grad", dims, engine, algorithm, precision)
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
 
@@ -997,10 +990,10 @@ def _avg_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = check_array(grad_output, "grad_output")
-    plan, weight, divisors = _recall(
-        _avg_pool_plan, spatial, last, g.shape, freeze(kernel_size, "kernel_size"), freeze(stride, "stride"),
-        freeze(padding, "padding"), ceil_mode, bool(count_include_pad), divisor_override, g.dtype, algorithm,
-        *settings(engine, None), *_entries(input_size, "input_size"),
+    plan, weight, divisors = _avg_pool_plan(
+        spatial, last, g.shape,
+        freeze(_AVERAGE, input_size, kernel_size, stride, padding, divisor_override), ceil_mode,
+        bool(count_include_pad), g.dtype, algorithm, settings(engine, None),
     )  # fmt: skip
     dims, shape, (image,), run_kernel, how = plan
     share = arrange(g, image)

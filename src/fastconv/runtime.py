@@ -42,6 +42,8 @@ class Options(NamedTuple):
     packed: Packed | None = None  #: where a kernel may keep weights as it has packed them, for later calls
 
 
+Setting = tuple[str | None, str, int]  #: engine, precision and threads of a call
+
 _context: ContextVar[Config] = ContextVar("fastconv_config")
 
 
@@ -196,7 +198,7 @@ def get_num_threads() -> int:
     return settings(None, None)[2]
 
 
-def settings(engine: str | None, precision: str | None) -> tuple[str | None, str, int]:
+def settings(engine: str | None, precision: str | None) -> Setting:
     """Return engine, precision and threads of a call that asks for these two, from the settings in force."""
     usual_engine, usual_precision, threads = get_config()
     return (
