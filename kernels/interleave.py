@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Kernel = Callable[..., None]
+Index = tuple[Any, ...] | None  #: None: all of an array
 
 
 def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
@@ -58,14 +59,35 @@ def input_grad(
     options: Any,
 ) -> None:
     """Fill ``grad_input`` by one call of ``forward`` for each phase of the stride."""
-    swapped, parts = swap_channels(weight, dims.groups), dims.input_grad_parts()
-    if None in [part.dims for part in parts]:  # all at once: a phase of it has no two neighbours
+    swapped = swap_channels(weight, dims.groups)
+    parts, some_empty = _phases(dims)
+    if some_empty:  # all at once: a phase of it has no two neighbours
         fill(grad_input, bias, options.activation)
-    for part in parts:
-        if part.dims is not None:
-            source = grad_output[(..., *part.output_slices)]
-            target = grad_input[(..., *part.input_slices)] if len(parts) > 1 else grad_input
-            forward(source, swapped[(..., *part.kernel_slices)], bias, target, part.dims, options)
+    for part, seen, taps, filled in parts:
+        forward(_part(grad_output, seen), _part(swapped, taps), bias, _part(grad_input, filled), part, options)
+
+
+@lru_cache(maxsize=512)
+def _phases(dims: Any) -> tuple[list[tuple[Any, Index, Index, Index]], bool]:
+    """Return phases with taps: dims, the gradients and taps seen, what is filled; and whether some have none."""
+    all_parts = dims.input_grad_parts()
+    parts = [
+        (
+            part.dims, _index(part.output_slices, dims.output_size), _index(part.kernel_slices, dims.kernel_size),
+            _index(part.input_slices, dims.input_size),
+        )
+        for part in all_parts if part.dims is not None
+    ]  # fmt: skip
+    return parts, len(parts) < len(all_parts)
+
+
+def _index(slices: tuple[slice, ...], size: tuple[int, ...]) -> Index:
+    whole = all(s.indices(n) == (0, n, 1) for s, n in zip(slices, size, strict=True))
+    return None if whole else (..., *slices)
+
+
+def _part(array: np.ndarray, index: Index) -> np.ndarray:
+    return array if index is None else array[index]
 
 
 class Merged(NamedTuple):
