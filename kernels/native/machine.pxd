@@ -98,6 +98,8 @@ cdef extern from "ukernels.h" nogil:
         const Py_ssize_t *offsets
         const int *places[3]
         const int *near_offsets
+        const int *first
+        const unsigned int *inside
         Py_ssize_t reach[3]
         Py_ssize_t image[3]
         Py_ssize_t windows[3]

@@ -5,8 +5,10 @@
         for windows:  grad_input[cell of the winner] += grad_output          (one call of the microkernel)
 """
 
+from libc.string cimport memset
+
 from fastconv.kernels.native.blocking cimport View, ceil_div, round_up, run_tasks
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_TURNS, arena, fc_rows, fc_scatter
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_TURNS, arena, fc_rows, fc_scatter
 from fastconv.kernels.native.pooling cimport Pool
 
 cdef enum:
@@ -14,24 +16,56 @@ cdef enum:
     NEAR_TAPS = 32              # so many numbers are looked up in registers
     APART_BYTES = 1 << 19       # of its cells, if there are other channels between: a power of two apart, they would share few sets of L1
     NEAR = 1 << 30              # elements
+    LISTED = 1 << 10            # windows of a plane, at most: L1 has the list beside the planes
+
+
+# What all tasks of one call share.
+ctypedef struct Plan:
+    const Pool *p
+    fc_scatter planes           # of a channels-first image
 
 
 cdef void scatter(Pool *p) except *:
     """Compute the gradient of the input."""
-    run_tasks(_scatter_task, p, p.x.size[0] * ceil_div(p.x.size[1], _channels(p)), p.threads)
+    cdef Plan plan
+    cdef char *memory
+    plan.p = p
+    if p.along_channels:
+        run_tasks(_channels_task, &plan, p.x.size[0] * ceil_div(p.x.size[1], _channels(p)), p.threads)
+        return
+    memory = arena(FC_ARENA_WEIGHTS, _tables_bytes(p) + _windows_bytes(p))
+    if memory == NULL:
+        raise MemoryError("no memory for workspace")
+    _describe(p, &plan.planes)
+    _list_cells(p, &plan.planes, memory)
+    _list_windows(p, &plan.planes, memory + _tables_bytes(p))
+    run_tasks(_planes_task, &plan, p.x.size[0] * ceil_div(p.x.size[1], FC_TURNS), p.threads)
+
+
+cdef int _planes_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    """Scatter in one plane for each turn."""
+    cdef const Plan *plan = <const Plan *>shared
+    cdef const Pool *p = plan.p
+    cdef Py_ssize_t parts = ceil_div(p.x.size[1], FC_TURNS), image = task // parts, channel = task % parts * FC_TURNS
+    p.kernels.max_pool_scatter(
+        &plan.planes, min(<Py_ssize_t>FC_TURNS, p.x.size[1] - channel), 0, _start(&p.y, image, channel, p.item),
+        _start(&p.winners, image, channel, p.winner_item), _start(&p.x, image, channel, p.item),
+    )
+    return 0
 
 
 cdef Py_ssize_t _channels(const Pool *p) noexcept nogil:
-    """Return how many channels a task has."""
-    return min(<Py_ssize_t>CHANNELS, p.kernels.lanes * FC_TURNS) if p.along_channels else FC_TURNS
+    """Return how many channels of a channels-last image a task has."""
+    return min(<Py_ssize_t>CHANNELS, p.kernels.lanes * FC_TURNS)
 
 
-cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
-    cdef const Pool *p = <const Pool *>shared
-    cdef Py_ssize_t most = _channels(p), parts = ceil_div(p.x.size[1], most), tables = round_up(_tables_bytes(p), 64)
+cdef int _channels_task(const void *shared, Py_ssize_t task) noexcept nogil:
+    """Scatter in some channels of a channels-last image."""
+    cdef const Pool *p = (<const Plan *>shared).p
+    cdef Py_ssize_t most = _channels(p), parts = ceil_div(p.x.size[1], most), tables = _tables_bytes(p)
     cdef Py_ssize_t image = task // parts, channel = task % parts * most, channels = min(most, p.x.size[1] - channel)
     cdef Py_ssize_t pixels = p.x.size[2] * p.x.size[3] * p.x.size[4]
-    cdef bint apart = p.along_channels and p.x.stride[1] == 1 and p.x.size[1] > channels and pixels * channels * p.item <= APART_BYTES
+    cdef bint apart = p.x.stride[1] == 1 and p.x.size[1] > channels and pixels * channels * p.item <= APART_BYTES
     cdef char *memory = arena(FC_ARENA_BLOCK, tables + (pixels * channels * p.item if apart else 0))
     cdef fc_scatter s
     if memory == NULL:
@@ -42,13 +76,10 @@ cdef int _scatter_task(const void *shared, Py_ssize_t task) noexcept nogil:
         s.lane.cell, s.turn.cell = 1, p.kernels.lanes
     _list_cells(p, &s, memory)
     cdef char *x = _start(&p.x, image, channel, p.item)
-    cdef char *y = _start(&p.y, image, channel, p.item)
-    cdef char *winners = _start(&p.winners, image, channel, p.winner_item)
     cdef char *cells = memory + tables if apart else x
-    if p.along_channels:
-        _scatter_along_channels(p, &s, channels, y, winners, cells)
-    else:
-        p.kernels.max_pool_scatter(&s, channels, 0, y, winners, cells)
+    _scatter_along_channels(
+        p, &s, channels, _start(&p.y, image, channel, p.item), _start(&p.winners, image, channel, p.winner_item), cells
+    )
     if apart:
         _copy(p, &s, channels, cells, x)
     return 0
@@ -97,10 +128,11 @@ cdef void _describe(const Pool *p, fc_scatter *s) noexcept nogil:
     s.turn.cell, s.turn.grad, s.turn.winner = each * p.x.stride[1], each * p.y.stride[1], each * p.winners.stride[1]
     s.lane_stride = 0 if p.along_channels else p.stride[2]
     s.winner_item = p.winner_item
+    s.first, s.inside = NULL, NULL
 
 
 cdef Py_ssize_t _tables_bytes(const Pool *p) noexcept nogil:
-    return round_up(p.taps, NEAR_TAPS) * <Py_ssize_t>(sizeof(Py_ssize_t) + 4 * sizeof(int))
+    return round_up(round_up(p.taps, NEAR_TAPS) * <Py_ssize_t>(sizeof(Py_ssize_t) + 4 * sizeof(int)), 64)
 
 
 cdef void _list_cells(const Pool *p, fc_scatter *s, char *memory) noexcept nogil:
@@ -129,6 +161,60 @@ cdef void _list_cells(const Pool *p, fc_scatter *s, char *memory) noexcept nogil
     farthest += _distance(s.lane.cell) * p.kernels.lanes + _distance(s.turn.cell) * FC_TURNS
     neighbours = p.winner_item == 1 and s.lane.grad == 1 and s.lane.winner == 1
     s.near_offsets = near if neighbours and p.taps <= NEAR_TAPS and farthest < NEAR else NULL
+
+
+cdef Py_ssize_t _windows(const Pool *p) noexcept nogil:
+    """Return how many windows of a plane are listed: all, in whole vectors, if they follow upon each other, else none."""
+    cdef Py_ssize_t count = p.y.size[2] * p.y.size[3] * p.y.size[4]
+    cdef bint listed = p.taps <= NEAR_TAPS and count <= LISTED and _follow(&p.y) and _follow(&p.winners)
+    return round_up(count, p.kernels.lanes) if listed else 0
+
+
+cdef bint _follow(const View *v) noexcept nogil:
+    """Whether the elements of a plane follow upon each other."""
+    cdef bint rows = v.size[3] == 1 or v.stride[3] == v.size[4], slabs = v.size[2] == 1 or v.stride[2] == v.size[3] * v.size[4]
+    return v.stride[4] == 1 and rows and slabs
+
+
+cdef Py_ssize_t _windows_bytes(const Pool *p) noexcept nogil:
+    return (2 * _windows(p) + p.y.size[4]) * <Py_ssize_t>sizeof(int)
+
+
+cdef void _list_windows(const Pool *p, fc_scatter *s, char *memory) noexcept nogil:
+    """List where windows begin, and which of their cells are in the image."""
+    cdef Py_ssize_t count = _windows(p), z, y, x, n = 0
+    cdef int *first = <int *>memory
+    cdef unsigned int *inside = <unsigned int *>(first + count)
+    cdef unsigned int *columns = inside + count
+    cdef unsigned int slab, row
+    if count == 0 or s.near_offsets == NULL:
+        return
+    for x in range(s.windows[2]):
+        columns[x] = _inside(p, s, 2, x)
+    for z in range(s.windows[0]):
+        slab = _inside(p, s, 0, z)
+        for y in range(s.windows[1]):
+            row = slab & _inside(p, s, 1, y)
+            for x in range(s.windows[2]):
+                first[n] = <int>(
+                    (z * s.stride[0] - s.pad[0]) * s.cell_step[0] + (y * s.stride[1] - s.pad[1]) * s.cell_step[1]
+                    + (x * s.stride[2] - s.pad[2]) * s.cell_step[2]
+                )
+                inside[n] = row & columns[x]
+                n += 1
+    memset(first + n, 0, <size_t>((count - n) * <Py_ssize_t>sizeof(int)))
+    memset(inside + n, 0, <size_t>((count - n) * <Py_ssize_t>sizeof(int)))
+    s.first, s.inside = first, inside
+
+
+cdef unsigned int _inside(const Pool *p, const fc_scatter *s, int axis, Py_ssize_t window) noexcept nogil:
+    """Return which cells of a window are in the image along an axis, a bit each."""
+    cdef unsigned int inside = 0
+    cdef Py_ssize_t t, place = window * s.stride[axis] - s.pad[axis]
+    for t in range(p.taps):
+        if 0 <= place + s.places[axis][t] < s.image[axis]:
+            inside |= <unsigned int>1 << t
+    return inside
 
 
 cdef Py_ssize_t _distance(Py_ssize_t stride) noexcept nogil:

@@ -122,6 +122,33 @@ static inline void FC(add_channels)(const FC(additions) *from, ptrdiff_t n, ptrd
                 FC(add_two)(from, turn, i, cells);
 }
 
+/* All windows of some planes, whatever rows they are in. */
+static void FC(scatter_planes)(const fc_scatter *s, ptrdiff_t turns, const T *grad, const uint8_t *winners, T *cells)
+{
+    const ptrdiff_t count = s->windows[0] * s->windows[1] * s->windows[2];
+    const __m512i one = _mm512_set1_epi32(1), turn_step = _mm512_set1_epi32((int)s->turn.cell);
+    const FC(numbers) offsets = FC(numbers_of)(s->near_offsets);
+    FC(additions) to;
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        const ptrdiff_t n = count - i < LANES ? count - i : LANES;
+        const __mmask16 some = (__mmask16)FC(between)(0, n);
+        const __m512i inside = _mm512_loadu_si512(s->inside + i);
+        __m512i first = _mm512_loadu_si512(s->first + i);
+        for (ptrdiff_t turn = 0; turn < turns; turn++) {
+            const __m512i won = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, winners + turn * s->turn.winner + i));
+            const __mmask16 there = _mm512_mask_test_epi32_mask(some, inside, _mm512_sllv_epi32(one, won));
+            const __m512i at = _mm512_add_epi32(first, FC(look_up)(offsets, won));
+            _mm512_storeu_si512(to.at[turn], _mm512_maskz_mov_epi32(there, at));
+            _mm512_storeu_ps(to.value[turn], _mm512_maskz_loadu_ps(there, grad + turn * s->turn.grad + i));
+            first = _mm512_add_epi32(first, turn_step);
+        }
+        if (turns == FC_TURNS)
+            FC(add_windows)(&to, n, FC_TURNS, cells);
+        else
+            FC(add_windows)(&to, n, turns, cells);
+    }
+}
+
 static void FC(scatter_near)(const fc_scatter *s, const FC(windows) *w, ptrdiff_t turns, const T *grad, const uint8_t *winners, T *cells)
 {
     FC(additions) additions;
@@ -188,6 +215,12 @@ static void FC(max_pool_scatter)(const fc_scatter *scatter, ptrdiff_t turns, ptr
     const fc_scatter own = *scatter, *s = &own; /* which no store changes */
     FC(windows) w;
     FC(clear_image)(s, turns, lanes, cells);
+#if VECTOR_BYTES == 64 && T_BYTES == 4
+    if (s->inside) {
+        FC(scatter_planes)(s, turns, grad, winners, cells);
+        return;
+    }
+#endif
     for (ptrdiff_t z = 0; z < s->windows[0]; z++)
         for (ptrdiff_t y = 0; y < s->windows[1]; y++)
             for (ptrdiff_t x = 0; x < s->windows[2]; x += lanes ? 1 : w.n) {

@@ -126,6 +126,8 @@ typedef struct {
     const ptrdiff_t *offsets;
     const int32_t *places[3];
     const int32_t *near_offsets; /* the same offsets; or NULL, if there are more than 32, a cell is too far away for them, or lanes are apart */
+    const int32_t *first;        /* of all windows of a plane, which follow upon each other: where the first cell is, ... */
+    const uint32_t *inside;      /* ... and which cells are in the image, a bit each; or NULL, and windows are found row by row */
     ptrdiff_t reach[3];          /* the place of the last cell */
     ptrdiff_t image[3], windows[3], stride[3], pad[3];
     ptrdiff_t cell_step[3];      /* from a cell of the image to the next */
