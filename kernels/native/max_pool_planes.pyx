@@ -30,6 +30,7 @@ from fastconv.kernels.native.pooling cimport Pool, residue, shift, uchar
 
 cdef enum:
     BLOCK_BYTES = 12_288        # of a block: a quarter of L1, which has the image's lines, too
+    IN_PLACE_BYTES = 1 << 17    # the same where nothing is copied: then only a block's own time matters
     MOST_BYTES = 1 << 18        # of a row: longer ones don't lack vectors
     TASKS = 8                   # for each thread
     NOBODY = 255                # wins this window
@@ -71,14 +72,15 @@ cdef Py_ssize_t _share_out(Planes *q, Py_ssize_t cell_bytes) noexcept nogil:
     """Cut planes into blocks, given the bytes that a window (group) takes; return the number of tasks."""
     cdef const Pool *p = q.p
     cdef int lanes = p.kernels.lanes
+    cdef Py_ssize_t bytes = IN_PLACE_BYTES if q.in_place else BLOCK_BYTES
     cdef Py_ssize_t step = (q.pitch[1] if q.cut == 0 else 1) * (q.pitch[2] if q.cut < 2 else 1)  # windows from one to the next
     q.phases = p.stride[0] * p.stride[1] * p.stride[2]
     q.planes = p.x.size[0] * p.x.size[1]
-    q.parts = ceil_div(q.size[q.cut], max(<Py_ssize_t>1, BLOCK_BYTES // (cell_bytes * step)))
+    q.parts = ceil_div(q.size[q.cut], max(<Py_ssize_t>1, bytes // (cell_bytes * step)))
     q.part = ceil_div(q.size[q.cut], q.parts)
     q.together = 1
     if q.parts == 1 and _even(&p.x) and _even(&p.y) and _even(&p.winners):
-        q.together = max(<Py_ssize_t>1, min(q.planes, BLOCK_BYTES // (cell_bytes * step * q.pitch[q.cut])))
+        q.together = max(<Py_ssize_t>1, min(q.planes, bytes // (cell_bytes * step * q.pitch[q.cut])))
     q.blocks = ceil_div(q.planes, q.together) * q.parts
     q.most = round_up((q.together - 1) * q.pitch[0] * q.pitch[1] * q.pitch[2] + q.part * step, lanes)
     q.phase = (ceil_div(q.most + q.reach, lanes) + 1 | 1) * lanes  # rows are stored in whole vectors; a power of two would share few sets of L1
@@ -192,6 +194,7 @@ cdef void pool_in_planes(Pool *p) except *:
     cdef Py_ssize_t seen, used, before
     cdef int axis
     q.p = p
+    q.in_place = False
     q.cut = 0 if p.y.size[2] > 1 else 1  # whole rows: they may have to be pooled by rows
     for axis in range(3):
         before = p.pad[axis]
@@ -375,28 +378,34 @@ cdef int _gather_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef char *grads = memory + list_bytes + before * p.item
     cdef uchar *winners = <uchar *>grads + q.phase * p.item  # bytes last: numbers are aligned
     cdef Block block
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, copied
     cdef Py_ssize_t steps[3]
     _list_lines(q, sources.lines, <Py_ssize_t *>&sources.columns[p.stride[2]])
     _list_columns(q, sources.columns)
     for index in range(task * q.task_blocks, min(task * q.task_blocks + q.task_blocks, q.blocks)):
         _find(q, index, &block)
-        if q.parts > 1 or index == task * q.task_blocks:
-            memset(winners, NOBODY, <size_t>q.phase)
-        if q.in_place and _vector_follows(q, &block):
+        copied = _planes_at_the_end(q, &block) if q.in_place else block.planes
+        block.planes -= copied
+        if block.planes > 0:
             _gather_where_they_are(q, &block, &sources)
-        else:
+        block.plane += block.planes
+        block.planes = copied
+        if copied > 0:
+            if q.parts > 1 or q.in_place or index == task * q.task_blocks:
+                memset(winners, NOBODY, <size_t>q.phase)
             _copy_windows(q, &block, grads, winners)
             _steps(q, 1, steps)
             _gather(q, &block, &sources, steps, grads, winners)
     return 0
 
 
-cdef bint _vector_follows(const Planes *q, const Block *block) noexcept nogil:
-    """Whether at least a vector of windows lies behind those of a block."""
+cdef Py_ssize_t _planes_at_the_end(const Planes *q, const Block *block) noexcept nogil:
+    """Return how many planes of a block have fewer windows behind them than fill a vector."""
     cdef const View *y = &q.p.y
-    cdef Py_ssize_t end = _index(y, block, q.cut) + _length(q, block)
-    return y.size[0] * y.size[1] * y.size[2] * y.size[3] * y.size[4] - end >= q.p.kernels.lanes
+    cdef Py_ssize_t windows = y.size[2] * y.size[3] * y.size[4], end = _index(y, block, q.cut) + _length(q, block)
+    if q.planes * windows - end >= q.p.kernels.lanes:
+        return 0
+    return min(block.planes, max(<Py_ssize_t>1, ceil_div(q.p.kernels.lanes, windows) - (q.planes - block.plane - block.planes)))
 
 
 cdef void _list_lines(const Planes *q, fc_cells *lines, Py_ssize_t *offsets) noexcept nogil:
