@@ -18,6 +18,8 @@ The native and the reference engine have ``elementwise``, too, for contiguous ar
 
     relu_backward(output, grad_output, grad_input, options)     the gradient where the output is positive, 0 elsewhere
 
+and ``arrays``, which has no kernels: what every call asks of its arrays before and after, whatever its engine is.
+
 The contract
 ------------
 - **Three spatial dimensions, always.** ``input`` is (N, C, D, H, W), ``weight`` (K, C/groups, KD, KH, KW), ``output``

@@ -15,7 +15,7 @@ class of cells gets its gradients, are then neighbours from the first row of som
         forward:    spread rows of the image to phases
                     maxima of all windows, and of what is between them: one call
                     copy rows of them to the output
-        backward:   copy rows of gradients and winners (unless all windows are there: those are read where they are)
+        backward:   copy rows of gradients and winners (unless all windows are there: those are read where they are, in large blocks)
                     for classes of rows: sum up what their cells have won, in classes of cells that take turns: one call
 
 Forward, cells are compared without a thought for numbers that aren't finite: a block that has one is pooled row by row.
@@ -44,7 +44,7 @@ ctypedef struct Planes:
     Py_ssize_t low[3]           # backward: the first and the last window that group 0 sees
     Py_ssize_t high[3]
     Py_ssize_t phases, phase    # of the image, elements from one to the next
-    bint in_place               # backward: whether windows are read where they are, but the last
+    bint in_place               # backward: whether windows are read where they are, but those of the last planes
     Py_ssize_t reach            # from a window to the last cell it sees, from the first window of a group to the last
     Py_ssize_t planes, together # in all, of a block
     int cut                     # the axis along which planes are cut
@@ -81,6 +81,8 @@ cdef Py_ssize_t _share_out(Planes *q, Py_ssize_t cell_bytes) noexcept nogil:
     q.together = 1
     if q.parts == 1 and _even(&p.x) and _even(&p.y) and _even(&p.winners):
         q.together = max(<Py_ssize_t>1, min(q.planes, bytes // (cell_bytes * step * q.pitch[q.cut])))
+    if p.threads > 1:
+        q.together = min(q.together, ceil_div(q.planes, p.threads * TASKS))
     q.blocks = ceil_div(q.planes, q.together) * q.parts
     q.most = round_up((q.together - 1) * q.pitch[0] * q.pitch[1] * q.pitch[2] + q.part * step, lanes)
     q.phase = (ceil_div(q.most + q.reach, lanes) + 1 | 1) * lanes  # rows are stored in whole vectors; a power of two would share few sets of L1

@@ -3,6 +3,9 @@
     for images, and some channels at a time:                                 in parallel
         zero their cells, and
         for windows:  grad_input[cell of the winner] += grad_output          (one call of the microkernel)
+
+Where the windows of a plane follow upon each other in memory, rows don't matter: a list that is made once says for each where it begins, and
+which of its cells are in the image.
 """
 
 from libc.string cimport memset

@@ -3,6 +3,8 @@
  *
  *     channels first                                        channels last
  *     lanes are neighbouring windows, turns channels        lanes are neighbouring channels, turns groups of them
+ *
+ * Neighbouring windows are those of a row or, where they are listed, of a plane: short rows would leave lanes empty.
  */
 #define V FC(vector)
 
