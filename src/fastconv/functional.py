@@ -80,7 +80,16 @@ def freeze(names: tuple[str, ...], *values: Any) -> tuple[Any, ...]:
 def _freeze(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(each, f"{name}[{i}]") for i, each in enumerate(value))
-    return value if value is None or isinstance(value, str) else integer(value, name, -(2**31))
+    if value is None or isinstance(value, str):
+        return value
+    check_sequence(value, name)
+    return integer(value, name, -(2**31))
+
+
+def check_sequence(value: object, name: str) -> None:
+    """Raise TypeError if ``name`` is a shape that the user gives, and ``value`` no sequence."""
+    if name in ("input_size", "weight_size") and not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
 
 
 @lru_cache(maxsize=1024, typed=True)

@@ -43,6 +43,7 @@ from .functional import (
     allocate,
     averaging,
     blur_plan,
+    check_sequence,
     deliver,
     freeze,
     kernel,
@@ -83,8 +84,8 @@ class ConvGradients(NamedTuple):
 
 def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape that the user gave as a tuple of ints."""
-    if not isinstance(size, (list, tuple)):
-        raise TypeError(f"{name} must be a sequence of integers, got {size!r}")
+    check_sequence(size, name)
+    assert isinstance(size, (list, tuple))
     if len(size) not in ndims:
         wanted = " or ".join(map(str, ndims))
         raise ValueError(f"{name} must have {wanted} entries, got {tuple(size)}")
