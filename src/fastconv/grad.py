@@ -796,7 +796,9 @@ def _winners(indices: object, shape: tuple[int, ...], axes: Axes, dims: PoolDims
         got = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
         raise TypeError(f"indices must be an int64 or {compact} array that max_pool returned, got {got}")
     if indices.shape != shape:
-        raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
+        if (1, *indices.shape) != shape and indices.shape != (1, *shape):  # a batch of one may go unsaid
+            raise ValueError(f"indices must have the shape of grad_output, got {indices.shape}")
+        indices = indices.reshape(shape)
     view = arrange(indices, axes)
     if indices.dtype is not compact and indices.dtype == _FLAT:
         return arrays.offsets_to_winners(view, dims)
