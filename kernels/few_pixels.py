@@ -22,7 +22,7 @@ def has_few_pixels(op: str, dims: Any) -> bool:
         return False
     weights = reduction * dims.group_out_channels
     if op == "conv_weight_grad":
-        return bool(dims.batch * pixels <= 32 and reduction >= 48)
+        return bool(0 < dims.batch * pixels <= 32 and reduction >= 48)
     if op == "conv_input_grad":
         return bool(pixels <= (16 if weights >= 2**18 else 9))
     return bool(pixels <= (16 if weights >= 2**19 else 4))
