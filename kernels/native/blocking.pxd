@@ -100,6 +100,7 @@ cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ss
                       Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil
 cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil
 cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil
+cdef Py_ssize_t output_run(const Conv *c, const Block *block, Py_ssize_t pixel, Py_ssize_t end, Py_ssize_t *at) noexcept nogil
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
                 Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channels, const char *bias,
                 int relu) noexcept nogil

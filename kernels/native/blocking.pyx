@@ -398,28 +398,32 @@ cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_
         pixels += columns
 
 
+cdef Py_ssize_t output_run(const Conv *c, const Block *block, Py_ssize_t pixel, Py_ssize_t end, Py_ssize_t *at) noexcept nogil:
+    """Return how many of a block's pixels, from ``pixel`` on, are evenly spaced in the output; write where its first channel is."""
+    cdef const View *y = &c.y
+    cdef Py_ssize_t row = pixel // block.columns, column = pixel % block.columns
+    cdef bint one_run = block.columns == c.out[2] and y.stride[3] == c.out[2] * y.stride[4]  # rows continue one another
+    at[0] = (
+        block.image * y.stride[0] + block.depth * y.stride[2] + (block.top + row) * y.stride[3]
+        + (block.left + column) * y.stride[4]
+    )
+    return end - pixel if one_run else min(end - pixel, block.columns - column)
+
+
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,
                 Py_ssize_t width, Py_ssize_t channel, Py_ssize_t channels, const char *bias,
                 int relu) noexcept nogil:
     """Finish accumulators, [pixel][width], and store them as ``channels`` channels from ``channel`` on."""
-    cdef const View *y = &c.y
     cdef fc_epilogue epilogue
-    cdef Py_ssize_t end = first_pixel + pixels, row, column, run
-    cdef bint one_run = block.columns == c.out[2] and y.stride[3] == c.out[2] * y.stride[4]  # rows continue one another
-    cdef char *base = y.data + (
-        block.image * y.stride[0] + channel * y.stride[1] + block.depth * y.stride[2]
-        + block.top * y.stride[3] + block.left * y.stride[4]
-    ) * c.item
+    cdef Py_ssize_t end = first_pixel + pixels, run, at
     epilogue.bias = bias
     epilogue.relu = relu
-    epilogue.pixel_stride = y.stride[4]
-    epilogue.channel_stride = y.stride[1]
+    epilogue.pixel_stride = c.y.stride[4]
+    epilogue.channel_stride = c.y.stride[1]
     while first_pixel < end:
-        row = first_pixel // block.columns
-        column = first_pixel % block.columns
-        run = end - first_pixel if one_run else min(end - first_pixel, block.columns - column)
+        run = output_run(c, block, first_pixel, end, &at)
         c.kernels.epilogue(
-            &epilogue, accumulators, width, run, channels, base + (row * y.stride[3] + column * y.stride[4]) * c.item
+            &epilogue, accumulators, width, run, channels, c.y.data + (channel * c.y.stride[1] + at) * c.item
         )
         accumulators += run * width * c.item
         first_pixel += run

@@ -48,7 +48,7 @@ from fastconv.kernels import interleave
 from fastconv.kernels.native import conv_planar, depthwise
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, cut, divide, extent, locate,
-    make_conv, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
+    make_conv, output_run, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
     pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
@@ -148,6 +148,7 @@ ctypedef struct Grid:
     Py_ssize_t beyond           # cells of padding that no row follows
     Py_ssize_t pitch            # pixels from one row to the next ...
     Py_ssize_t pixels           # ... and in all
+    Py_ssize_t run              # of them, in one of which a chunk is: whole rows, or one
     Py_ssize_t chunk            # of them, whose sums for ...
     Py_ssize_t panels           # ... so many panels share L2 with the rest
     Py_ssize_t sum_bytes        # of one panel, or of a strand of it
@@ -619,7 +620,7 @@ cdef void first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
 cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     """Size the phases of what a block sees, its long row of pixels, and the chunks of it."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1]), rows
+    cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1])
     cdef Py_ssize_t slots = max(<Py_ssize_t>1, plan.slots), chunk = c.chunk
     if plan.slots and c.kernels.pieces:
         chunk = min(chunk, max(<Py_ssize_t>c.kernels.tile_rows, SUM_BYTES // (slots * c.panel * c.item)))
@@ -634,10 +635,7 @@ cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
     if plan.phases[0]:
         grid.pitch = grid.wide
         grid.pixels = (block.rows - 1) * grid.wide + block.columns
-        rows = max(<Py_ssize_t>1, chunk // block.columns)
-        grid.chunk = ceil_div(block.rows, ceil_div(block.rows, rows)) * grid.pitch
-    else:
-        grid.chunk = round_up(ceil_div(grid.pixels, ceil_div(grid.pixels, chunk)), c.kernels.tile_rows)
+    _choose_chunk(plan, block, chunk, grid)
     grid.sum_bytes = round_up(grid.chunk, c.kernels.tile_rows) * c.panel * c.item
     grid.panels = min(c.panels, <Py_ssize_t>PANELS)
     if c.kernels.pieces:
@@ -645,6 +643,24 @@ cdef void _lay_grid(const Plan *plan, Block *block, Grid *grid) noexcept nogil:
         if _reads_along_filters(plan) and plan.channel_blocks * plan.width * grid.cells * c.packed <= KEPT_BYTES:
             grid.panels = 1
     grid.zero_bytes = grid.sum_bytes if plan.slots and plan.slots < plan.strands[0] * plan.strands[1] * plan.strands[2] else 0
+
+
+cdef void _choose_chunk(const Plan *plan, const Block *block, Py_ssize_t most, Grid *grid) noexcept nogil:
+    """Cut a block's pixels into even chunks, of ``most`` about: where numbers are multiplied whole rows or parts of one, for tiles
+    whose pixels are evenly spaced are faster."""
+    cdef const fc_ukernels *kernels = plan.c.kernels
+    cdef Py_ssize_t unit = kernels.tile_rows if kernels.pieces else kernels.even_rows
+    cdef Py_ssize_t rows = max(<Py_ssize_t>1, most // block.columns)
+    grid.run = grid.pixels
+    if kernels.pieces and not plan.phases[0]:
+        rows = 0
+    elif not kernels.pieces and block.columns > most:
+        rows = 0
+        grid.run = block.columns
+    if rows:
+        grid.chunk = ceil_div(block.rows, ceil_div(block.rows, rows)) * grid.pitch
+    else:
+        grid.chunk = round_up(ceil_div(grid.run, ceil_div(grid.run, most)), unit)
 
 
 cdef bint _reads_along_filters(const Plan *plan) noexcept nogil:
@@ -688,21 +704,20 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     space.part = space.zeros + grid.zero_bytes
     space.floats = space.part + part_bytes + beyond_bytes
     memset(space.part + part_bytes, 0, <size_t>beyond_bytes)
-    cdef Py_ssize_t p, panel, end = c.panels * (share + 1) // plan.shares
+    cdef Py_ssize_t p = 0, p_end, panel, end = c.panels * (share + 1) // plan.shares
     if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, space.part):
         plan.refused[block.image] = 1
         return 0
     memset(space.zeros, 0, <size_t>grid.zero_bytes)
     if c.kernels.pieces:
         c.kernels.enter()
-    for p from 0 <= p < grid.pixels by grid.chunk:
+    while p < grid.pixels:
+        p_end = min(p + grid.chunk, (p // grid.run + 1) * grid.run)
         panel = c.panels * share // plan.shares
         while panel < end and not plan.refused[block.image]:
-            _chunk(
-                plan, &block, group, &grid, &space, panel, min(panel + grid.panels, end), p,
-                min(p + grid.chunk, grid.pixels),
-            )
+            _chunk(plan, &block, group, &grid, &space, panel, min(panel + grid.panels, end), p, p_end)
             panel += grid.panels
+        p = p_end
     if c.kernels.pieces:
         c.kernels.leave()
     return 0
@@ -734,6 +749,9 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
                 return
             if plan.slots:
                 _multiply_strands(plan, panel, b, grid, space, first_pixel, end_pixel, weights, &reduction, sums)
+            elif _fills_lines(plan, panel):
+                _multiply_in_place(plan, block, group, panel, b, grid, space, first_pixel, end_pixel, weights, &reduction)
+                continue
             else:
                 _multiply(plan, panel, b, grid, space, first_pixel, end_pixel, weights, &reduction, sums)
             if b < plan.channel_blocks - 1:
@@ -742,6 +760,34 @@ cdef void _chunk(const Plan *plan, const Block *block, Py_ssize_t group, const G
                 _store_strands(plan, block, group, grid, panel, first_pixel, end_pixel, sums, space.zeros)
                 continue
             _store_panel(plan, block, group, grid, panel, first_pixel, end_pixel, sums)
+
+
+cdef bint _fills_lines(const Plan *plan, Py_ssize_t panel) noexcept nogil:
+    """Whether a panel's filters are neighbours in the output, whole vectors of them: sums are there from the first block on."""
+    cdef const Conv *c = &plan.c
+    return (
+        not c.kernels.pieces and c.y.stride[1] == 1
+        and panel * c.panel + panel_vectors(c, panel) * c.kernels.lanes <= c.filters
+    )
+
+
+cdef void _multiply_in_place(const Plan *plan, const Block *block, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b,
+                             const Grid *grid, const Workspace *space, Py_ssize_t pixel, Py_ssize_t end,
+                             const char *weights, fc_reduction *reduction) noexcept nogil:
+    """Add one channel block's products to the output for a chunk of pixels, and finish it with the last block's."""
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t filter = group * c.filters + panel * c.panel, run, at
+    cdef fc_epilogue epilogue
+    epilogue.bias = bias_at(plan.bias, filter * c.item)
+    epilogue.relu = plan.relu
+    reduction.finish = &epilogue if b == plan.channel_blocks - 1 else NULL
+    reduction.c_step = c.y.stride[4]
+    while pixel < end:
+        run = output_run(c, block, pixel, end, &at)
+        _multiply(
+            plan, panel, b, grid, space, pixel, pixel + run, weights, reduction, c.y.data + (filter + at) * c.item
+        )
+        pixel += run
 
 
 cdef void _store_panel(const Plan *plan, const Block *block, Py_ssize_t group, const Grid *grid, Py_ssize_t panel,
@@ -783,6 +829,7 @@ cdef bint _start(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_
     cdef Py_ssize_t number = (image * c.groups + group) * plan.channel_blocks + b
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.b_taps = NULL
     reduction.a_step = 1
     reduction.c_step = panel_vectors(c, panel) * c.kernels.lanes

@@ -396,6 +396,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
     reduction.scale_step = sizeof(Filter) // sizeof(float)
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.taps = t.channel_offsets
     reduction.b_taps = NULL
     reduction.n_taps = channels

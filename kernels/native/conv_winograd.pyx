@@ -475,6 +475,7 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     cdef fc_reduction reduction
     reduction.apart = <int>plan.run
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.a_step = 1
     reduction.b_taps = NULL
     reduction.b_step = width

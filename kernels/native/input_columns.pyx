@@ -387,6 +387,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_s
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.ahead = c.panel if plan.in_place else 0
+    reduction.finish = NULL
     reduction.taps = &zero
     reduction.b_taps = NULL
     reduction.n_taps = 1
@@ -417,6 +418,7 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.taps = &zero
     reduction.b_taps = NULL
     reduction.n_taps = 1

@@ -11,6 +11,11 @@ cdef extern from "ukernels.h" nogil:
         float sum[16]
         float squares[16]
 
+    ctypedef struct fc_epilogue:
+        const void *bias
+        int relu
+        Py_ssize_t pixel_stride, channel_stride
+
     ctypedef struct fc_reduction:
         const Py_ssize_t *taps
         const Py_ssize_t *b_taps
@@ -20,12 +25,8 @@ cdef extern from "ukernels.h" nogil:
         const float *scale
         Py_ssize_t scale_step
         int products
+        const fc_epilogue *finish
         int apart
-
-    ctypedef struct fc_epilogue:
-        const void *bias
-        int relu
-        Py_ssize_t pixel_stride, channel_stride
 
     ctypedef struct fc_runs:
         void *data
@@ -119,7 +120,7 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t row_step, cell_step
 
     ctypedef struct fc_ukernels:
-        int lanes, tile_rows, depth_step, fused
+        int lanes, tile_rows, even_rows, depth_step, fused
         void (*brgemm)(const fc_reduction *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, int, void *,
                        int) noexcept nogil
         Py_ssize_t (*saturate)(Py_ssize_t, void *) noexcept nogil

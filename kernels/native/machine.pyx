@@ -131,10 +131,10 @@ cdef char *_ordinary_numbers(Py_ssize_t size) except NULL:
 def run_tile(int pieces, Py_ssize_t calls) -> int:
     """Run the register tile of float32, whole and on operands that stay in L1; return the operations that it made.
 
-        image [tile_rows][DEPTH]   weights [DEPTH][two vectors], the same for each tap   sums [tile_rows][two vectors]
+        image [height][DEPTH]   weights [DEPTH][two vectors], the same for each tap   sums [height][two vectors]
     """
     cdef const fc_ukernels *kernels = _tile(pieces)
-    cdef int height = kernels.tile_rows, width = 2 * kernels.lanes, m
+    cdef int height = kernels.tile_rows if pieces else kernels.even_rows, width = 2 * kernels.lanes, m
     cdef Py_ssize_t item = kernels.packed if pieces else 4
     cdef Py_ssize_t[TAPS] taps
     cdef Py_ssize_t[MOST_ROWS] rows

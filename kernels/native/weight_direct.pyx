@@ -176,6 +176,7 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.depth = block.columns
     reduction.a_step = c.stride[2] * plan.base.width
     reduction.b_taps = NULL

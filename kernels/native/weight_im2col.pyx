@@ -123,6 +123,7 @@ cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block 
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.taps = space.lines
     reduction.b_taps = NULL
     _row_offsets(plan, channels, c.x.stride[1] if in_place else pixels, space.offsets)

@@ -407,6 +407,7 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     cdef fc_reduction reduction
     reduction.apart = 0
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.taps, reduction.b_taps = space.grad_units, space.image_units
     reduction.n_taps, reduction.depth, reduction.a_step = units, plan.pixels, 1
     reduction.b_tap = reduction.b_step = 0

@@ -218,6 +218,7 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
     cdef fc_reduction reduction
     reduction.apart = 1
     reduction.ahead = 0
+    reduction.finish = NULL
     reduction.taps = t.parts
     reduction.n_taps = parts
     reduction.depth = depth

@@ -2,4 +2,5 @@
 #define ISA avx2
 #define VECTOR_BYTES 32
 #define TILE_ROWS 6
+#define EVEN_ROWS 6
 #include "families.h"

@@ -2,4 +2,5 @@
 #define ISA avx512
 #define VECTOR_BYTES 64
 #define TILE_ROWS 8
+#define EVEN_ROWS 14
 #include "families.h"

@@ -3,6 +3,7 @@
  *   VECTOR_BYTES  bytes in a vector register
  *   TILE_ROWS     pixels of the register tile: TILE_ROWS x 2 accumulators, 2 weights and a broadcast fill the registers, and
  *                 one pointer for each row must fit into the general registers
+ *   EVEN_ROWS     the same of one whose pixels are evenly spaced, which takes fewer of those
  */
 #include <math.h>
 #include <string.h>
@@ -47,6 +48,9 @@
 #else
 #define HELD(x) (void)(x)
 #endif
+
+/* An address or a distance of which the compiler is not to know how it came about. */
+#define HIDDEN(x) __asm__("" : "+r"(x))
 
 /* A vector of which the compiler is not to know how it came about. */
 #if defined(__AVX512F__)

@@ -11,51 +11,111 @@ typedef T FC(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)
 
 /* ------------------------------------------------------------------------------------------------ batch-reduce GEMM */
 
-/* n_rows and vectors are constants where this is inlined: the accumulators live in registers. */
+static inline V FC(rectified)(V value)
+{
+    return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
+}
+
+/* Evenly spaced rows need few general registers: a base for every five of them, and two distances, which addresses have as they are,
+ * twice or four times. The compiler is not to know where bases are, or it would have a pointer for each row after all. */
+typedef struct {
+    const char *base[EVEN_ROWS / 5 + 1];
+    ptrdiff_t once, thrice;
+} FC(even);
+
+static inline __attribute__((always_inline)) const T *FC(even_row)(FC(even) *at, const int m)
+{
+    const char *base = at->base[m / 5];
+    return (const T *)(m % 5 == 3 ? base + at->thrice : base + m % 5 * at->once);
+}
+
+static inline __attribute__((always_inline)) void FC(hide)(FC(even) *at, const int n_rows)
+{
+    UNROLL for (int i = 0; 5 * i < n_rows; i++)
+        HIDDEN(at->base[i]);
+    HIDDEN(at->once);
+    HIDDEN(at->thrice);
+}
+
+/* Finish the sums of a tile, and store them. */
+static inline __attribute__((always_inline)) void FC(put)(V acc[][8], const int n_rows, const int vectors, T *c, ptrdiff_t c_step,
+                                                          int accumulate, const fc_epilogue *finish)
+{
+    const T *bias = finish ? finish->bias : NULL;
+    if (accumulate)
+        UNROLL for (int m = 0; m < n_rows; m++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[m][v] += *(const V *)(c + m * c_step + v * LANES);
+    if (bias)
+        UNROLL for (int v = 0; v < vectors; v++)
+            UNROLL for (int m = 0; m < n_rows; m++)
+                acc[m][v] += *(const V *)(bias + v * LANES);
+    if (finish && finish->relu)
+        UNROLL for (int m = 0; m < n_rows; m++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[m][v] = FC(rectified)(acc[m][v]);
+    UNROLL for (int m = 0; m < n_rows; m++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            *(V *)(c + m * c_step + v * LANES) = acc[m][v];
+}
+
+/* Add the products of one tap to a tile's sums. */
+static inline __attribute__((always_inline)) void FC(tap)(const fc_reduction *r, const T *a, const ptrdiff_t *rows, const int n_rows,
+                                                          const int evenly, const T *panel, const int vectors, V acc[][8],
+                                                          ptrdiff_t ahead)
+{
+    const T *row[EVEN_ROWS];
+    FC(even) at;
+    UNROLL for (int m = 0; m < n_rows && !evenly; m++)
+        row[m] = a + rows[m];
+    if (evenly) {
+        at.once = (rows[1] - rows[0]) * T_BYTES;
+        at.thrice = 3 * at.once;
+        UNROLL for (int i = 0; 5 * i < n_rows; i++)
+            at.base[i] = (const char *)(a + rows[0]) + 5 * i * at.once;
+    }
+    ptrdiff_t step = 0;
+    for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
+        V weight[8];
+        UNROLL for (int v = 0; v < vectors; v++)
+            weight[v] = *(const V *)(panel + v * LANES);
+        if (vectors == 2 && ahead)
+            UNROLL for (int v = 0; v < vectors; v++)
+                __builtin_prefetch(panel + ahead + v * LANES);
+        if (evenly)
+            FC(hide)(&at, n_rows);
+        UNROLL for (int m = 0; m < n_rows; m++) {
+            const V cell = (evenly ? *FC(even_row)(&at, m) : row[m][step]) - (V){0};
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[m][v] += cell * weight[v];
+            if (vectors > 1)
+                NEEDED(cell);
+        }
+        if (evenly) {
+            UNROLL for (int v = 0; v < vectors; v++)
+                NEEDED(weight[v]);
+            UNROLL for (int i = 0; 5 * i < n_rows; i++)
+                at.base[i] += r->a_step * T_BYTES;
+        }
+    }
+}
+
+/* n_rows, whether they are evenly spaced, and vectors are constants where this is inlined: the accumulators live in registers. */
 static inline __attribute__((always_inline)) void FC(tile)(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
-                                                           const int n_rows, const T *b, const int vectors, T *c,
+                                                           const int n_rows, const int evenly, const T *b, const int vectors, T *c,
                                                            int accumulate, ptrdiff_t ahead)
 {
-    V acc[TILE_ROWS][8] = {{{0}}};
-    ptrdiff_t end = r->apart ? r->apart : r->n_taps;
-    for (ptrdiff_t t = 0; t < r->n_taps; t++) {
-        const T *row[TILE_ROWS];
-        UNROLL for (int m = 0; m < n_rows; m++)
-            row[m] = a + rows[m] + r->taps[t];
-        const T *panel = b + (r->b_taps ? r->b_taps[t] : t * r->b_tap);
-        ptrdiff_t step = 0;
-        for (ptrdiff_t k = 0; k < r->depth; k++, step += r->a_step, panel += r->b_step) {
-            V weight[8];
-            UNROLL for (int v = 0; v < vectors; v++)
-                weight[v] = *(const V *)(panel + v * LANES);
-            if (vectors == 2 && ahead)
-                UNROLL for (int v = 0; v < vectors; v++)
-                    __builtin_prefetch(panel + ahead + v * LANES);
-            UNROLL for (int m = 0; m < n_rows; m++) {
-                const V cell = row[m][step] - (V){0};
-                UNROLL for (int v = 0; v < vectors; v++)
-                    acc[m][v] += cell * weight[v];
-                if (vectors > 1)
-                    NEEDED(cell);
-            }
-        }
-        if (t + 1 < end && t + 1 < r->n_taps)
-            continue;
-        end += r->apart;
-        UNROLL for (int m = 0; m < n_rows; m++)
-            UNROLL for (int v = 0; v < vectors; v++) {
-                V *sum = (V *)(c + m * r->c_step + v * LANES);
-                if (accumulate)
-                    acc[m][v] += *sum;
-                *sum = acc[m][v];
-                acc[m][v] = (V){0};
-            }
-        accumulate = 1;
+    const ptrdiff_t together = r->apart ? r->apart : r->n_taps;
+    for (ptrdiff_t t = 0, end; t < r->n_taps; accumulate = 1) {
+        V acc[EVEN_ROWS][8] = {{{0}}};
+        for (end = t + together < r->n_taps ? t + together : r->n_taps; t < end; t++)
+            FC(tap)(r, a + r->taps[t], rows, n_rows, evenly, b + (r->b_taps ? r->b_taps[t] : t * r->b_tap), vectors, acc, ahead);
+        FC(put)(acc, n_rows, vectors, c, r->c_step, accumulate, end < r->n_taps ? NULL : r->finish);
     }
 }
 
 /* A tile taller than TILE_ROWS is never asked for; its case must compile all the same. */
-#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, b, vectors, c, accumulate, ahead)
+#define TILE(n, vectors) FC(tile)(r, a, rows, n <= TILE_ROWS ? n : 1, 0, b, vectors, c, accumulate, ahead)
 #define TILE_CASE(n)                                    \
     case n:                                             \
         if (n <= TILE_ROWS) {                           \
@@ -85,18 +145,78 @@ static inline __attribute__((always_inline)) void FC(one_tile)(const fc_reductio
         TILE_CASE(8)
     }
 }
+#undef TILE_CASE
+#undef TILE
+
+#if EVEN_ROWS > TILE_ROWS
+/* Each is a function of its own, so that nothing else wants a register. */
+#define EVEN_TILE(n, vectors)                                                                                              \
+    static __attribute__((noinline)) void FC(even_##n##_##vectors)(const fc_reduction *r, const T *a, const ptrdiff_t *rows, \
+                                                                   const T *b, T *c, int accumulate)                       \
+    {                                                                                                                      \
+        FC(tile)(r, a, rows, n, 1, b, vectors, c, accumulate, 0);                                                          \
+    }
+#define EVEN_TILES(n) EVEN_TILE(n, 1) EVEN_TILE(n, 2)
+EVEN_TILES(8)
+EVEN_TILES(9)
+EVEN_TILES(10)
+EVEN_TILES(11)
+EVEN_TILES(12)
+EVEN_TILES(13)
+EVEN_TILES(14)
+#define EVEN_ENTRY(n) {FC(even_##n##_1), FC(even_##n##_2)}
+static void (*const FC(even_tiles)[EVEN_ROWS - TILE_ROWS + 1][2])(const fc_reduction *r, const T *a, const ptrdiff_t *rows,
+                                                                  const T *b, T *c, int accumulate) = {
+    EVEN_ENTRY(8), EVEN_ENTRY(9), EVEN_ENTRY(10), EVEN_ENTRY(11), EVEN_ENTRY(12), EVEN_ENTRY(13), EVEN_ENTRY(14)};
+#undef EVEN_ENTRY
+#undef EVEN_TILES
+#undef EVEN_TILE
+#endif
+
+/* How many rows, from the first on, are evenly spaced. */
+static inline ptrdiff_t FC(even_run)(const ptrdiff_t *rows, ptrdiff_t n_rows)
+{
+    ptrdiff_t n = 1;
+    for (; n + 8 <= n_rows; n += 8) {
+        ptrdiff_t others = 0;
+        for (int i = 0; i < 8; i++)
+            others |= (rows[n + i] - rows[n + i - 1]) ^ (rows[1] - rows[0]);
+        if (others)
+            break;
+    }
+    while (n < n_rows && rows[n] - rows[n - 1] == rows[1] - rows[0])
+        n++;
+    return n;
+}
+
+/* The last two tiles are of about the same size: a low one waits for its sums. */
+static inline ptrdiff_t FC(height)(ptrdiff_t left, ptrdiff_t most)
+{
+    return left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
+}
 
 static void FC(brgemm)(const fc_reduction *r, const void *a, const ptrdiff_t *rows, ptrdiff_t n_rows, const void *b,
                        int vectors, void *c, int accumulate)
 {
+#if EVEN_ROWS > TILE_ROWS
+    ptrdiff_t end = 0;
+#endif
     for (ptrdiff_t m = 0, n; m < n_rows; m += n) {
-        const ptrdiff_t left = n_rows - m; /* the last two tiles are of about the same size: a low one waits for its sums */
-        n = left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left;
-        FC(one_tile)(r, a, rows + m, n, b, vectors, (T *)c + m * r->c_step, accumulate, m ? 0 : r->ahead);
+        const ptrdiff_t ahead = m ? 0 : r->ahead;
+        T *sums = (T *)c + m * r->c_step;
+#if EVEN_ROWS > TILE_ROWS
+        if (m >= end) /* of rows that are evenly spaced */
+            end = m + FC(even_run)(rows + m, n_rows - m);
+        n = FC(height)(end - m, EVEN_ROWS);
+        if (n >= TILE_ROWS && vectors <= 2 && !ahead) {
+            FC(even_tiles)[n - TILE_ROWS][vectors - 1](r, a, rows + m, b, sums, accumulate);
+            continue;
+        }
+#endif
+        n = FC(height)(n_rows - m, TILE_ROWS);
+        FC(one_tile)(r, a, rows + m, n, b, vectors, sums, accumulate, ahead);
     }
 }
-#undef TILE_CASE
-#undef TILE
 
 /* Each sum is a factor of its next product, or the compiler would take the product out of the loop. */
 static ptrdiff_t FC(saturate)(ptrdiff_t rounds, void *sums)
@@ -233,11 +353,6 @@ static void FC(transpose)(const void *input, ptrdiff_t i_stride, ptrdiff_t j_str
         FC(copy_every)(in, 4, j_stride, ni, nj, out, out_stride);
     else
         FC(copy_every)(in, i_stride, j_stride, ni, nj, out, out_stride);
-}
-
-static inline V FC(rectified)(V value)
-{
-    return (V)((__typeof__(value < 0))value & ~(value < 0)); /* a NaN stays one */
 }
 
 static inline T FC(finish)(T value, const T *bias, ptrdiff_t channel, int relu)
@@ -658,6 +773,7 @@ static void FC(max_pool_grad)(const fc_cells *sources, const fc_classes *classes
 static const fc_ukernels FC(table) = {
     .lanes = VECTOR_BYTES / sizeof(T),
     .tile_rows = TILE_ROWS,
+    .even_rows = EVEN_ROWS,
     .depth_step = 1,
     .fused = FUSED,
     .brgemm = FC(brgemm),

@@ -2,4 +2,5 @@
 #define ISA scalar
 #define VECTOR_BYTES 16
 #define TILE_ROWS 4
+#define EVEN_ROWS 4
 #include "families.h"

@@ -27,6 +27,13 @@ typedef struct {
     float largest[16], sum[16], squares[16];
 } fc_tally;
 
+/* Where the elements of a finished tile go, and what happens to them on the way. */
+typedef struct {
+    const void *bias; /* one value for each of `channels`, or NULL */
+    int relu;
+    ptrdiff_t pixel_stride, channel_stride;
+} fc_epilogue;
+
 /* The reduction of one tile: C[m][n] (+)= sum over taps t, k < depth of
  *     a[rows[m] + taps[t] + k * a_step] * b[b_taps[t] + k * b_step + n],   b_taps[t] = t * b_tap where b_taps is NULL
  *
@@ -47,17 +54,11 @@ typedef struct {
     const float *scale;      /* ... of rows of a, ... */
     ptrdiff_t scale_step;    /* ... so far apart; and how many products ... */
     int products;            /* ... of two digits are made for a product, 6, 7 or 8 */
+    const fc_epilogue *finish; /* NULL, or what sums get before they are stored: bias and activation; not by a tile of pieces */
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
 enum { FC_FLAT_ROWS = 3 };
-
-/* Where the elements of a finished tile go, and what happens to them on the way. */
-typedef struct {
-    const void *bias; /* one value for each of `channels`, or NULL */
-    int relu;
-    ptrdiff_t pixel_stride, channel_stride;
-} fc_epilogue;
 
 /* Runs of elements in a strided array: element i of run r is data[r * run + i * step]. */
 typedef struct {
@@ -186,6 +187,7 @@ enum { FC_INPUTS, FC_TAPS, FC_OUTPUTS };
 typedef struct {
     int lanes;      /* elements in a vector */
     int tile_rows;  /* of a tile that is 1 or 2 vectors wide; with up to FC_FLAT_ROWS rows it may be 4 wide, with one 8 */
+    int even_rows;  /* of one, of numbers, whose rows are evenly spaced in a: brgemm finds those */
     int depth_step; /* the depth of a reduction is a multiple of it */
     int fused;      /* whether a product is not rounded before it is added */
 
