@@ -99,6 +99,8 @@ cdef void pack_rows(const Conv *c, const Block *block, Py_ssize_t d, Py_ssize_t 
 cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
                       Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil
 cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil
+cdef void place_taps(const Conv *c, Py_ssize_t slab, Py_ssize_t row, Py_ssize_t cell, Py_ssize_t *taps) noexcept nogil
+cdef void place_pixels(const Conv *c, const Block *block, Py_ssize_t row, Py_ssize_t cell, Py_ssize_t *pixels) noexcept nogil
 cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil
 cdef Py_ssize_t output_run(const Conv *c, const Block *block, Py_ssize_t pixel, Py_ssize_t end, Py_ssize_t *at) noexcept nogil
 cdef void store(const Conv *c, const Block *block, Py_ssize_t first_pixel, Py_ssize_t pixels, const char *accumulators,

@@ -381,17 +381,27 @@ cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ss
 
 cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil:
     """Write where each tap is in a packed part of the image, from the first tap."""
+    place_taps(c, block.high * block.wide * width, block.wide * width, width, taps)
+
+
+cdef void place_taps(const Conv *c, Py_ssize_t slab, Py_ssize_t row, Py_ssize_t cell, Py_ssize_t *taps) noexcept nogil:
+    """Write where each tap is, from the first tap: kernel depths, rows and cells are so far apart."""
     cdef Py_ssize_t d, h, w, t = 0
     for d in range(c.kernel[0]):
         for h in range(c.kernel[1]):
             for w in range(c.kernel[2]):
-                taps[t] = ((d * block.high + h * c.dilation[1]) * block.wide + w * c.dilation[2]) * width
+                taps[t] = d * slab + h * c.dilation[1] * row + w * c.dilation[2] * cell
                 t += 1
 
 
 cdef void pixel_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *pixels) noexcept nogil:
     """Write where the first tap of each output pixel of the block is in a packed part of the image."""
-    cdef Py_ssize_t down = c.stride[1] * block.wide * width, across = c.stride[2] * width, columns = block.columns, r, q
+    place_pixels(c, block, block.wide * width, width, pixels)
+
+
+cdef void place_pixels(const Conv *c, const Block *block, Py_ssize_t row, Py_ssize_t cell, Py_ssize_t *pixels) noexcept nogil:
+    """Write where the first tap of each output pixel of the block is: rows and cells are so far apart."""
+    cdef Py_ssize_t down = c.stride[1] * row, across = c.stride[2] * cell, columns = block.columns, r, q
     for r in range(block.rows):
         for q in range(columns):
             pixels[q] = r * down + q * across

@@ -49,7 +49,7 @@ from fastconv.kernels.native import conv_planar, depthwise
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DIRECT_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, choose_threads, cut, divide, extent, locate,
     make_conv, output_run, pack_bias, pack_image, pack_panel, pack_rows, packed_weight_size, panel_vectors, part_cells, piece_tile,
-    pixel_offsets, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
+    pixel_offsets, place_pixels, place_taps, round_up, run_tasks, share_out, split_numbers, split_pays, store, tap_offsets,
     turn_weights, use_tile,
 )
 from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, PIECES, Scales, digit_tile, measure, products
@@ -57,6 +57,7 @@ from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
     fc_scales, fc_spread, fc_ukernels,
 )
+from fastconv.kernels.native.patches cimport first_cell
 
 from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_direct import conv_weight_grad
@@ -77,6 +78,7 @@ cdef enum:
     FOLDED_CHANNELS = 8         # with fewer, too short a reduction: a row of taps joins them
     PATCH_CELLS = 64            # of a patch, and ...
     PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
+    SHORT_SUM = 24              # products of a sum that take less time, as numbers, than copying it
     DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
     STRANDS = 16                # phases of a stride whose sums for a chunk share L2
     APART = 1 << 15             # weights of a group: to copy so many takes longer than a call for each group
@@ -122,6 +124,7 @@ ctypedef struct Plan:
     Conv of                     # the convolution ...
     Conv c                      # ... as the tile sees it: the same, or one of its patches with 1x1 filters
     bint patches
+    bint in_place               # its part of the image is where the caller has it
     Blocks blocks
     Py_ssize_t width            # channels in a block
     Py_ssize_t channel_blocks
@@ -162,7 +165,7 @@ ctypedef struct Workspace:
     char *zeros                 # sums of a strand without taps
     char *weights               # of a panel and a channel block, where they are used once
     char *sums
-    char *part
+    const char *part
     char *floats                # numbers that are yet to be split
 
 
@@ -181,7 +184,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     if not plan.patches:
         if form == DIGITS and not _use_digits(&plan, options.precision):
             return list(range(plan.of.batch))
-        if form == PIECES:
+        if form == PIECES and not _sums_are_short(&plan.of):
             split_numbers(&plan.of, options.precision)
         c[0] = plan.of
     for axis in range(3 if plan.slots else 0):
@@ -199,6 +202,7 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     cut(c, plan.channel_blocks * plan.width * c.packed, part_bytes, c.out[2], &plan.blocks)
     _cut_large_blocks(&plan)
     _choose_phases(&plan)
+    plan.in_place = _lies_ready(&plan)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = <unsigned char *><char *>refused
@@ -218,6 +222,23 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     tasks *= plan.shares
     run_tasks(_forward_task, &plan, tasks, c.threads)
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
+
+
+cdef bint _lies_ready(const Plan *plan) noexcept nogil:
+    """Whether the image is, where the caller has it, as good as packed: no tap sees padding, and a pixel's channels are neighbours."""
+    cdef const Conv *c = &plan.c
+    cdef int axis
+    if c.kernels.pieces or plan.slots or plan.channel_blocks > 1 or c.x.stride[1] != 1 or (c.folded and c.x.stride[4] != c.channels):
+        return False
+    for axis in range(3):
+        if c.pad[axis] > 0 or extent(c, axis, c.out[axis]) > c.x.size[2 + axis]:
+            return False
+    return True
+
+
+cdef bint _sums_are_short(const Conv *of) noexcept nogil:
+    """Whether to multiply numbers, whose sums are stored where they belong: copying those of pieces takes longer than products save."""
+    return of.channels * of.taps <= SHORT_SUM and of.y.stride[1] == 1 and of.filters % of.kernels.lanes == 0
 
 
 cdef bint _use_digits(Plan *plan, str precision):
@@ -469,6 +490,12 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, con
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t t
     cdef int sizes
+    if plan.in_place:
+        place_pixels(c, block, c.x.stride[3], c.x.stride[4], offsets)
+        place_taps(c, c.dilation[0] * c.x.stride[2], c.x.stride[3], c.x.stride[4], taps)
+        if c.folded:
+            first_of_rows(c, taps)
+        return True
     if plan.patches:
         sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
     else:
@@ -681,7 +708,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t offset_bytes = (grid.pixels + 2 * plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t all_sums = grid.panels * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
     cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed + scale_bytes(plan)
-    cdef Py_ssize_t part_bytes = plan.channel_blocks * plan.width * grid.cells * c.packed
+    cdef Py_ssize_t part_bytes = 0 if plan.in_place else plan.channel_blocks * plan.width * grid.cells * c.packed
     cdef Py_ssize_t beyond_bytes = grid.beyond * plan.width * c.packed, float_bytes = 0
     if plan.patches:
         float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
@@ -701,11 +728,12 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
     space.weights = memory + offset_bytes
     space.sums = space.weights + weight_bytes
     space.zeros = space.sums + all_sums
-    space.part = space.zeros + grid.zero_bytes
-    space.floats = space.part + part_bytes + beyond_bytes
-    memset(space.part + part_bytes, 0, <size_t>beyond_bytes)
+    cdef char *part = space.zeros + grid.zero_bytes
+    space.part = first_cell(c, &block, group * c.channels) if plan.in_place else part
+    space.floats = part + part_bytes + beyond_bytes
+    memset(part + part_bytes, 0, <size_t>beyond_bytes)
     cdef Py_ssize_t p = 0, p_end, panel, end = c.panels * (share + 1) // plan.shares
-    if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, space.part):
+    if not _pack_part(plan, &block, group, &grid, space.offsets, space.taps, space.floats, part):
         plan.refused[block.image] = 1
         return 0
     memset(space.zeros, 0, <size_t>grid.zero_bytes)
