@@ -17,7 +17,8 @@
       +------------------+         +--------+            +--------+
 
 A pixel's offset plus a tap's offset is all that padding, stride and dilation come to. With few channels, the taps of a row and
-their channels are one contiguous run of the part, and are reduced as one. The gradient of the input is the same
+their channels are one contiguous run of the part, and are reduced as one. Where filters are neighbours in the output, the tile
+finishes sums and stores them there; an image whose channels are neighbours is read where it is, if no tap sees padding. The gradient of the input is the same
 loop on other views (``interleave``; with a stride see below), that of the weights is in ``weight_direct``. A depthwise convolution has no panels: it is in
 ``depthwise``, where channels are neighbours; where the pixels of a row are, in ``conv_planar``.
 

@@ -1,4 +1,4 @@
-/* AVX-512 (F, BW, DQ, VL): 32 registers; 8 rows and not 14, for a pointer to each row must fit into a general register. */
+/* AVX-512 (F, BW, DQ, VL): 32 registers, 14 x 2 accumulators; 8 rows where a pointer to each must fit into a general register. */
 #define ISA avx512
 #define VECTOR_BYTES 64
 #define TILE_ROWS 8
