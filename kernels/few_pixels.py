@@ -20,9 +20,8 @@ def has_few_pixels(op: str, dims: Any) -> bool:
     pixels, reduction = math.prod(dims.output_size), dims.reduction
     if dims.channels_last or dims.depthwise or reduction < LEAST_PRODUCTS or 8 * pixels * reduction > MOST_BYTES:
         return False
-    weights = reduction * dims.group_out_channels
     if op == "conv_weight_grad":
         return bool(0 < dims.batch * pixels <= 32 and reduction >= 48)
     if op == "conv_input_grad":
-        return bool(pixels <= (16 if weights >= 2**18 else 9))
-    return bool(pixels <= (16 if weights >= 2**19 else 4))
+        return bool(pixels <= 9)
+    return bool(pixels <= (9 if reduction * dims.group_out_channels >= 2**19 else 4))

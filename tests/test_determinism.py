@@ -23,7 +23,7 @@ CASES = [
     ConvCase("1x1", (4, 40, 7, 7), (20, 40, 1, 1)),
     ConvCase("columns of several blocks of filters", (4, 34, 10, 11), (520, 34, 1, 1)),
     ConvCase("few pixels in each of many images", (37, 60, 3, 3), (35, 60, 2, 2)),
-    ConvCase("few pixels, many weights", (4, 260, 4, 4), (230, 260, 3, 3), 1, 1),
+    ConvCase("few pixels, many weights", (4, 260, 3, 3), (230, 260, 3, 3), 1, 1),
     ConvCase("columns of 3x3", (4, 9, 12, 11), (260, 9, 3, 3), 1, 1),
 ]
 
