@@ -80,7 +80,7 @@ def conv_forward(input, weight, bias, output, dims, options):
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
     if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
         rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
-    if has_few_pixels("conv_forward", dims) and weight[0].flags.c_contiguous:
+    if has_few_pixels("conv_forward", dims) and weight.flags.c_contiguous:
         few_pixels.conv_forward(input, weight, bias, output, dims, options)
         return
     by_forms(_forward, input, output, dims.reduction, (weight, rows, bias, dims, options))
@@ -89,7 +89,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     plain = bias is None and options.activation is None
-    if plain and has_few_pixels("conv_input_grad", dims) and weight[0].flags.c_contiguous:
+    if plain and has_few_pixels("conv_input_grad", dims) and weight.flags.c_contiguous:
         few_pixels.conv_input_grad(grad_output, weight, grad_input, dims, options)
         return
     most = FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS

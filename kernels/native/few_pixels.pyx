@@ -128,7 +128,7 @@ cdef void _lay_patches(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssi
 # --------------------------------------------------------------------------------------------------------- forward
 
 def conv_forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
-    """See ``fastconv.kernels``; a filter's weights are neighbours."""
+    """See ``fastconv.kernels``; weights are contiguous."""
     cdef Plan plan
     cdef Conv *c = &plan.c
     _plan(&plan, input, weight, output, dims, options)
@@ -203,7 +203,7 @@ cdef void _store(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssize_t i
 # ------------------------------------------------------------------------------------------ gradient of the weights
 
 def conv_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
-    """See ``fastconv.kernels``; the gradient of a filter's weights are neighbours, and that of the bias isn't wanted."""
+    """See ``fastconv.kernels``; ``grad_weight`` is contiguous, and the gradient of the bias isn't wanted."""
     cdef Plan plan
     cdef Conv *c = &plan.c
     _plan(&plan, input, grad_weight, grad_output, dims, options)
@@ -256,7 +256,7 @@ cdef void _lay_grads(const Plan *plan, Py_ssize_t image, Py_ssize_t images, Py_s
 # -------------------------------------------------------------------------------------------- gradient of the input
 
 def conv_input_grad(cnp.ndarray grad_output, cnp.ndarray weight, cnp.ndarray grad_input, dims, options):
-    """See ``fastconv.kernels``; a filter's weights are neighbours, and there are neither bias nor activation."""
+    """See ``fastconv.kernels``; weights are contiguous, and there are neither bias nor activation."""
     cdef Plan plan
     cdef Conv *c = &plan.c
     interleave.fill(grad_input, None, None)
@@ -273,7 +273,7 @@ cdef int _input_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef Py_ssize_t together = max(<Py_ssize_t>1, max(<Py_ssize_t>LEAST_PART, SUM_BYTES // (rows * c.item)) // c.taps), i
     cdef Task t
     if _find_task(plan, number, 1, c.channels, rows * c.filters * c.item,
-                  rows * _column_pitch(c, together) * c.item, &t):
+                  (rows + 1) * _column_pitch(c, together) * c.item, &t):
         return 1
     for i in range(plan.terms):
         t.taps[i] = i * plan.step
@@ -309,17 +309,32 @@ cdef void _multiply_grads(const Plan *plan, const Task *t, Py_ssize_t images, Py
                           Py_ssize_t channels) noexcept nogil:
     """Compute the gradients of some channels' patches, [image][pixel][channel][tap]."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t rows = images * plan.pixels, filter
+    cdef Py_ssize_t rows = images * plan.pixels, filter, count, tap
+    cdef bint last = t.group + 1 == c.groups and channel + channels == c.channels
     cdef const char *weights = plan.weights + (t.group * c.filters * plan.step + channel * c.taps) * c.item
     cdef fc_planes planes
     planes.taps, planes.rows, planes.columns, planes.cell_row, planes.out_row = t.taps, 1, channels * c.taps, 0, 0
     planes.out_column, planes.out_filter, planes.bias, planes.relu = 1, _column_pitch(c, channels), NULL, 0
     planes.laid, planes.ahead = NULL, 0
     for filter from 0 <= filter < c.filters by plan.terms:
-        planes.n_taps, planes.accumulate = min(plan.terms, c.filters - filter), filter > 0
+        planes.n_taps = count = min(plan.terms, c.filters - filter)
+        planes.accumulate = filter > 0
+        tap = t.taps[count - 1]
+        if last and filter + count == c.filters:
+            t.taps[count - 1] = _copy_last(plan, t, rows, channels, weights + filter * plan.step * c.item, tap)
         c.kernels.planar(
             &planes, t.numbers + filter * rows * c.item, rows, weights + filter * plan.step * c.item, t.sums
         )
+        t.taps[count - 1] = tap
+
+
+cdef Py_ssize_t _copy_last(const Plan *plan, const Task *t, Py_ssize_t rows, Py_ssize_t channels, const char *weights,
+                           Py_ssize_t tap) noexcept nogil:
+    """Copy the last weights that there are, for whole vectors of them are read; return where they are from ``weights``."""
+    cdef const Conv *c = &plan.c
+    cdef char *copy = t.sums + rows * _column_pitch(c, channels) * c.item
+    memcpy(copy, weights + tap * c.item, <size_t>(channels * c.taps * c.item))
+    return (copy - weights) // c.item
 
 
 cdef void _add_columns(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssize_t images, Py_ssize_t channel,

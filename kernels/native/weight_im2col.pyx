@@ -45,7 +45,7 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
 
     Through 1x1 filters each pixel sees itself: image and gradients are alike, and what takes less to be turned is.
     """
-    if has_few_pixels("conv_weight_grad", dims) and grad_weight[0].flags.c_contiguous:
+    if has_few_pixels("conv_weight_grad", dims) and grad_weight.flags.c_contiguous:
         few_pixels.conv_weight_grad(input, grad_output, grad_weight, dims, options)
         if grad_bias is not None:
             np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)
