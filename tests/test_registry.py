@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +151,18 @@ def _odd_record(array: Array) -> Array:
     return records["value"]
 
 
+def _beside_no_memory(array: Array, after: bool) -> Array:
+    """Put it where a page begins or ends that must not be touched: whoever does is killed."""
+    page, size = mmap.PAGESIZE, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + 2 * page)
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    for at in (0, page + size):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + at), page, 0) == 0
+    view = np.ndarray(array.shape, array.dtype, memory, page if after else page + size - array.nbytes)
+    view[...] = array
+    return view
+
+
 FORMS: dict[str, Callable[[Array], Array]] = {
     "contiguous": np.ascontiguousarray,
     "fortran": np.asfortranarray,
@@ -158,7 +174,12 @@ FORMS: dict[str, Callable[[Array], Array]] = {
     "fields of records": _odd_record,
     "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
 }
-FORM_CASES = named("3x3, stride 2", "3x3 of one more than a tile", "groups of two", "depthwise", "1x1")
+if sys.platform == "linux":
+    FORMS["before no memory"] = partial(_beside_no_memory, after=False)
+    FORMS["after no memory"] = partial(_beside_no_memory, after=True)
+FORM_CASES = named(
+    "3x3, stride 2", "3x3 of one more than a tile", "groups of two", "depthwise", "1x1", "signal, three pixels, stride 2"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
