@@ -178,8 +178,13 @@ if sys.platform == "linux":
     FORMS["before no memory"] = partial(_beside_no_memory, after=False)
     FORMS["after no memory"] = partial(_beside_no_memory, after=True)
 FORM_CASES = named(
-    "3x3, stride 2", "3x3 of one more than a tile", "groups of two", "depthwise", "1x1", "signal, three pixels, stride 2"
-)  # fmt: skip
+    "3x3, stride 2",
+    "3x3 of one more than a tile",
+    "groups of two",
+    "depthwise",
+    "1x1",
+    "signal, three pixels, stride 2",
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
