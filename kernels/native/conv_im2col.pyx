@@ -20,8 +20,9 @@ Pixels are the lanes, so that neither the weights nor the output of a channels-f
 would cost as much as the products, with few channels (a network's first layer) and with 1x1 filters. Only the patches of one box
 and one block exist at a time; the full column matrix never does.
 
-Where an image has few pixels nothing is turned at all (``few_pixels``). The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution forward.
-That of the weights gathers the same ``patches``: it is in ``weight_im2col``.
+The gradient of the input goes by way of columns (``input_columns``); that of 1x1 filters for many pixels is a convolution
+forward. That of the weights gathers the same ``patches``: it is in ``weight_im2col``. Where an image has few pixels nothing is
+turned at all, in either direction (``few_pixels``).
 
 Where the machine has a tile that multiplies pieces of numbers, weights and patches are split after they were gathered; those of
 1x1 filters where they are, and those of all blocks first where weights come from beyond L2; into digits of fixed-point numbers (``digits``) where sums are long. An image that holds inf, NaN or huge numbers, or a box with nothing but tiny ones, is computed
@@ -77,12 +78,12 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
-    if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
-        rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
     if has_few_pixels("conv_forward", dims) and weight.flags.c_contiguous:
         few_pixels.conv_forward(input, weight, bias, output, dims, options)
         return
+    rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
+    if abs(rows.strides[2 if rows.shape[2] > 1 else 1]) != rows.itemsize:  # a filter's cells are no neighbours
+        rows = _turned(rows) if rows.shape[2] == 1 and rows.strides[0] == rows.itemsize else np.ascontiguousarray(rows)
     by_forms(_forward, input, output, dims.reduction, (weight, rows, bias, dims, options))
 
 

@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memset
 
 from fastconv.kernels import interleave
 from fastconv.kernels.native.blocking cimport (
-    Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, round_up, run_tasks,
+    Block, Conv, View, ceil_div, make_conv, pack_bias, round_up, run_tasks,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_planes
 from fastconv.kernels.native.patches cimport gather
@@ -105,6 +105,13 @@ cdef bint _find_task(const Plan *plan, Py_ssize_t number, Py_ssize_t unit, Py_ss
     return False
 
 
+cdef void _lay_row(fc_planes *planes, const Py_ssize_t *taps, Py_ssize_t columns, Py_ssize_t step) noexcept nogil:
+    """Let planes be a single row of weights, and what is computed of each rows that are ``step`` apart."""
+    planes.taps, planes.rows, planes.columns, planes.cell_row, planes.out_row = taps, 1, columns, 0, 0
+    planes.out_column, planes.out_filter, planes.bias, planes.relu = 1, step, NULL, 0
+    planes.laid, planes.ahead = NULL, 0
+
+
 cdef void _lay_patches(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssize_t images) noexcept nogil:
     """Lay out what each pixel of some images sees of a group, in the order of its weights."""
     cdef const Conv *c = &plan.c
@@ -167,8 +174,8 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssize_
     cdef char *totals = t.sums + filters * rows * lanes * c.item
     cdef const char *weights = plan.weights + (t.group * c.filters + filter) * plan.step * c.item
     cdef fc_planes planes
-    planes.taps, planes.n_taps, planes.rows, planes.out_filter, planes.out_row, planes.cell_row = t.taps, rows, 1, plan.step, 0, 0
-    planes.ahead = plan.part
+    _lay_row(&planes, t.taps, 0, plan.step)
+    planes.n_taps, planes.ahead = rows, plan.part
     memset(t.sums, 0, <size_t>(filters * rows * lanes * c.item))
     if plan.bias != NULL:
         for i in range(filters * rows):
@@ -221,16 +228,14 @@ cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
         return 1
     for image in range(rows):
         t.taps[image] = image * plan.pitch
-    planes.taps, planes.rows, planes.columns, planes.cell_row, planes.out_row = t.taps, 1, c.channels * c.taps, 0, 0
-    planes.out_column, planes.out_filter, planes.bias, planes.relu = 1, plan.step, NULL, 0
-    planes.laid, planes.ahead = NULL, 0
+    _lay_row(&planes, t.taps, c.channels * c.taps, plan.step)
     for image from 0 <= image < c.batch by plan.images:
         images = min(plan.images, c.batch - image)
         planes.n_taps, planes.accumulate = images * plan.pixels, image > 0
         _lay_patches(plan, &t, image, images)
         for filter from t.first <= filter < t.first + t.count by tile:
             filters = min(tile, t.first + t.count - filter)
-            _lay_grads(plan, image, images, t.group * c.filters + filter, filters, filters, t.sums)
+            _lay_grads(plan, image, images, t.group * c.filters + filter, filters, t.sums)
             c.kernels.planar(
                 &planes, t.sums, filters, t.patches, plan.weights + (t.group * c.filters + filter) * plan.step * c.item
             )
@@ -238,7 +243,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
 
 
 cdef void _lay_grads(const Plan *plan, Py_ssize_t image, Py_ssize_t images, Py_ssize_t filter, Py_ssize_t filters,
-                     Py_ssize_t pitch, char *out) noexcept nogil:
+                     char *out) noexcept nogil:
     """Lay out some filters' gradients, [image][pixel][filter]."""
     cdef const Conv *c = &plan.c
     cdef const View *y = &c.y
@@ -248,9 +253,9 @@ cdef void _lay_grads(const Plan *plan, Py_ssize_t image, Py_ssize_t images, Py_s
             for h in range(c.out[1]):
                 c.kernels.transpose(
                     y.data + (n * y.stride[0] + filter * y.stride[1] + d * y.stride[2] + h * y.stride[3]) * c.item,
-                    y.stride[1], y.stride[4], filters, c.out[2], out, pitch,
+                    y.stride[1], y.stride[4], filters, c.out[2], out, filters,
                 )
-                out += c.out[2] * pitch * c.item
+                out += c.out[2] * filters * c.item
 
 
 # -------------------------------------------------------------------------------------------- gradient of the input
@@ -294,7 +299,7 @@ cdef void _lay_factors(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssi
     cdef char *out = t.numbers
     for filter from 0 <= filter < c.filters by plan.terms:
         filters = min(plan.terms, c.filters - filter)
-        _lay_grads(plan, image, images, t.group * c.filters + filter, filters, filters, t.patches)
+        _lay_grads(plan, image, images, t.group * c.filters + filter, filters, t.patches)
         for row from 0 <= row < rows by tile:
             count = min(tile, rows - row)
             c.kernels.transpose(t.patches + row * filters * c.item, filters, 1, count, filters, out, count)
@@ -313,9 +318,7 @@ cdef void _multiply_grads(const Plan *plan, const Task *t, Py_ssize_t images, Py
     cdef bint last = t.group + 1 == c.groups and channel + channels == c.channels
     cdef const char *weights = plan.weights + (t.group * c.filters * plan.step + channel * c.taps) * c.item
     cdef fc_planes planes
-    planes.taps, planes.rows, planes.columns, planes.cell_row, planes.out_row = t.taps, 1, channels * c.taps, 0, 0
-    planes.out_column, planes.out_filter, planes.bias, planes.relu = 1, _column_pitch(c, channels), NULL, 0
-    planes.laid, planes.ahead = NULL, 0
+    _lay_row(&planes, t.taps, channels * c.taps, _column_pitch(c, channels))
     for filter from 0 <= filter < c.filters by plan.terms:
         planes.n_taps = count = min(plan.terms, c.filters - filter)
         planes.accumulate = filter > 0

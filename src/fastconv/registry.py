@@ -138,7 +138,7 @@ def _columns(op: str, dims: ConvDims) -> str:
     pixels, cells, filters = math.prod(dims.output_size), math.prod(dims.input_size), dims.group_out_channels
     phases = math.prod(dims.stride)
     turned = dims.channels_last and isa() == "amx"  # weights, which pieces are made of where they are
-    few = _few_pixels(dims) if phases > 1 else pixels <= 100 and filters >= 64 and not turned
+    few = _few_strided_pixels(dims) if phases > 1 else pixels <= 100 and filters >= 64 and not turned
     if few and 2 * cells >= 3 * pixels:
         return f"{pixels} pixels that see {cells}"
     channels, lanes = dims.group_in_channels, 16 if isa() in ("amx", "avx512") else 8
@@ -173,7 +173,7 @@ def _fills_planes(filters: int, channels: int, dims: ConvDims) -> bool:
     return few and dims.taps > 1 and dims.output_size[2] >= 12 and not dims.channels_last
 
 
-def _few_pixels(dims: ConvDims) -> bool:
+def _few_strided_pixels(dims: ConvDims) -> bool:
     """Whether, with a stride, so few pixels use the weights that it pays to read them where they are. (Measured.)"""
     pixels, filters = math.prod(dims.output_size), dims.group_out_channels
     shared = dims.taps > 1 and not _apart(dims)
@@ -203,7 +203,7 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     many = strided and pixels > 256  # for which it pays to turn weights whose filters are neighbours
     few = weights <= 2**16 or isa() == "amx"  # that im2col must turn
     if strided:
-        few = many if dims.channels_last else _few_pixels(dims)
+        few = many if dims.channels_last else _few_strided_pixels(dims)
     if op == "conv_weight_grad" and _fills_pieces(dims):
         return ""
     if op == "conv_weight_grad" and dims.channels_last and dims.group_in_channels <= 4 and _turning_pays(dims):
