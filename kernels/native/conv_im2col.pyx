@@ -72,8 +72,10 @@ cdef enum:
 
     # In products of numbers:
     SPLIT_RATE = 11     # products of pieces that are made in the time of one
-    SPLIT_PATCH = 20    # what it takes to split a number of the patches and to lay it as the tile wants it
-    SPLIT_WEIGHT = 8    # ... and one of the weights
+    SPLIT_PATCH = 20    # what it takes to split a number of the patches and to lay it as the tile wants it, ...
+    COUNT_PATCH = 10    # ... to count how large it is, for digits, ...
+    SPLIT_WEIGHT = 8    # ... to split one of the weights, ...
+    STORE_SUM = 5       # ... and to store a sum that comes from the tile
 
 
 def conv_forward(input, weight, bias, output, dims, options):
@@ -469,7 +471,7 @@ cdef bint _split_numbers(Plan *plan, str precision, int form):
     cdef const fc_ukernels *numbers = c.kernels
     cdef const fc_ukernels *pieces
     cdef Py_ssize_t pixels = c.out[1] * c.out[2], together, blocks, filters, rest
-    cdef double padded
+    cdef double padded, patch = SPLIT_PATCH + (COUNT_PATCH if form == DIGITS else 0)
     if form == DIGITS:
         pieces = digit_tile(c, precision, c.channels * c.taps)
     else:
@@ -486,7 +488,7 @@ cdef bint _split_numbers(Plan *plan, str precision, int form):
     padded = blocks * _depth(c, together) + _depth(c, c.channels - blocks * together)
     padded *= (filters + rest) * <double>round_up(pixels, pieces.lanes)
     padded *= piece_products(pieces) / (<double>c.channels * c.taps * c.filters * pixels)
-    if padded / SPLIT_RATE + SPLIT_PATCH / <double>c.filters + SPLIT_WEIGHT / <double>pixels < 1:
+    if padded / SPLIT_RATE + patch / c.filters + SPLIT_WEIGHT / <double>pixels + STORE_SUM / <double>(c.channels * c.taps) < 1:
         return True
     use_tile(c, numbers)
     return False

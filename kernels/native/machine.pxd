@@ -67,8 +67,7 @@ cdef extern from "ukernels.h" nogil:
         const void *bias
         int accumulate, relu
         void *laid
-        const Py_ssize_t *laid_taps
-        Py_ssize_t ahead
+        Py_ssize_t laid_row, before, ahead
 
     ctypedef struct fc_depthwise:
         const Py_ssize_t *taps
@@ -134,6 +133,7 @@ cdef extern from "ukernels.h" nogil:
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
         int planar_filters, planar_rows
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*pointwise)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*planar_weight)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*sum_lanes)(const void *, Py_ssize_t, void *) noexcept nogil
         void (*planar_one)(const fc_planes *, Py_ssize_t, const void *, const void *, void *) noexcept nogil

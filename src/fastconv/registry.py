@@ -173,6 +173,12 @@ def _fills_planes(filters: int, channels: int, dims: ConvDims) -> bool:
     return few and dims.taps > 1 and dims.output_size[2] >= 12 and not dims.channels_last
 
 
+def _read_in_place(dims: ConvDims) -> bool:
+    """Whether im2col lays out nothing of 1x1 filters' image (``pointwise.pyx``)."""
+    pixels = math.prod(dims.output_size)
+    return dims.taps == 1 and set(dims.stride) == {1} and pixels >= 64 and not dims.channels_last and isa() != "scalar"
+
+
 def _few_strided_pixels(dims: ConvDims) -> bool:
     """Whether, with a stride, so few pixels use the weights that it pays to read them where they are. (Measured.)"""
     pixels, filters = math.prod(dims.output_size), dims.group_out_channels
@@ -301,6 +307,8 @@ def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
     pixels = math.prod(dims.output_size)
     if op == "conv_input_grad" and dims.stride[2] > 2 and pixels <= 256:
         return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
+    if _read_in_place(dims):
+        return "slower than im2col, which reads the cells of 1x1 filters where they are"
     if filters <= 6 or _fills_planes(filters, channels, dims):
         return ""
     if op == "conv_input_grad" or channels > 4:

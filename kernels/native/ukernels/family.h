@@ -564,6 +564,7 @@ static void FC(add_apart)(void *total, ptrdiff_t step, const void *more, ptrdiff
 /* ---------------------------------------------------------------------------------------------------------- planar */
 
 #include "planar.h"
+#include "pointwise.h"
 
 /* -------------------------------------------------------------------------------------------------------- Winograd */
 
@@ -786,6 +787,7 @@ static const fc_ukernels FC(table) = {
     .pad = FC(pad),
     .planar_filters = FC(filters),
     .planar = FC(planar),
+    .pointwise = FC(pointwise),
     .planar_weight = FC(planar_weight),
     .sum_lanes = FC(sum_lanes),
     .planar_rows = FC(rows),

@@ -388,26 +388,15 @@ enum { FC(filters) = 8 }; /* x 3 vectors of pixels: 24 sums, 3 vectors of cells 
 enum { FC(filters) = 4 };
 #endif
 
-/* What a tile fetches of later pixels' cells while it computes: of each tap, some vectors from `cells` on. */
-typedef struct {
-    const T *cells;
-    const ptrdiff_t *taps;
-    ptrdiff_t first, end;
-} FC(fetched);
-
 /* The products of one tap. Filters and vectors are constants where this is inlined. */
 static inline __attribute__((always_inline)) void FC(add_tap)(ptrdiff_t tap, const T *weight, const int filters,
-                                                              const T *const *cells, const int vectors, const FC(target) *to, T *laid,
-                                                              V acc[][FC(widest)])
+                                                              const T *const *cells, const int vectors, V acc[][FC(widest)])
 {
     V cell[FC(widest)];
     UNROLL for (int v = 0; v < vectors; v++) {
-        cell[v] = laid && !to->whole ? LOAD_LANES(to->some[v], cells[v] + tap) : *(const V *)(cells[v] + tap);
+        cell[v] = *(const V *)(cells[v] + tap);
         HELD(cell[v]);
     }
-    if (laid)
-        UNROLL for (int v = 0; v < vectors; v++)
-            *(V *)(laid + v * LANES) = cell[v];
     UNROLL for (int f = 0; f < filters; f++) {
         const V factor = weight[f] - (V){0};
         UNROLL for (int v = 0; v < vectors; v++)
@@ -416,40 +405,32 @@ static inline __attribute__((always_inline)) void FC(add_tap)(ptrdiff_t tap, con
     }
 }
 
-/* A tile of filters and vectors of pixels, constants where this is inlined. Cells are laid where `laid` is not NULL. The lines that are
- * stored to next are asked for: where there are few taps, waiting for them takes longest. Where cells are fetched `beside` the taps that
- * comes first; else a filter's lines are asked for in each step of common tiles, of some taps, for what counts taps takes its time from
- * the products. */
+/* A tile of filters and vectors of pixels, constants where this is inlined. The lines that are stored to next are asked for: where there are
+ * few taps, waiting for them takes longest. In common tiles a filter's lines are asked for in each step, of some taps, for what counts taps
+ * takes its time from the products. */
 enum { FC(step) = 3 };
 static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_planes *p, const T *weight, const int filters,
-                                                                  const T *const *cells, const int vectors, const T *bias, T *laid,
-                                                                  const int beside, const FC(fetched) *next, const FC(target) *to)
+                                                                  const T *const *cells, const int vectors, const T *bias,
+                                                                  const FC(target) *to)
 {
     V acc[FC(most)][FC(widest)];
     const ptrdiff_t *taps = p->taps, n = p->n_taps;
     const T *lines = to->out[0] + vectors * LANES, *const end = lines + filters * p->out_filter;
     ptrdiff_t t = 0;
-    if (beside)
-        UNROLL for (int f = 0; f < filters; f++)
-            UNROLL for (int v = 0; v < vectors; v++)
-                __builtin_prefetch(lines + f * p->out_filter + v * LANES, 1);
     UNROLL for (int r = 0; r < filters; r++)
         UNROLL for (int v = 0; v < vectors; v++)
             acc[r][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
-    for (; filters % (FC(filters) / 2) == 0 && !beside && t + FC(step) <= n; t += FC(step), weight += FC(step) * filters) {
+    for (; filters % (FC(filters) / 2) == 0 && t + FC(step) <= n; t += FC(step), weight += FC(step) * filters) {
         if (lines < end) {
             UNROLL for (int v = 0; v < vectors; v++)
                 __builtin_prefetch(lines + v * LANES, 1);
             lines += p->out_filter;
         }
         UNROLL for (int i = 0; i < FC(step); i++)
-            FC(add_tap)(taps[t + i], weight + i * filters, filters, cells, vectors, to, NULL, acc);
+            FC(add_tap)(taps[t + i], weight + i * filters, filters, cells, vectors, acc);
     }
-    for (; t < n; t++, weight += filters) {
-        for (ptrdiff_t v = next->first; v < next->end && beside; v++)
-            __builtin_prefetch(next->cells + next->taps[t] + v * LANES);
-        FC(add_tap)(taps[t], weight, filters, cells, vectors, to, laid ? laid + p->laid_taps[t] : NULL, acc);
-    }
+    for (; t < n; t++, weight += filters)
+        FC(add_tap)(taps[t], weight, filters, cells, vectors, acc);
     FC(finish_tile)(p, acc, filters, filters, vectors, bias, 1, to, p->out_filter);
 }
 
@@ -461,20 +442,16 @@ static inline ptrdiff_t FC(some_vectors)(ptrdiff_t left, ptrdiff_t most)
 
 /* Rows of pixels, vector by vector: a tile may end in the next row. */
 static inline __attribute__((always_inline)) void FC(planar_tiles)(const fc_planes *p, const T *weight, const int filters,
-                                                                   const T *cells, const T *bias, const int lay, const int beside,
-                                                                   const FC(fetched) *later, T *out)
+                                                                   const T *cells, const T *bias, T *out)
 {
     const ptrdiff_t most = filters <= FC(filters) / 2 ? 4 : 3;
     const ptrdiff_t across = p->columns, cell_row = p->cell_row, out_row = p->out_row, out_column = p->out_column;
     ptrdiff_t left = p->rows * ((across + LANES - 1) / LANES), x = 0;
-    FC(fetched) next = *later;
     while (left > 0) {
         const ptrdiff_t vectors = FC(some_vectors)(left, most);
         const T *from[FC(widest)];
-        T *const laid = lay ? (T *)p->laid + x : NULL;
         FC(target) to;
         left -= vectors;
-        next.cells = later->cells + x;
         to.whole = x + vectors * LANES <= across;
         if (to.whole) {
             UNROLL for (int v = 0; v < FC(widest); v++) {
@@ -500,48 +477,30 @@ static inline __attribute__((always_inline)) void FC(planar_tiles)(const fc_plan
             FC(find_lanes)(&to, FC(widest));
         }
         if (filters <= FC(filters) / 2 && vectors == 4)
-            FC(planar_tile)(p, weight, filters, from, 4, bias, laid, beside, &next, &to);
+            FC(planar_tile)(p, weight, filters, from, 4, bias, &to);
         else if (vectors == 3)
-            FC(planar_tile)(p, weight, filters, from, 3, bias, laid, beside, &next, &to);
+            FC(planar_tile)(p, weight, filters, from, 3, bias, &to);
         else if (vectors == 2)
-            FC(planar_tile)(p, weight, filters, from, 2, bias, laid, beside, &next, &to);
+            FC(planar_tile)(p, weight, filters, from, 2, bias, &to);
         else
-            FC(planar_tile)(p, weight, filters, from, 1, bias, laid, beside, &next, &to);
+            FC(planar_tile)(p, weight, filters, from, 1, bias, &to);
     }
 }
 
-#define FILTERS_CASE(n)                                                                \
-    case n:                                                                            \
-        if (n <= FC(filters))                                                          \
-            FC(planar_tiles)(p, w, n <= FC(filters) ? n : 1, a, bias, 0, 0, &next, c); \
+#define FILTERS_CASE(n)                                                   \
+    case n:                                                               \
+        if (n <= FC(filters))                                             \
+            FC(planar_tiles)(p, w, n <= FC(filters) ? n : 1, a, bias, c); \
         break;
 
 static void FC(planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out)
 {
-    fc_planes own = *planes;
-    const fc_planes *const p = &own; /* which no store changes */
+    const fc_planes own = *planes, *const p = &own; /* which no store changes */
     const T *w = weight, *a = cells, *bias = p->bias;
     T *c = out;
-    ptrdiff_t n = FC(filters);
-    const ptrdiff_t each = p->ahead ? (3 + filters / n - 1) / (filters / n) : 0; /* vectors of 3: all tiles share in fetching them */
-    FC(fetched) next = {a + p->ahead, p->taps, 0, each};
-    if (p->laid) {
-        FC(planar_tiles)(p, w, FC(filters), a, bias, 1, 1, &next, c);
-        next.first = each;
-        own.taps = p->laid_taps;
-        a = p->laid;
-        filters -= n;
-        w += n * p->n_taps;
-        bias = bias ? bias + n : bias;
-        c += n * p->out_filter;
-    }
-    for (; filters > 0; filters -= n, next.first += each) {
+    for (ptrdiff_t n; filters > 0; filters -= n) {
         n = filters < FC(filters) ? filters : FC(filters);
-        next.end = next.first + each < 3 ? next.first + each : 3;
-        switch (p->ahead && n == FC(filters) ? 0 : n) {
-        case 0:
-            FC(planar_tiles)(p, w, FC(filters), a, bias, 0, 1, &next, c);
-            break;
+        switch (n) {
             FILTERS_CASE(1)
             FILTERS_CASE(2)
             FILTERS_CASE(3)

@@ -164,9 +164,10 @@ typedef struct {
     ptrdiff_t weight_group, cell_group; /* from one group of one filter to the next */
     const void *bias;            /* of each filter, or NULL */
     int accumulate, relu;        /* whether sums are added to the output; the activation comes last */
-    void *laid;                  /* NULL, or where the first filters, a whole tile, lay what the taps show to the only row of pixels, and the */
-    const ptrdiff_t *laid_taps;  /* others read it: no cell is read beyond the last then */
-    ptrdiff_t ahead;             /* 0, or how far on the cells are that are needed next, and had better be fetched */
+    void *laid;                  /* NULL, or where the first filters lay the cells, rows laid_row apart, and the others read them */
+    ptrdiff_t laid_row;
+    ptrdiff_t before;            /* pixels of the first vector that are not wanted */
+    ptrdiff_t ahead;             /* how far on the cells are that are needed next, and had better be fetched */
 } fc_planes;
 
 /* What planar_split takes of `laid`, for so many pairs of taps, of all rows that are seen, and filters. */
@@ -229,6 +230,10 @@ typedef struct {
      * is as narrow as there are filters. */
     int planar_filters;
     void (*planar)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
+
+    /* out[f][x] (+)= sum over channels i of weight[i][f] * cells[i * tap_row + x]: planar of 1x1 filters and a single row of pixels, of which
+     * no cell is read that isn't wanted. All tiles of weights are as wide as the first, but a last one of half the filters or less. */
+    void (*pointwise)(const fc_planes *planes, const void *weight, ptrdiff_t filters, const void *cells, void *out);
 
     /* sums[f][t][lane] += sum over rows r, and pixels x that are in this lane, of grad[f * out_filter + r * out_row + x]
      * * cells[taps[t] + r * cell_row + x]; nothing is read beyond the last pixel. And the lanes of n such sums, added up. */
