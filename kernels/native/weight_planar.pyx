@@ -12,17 +12,19 @@
                 | they are           |          =       | vectors   |
                 +--------------------+                  +-----------+
 
-A sum is a vector until its lanes are added up at the end. Gradients are read where they are. The gradient of the bias is the weight of a
-plane of ones. Where the machine has a tile that multiplies pieces of numbers, long sums are left to ``weight_taps``.
+A sum is a vector until its lanes are added up at the end. Gradients are read where they are, and so is the image if filters are of 1x1.
+The gradient of the bias is the weight of a plane of ones. Where the machine has a tile that multiplies pieces of numbers, long sums are left to ``weight_taps``.
 """
 
 cimport numpy as cnp
+from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, ceil_div, divide, extent, locate, make_conv, round_up, run_tasks, taps_continue,
 )
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_planes
+from fastconv.kernels.native.patches cimport join_rows, sees_one_cell
 from fastconv.kernels.native.planes cimport SPLIT_PRODUCTS, Plan, lay_out, pad_planes, write_taps
 from fastconv.kernels.native.weight_taps cimport taps_weight_grad
 
@@ -41,6 +43,7 @@ cdef enum:
 # What all tasks of one call share: some groups, or some filters of one group, in one fixed chunk of the units of all images.
 ctypedef struct WeightPlan:
     Plan base
+    bint as_it_lies             # planes are the image's
     Py_ssize_t n_taps           # of all channels
     Py_ssize_t sums             # of a filter: one more if the gradient of the bias is wanted
     Py_ssize_t filters          # of a task, ...
@@ -67,10 +70,15 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     make_conv(c, input, grad_weight, grad_output, dims, options)
     plan.base.one = False
     plan.base.together = c.channels
+    plan.as_it_lies = sees_one_cell(c) and c.stride[1] == c.stride[2] == 1 and <uintptr_t>c.x.data % c.item == 0
+    if plan.as_it_lies:
+        join_rows(c)
     divide(c, max(1, UNIT_PIXELS // c.out[2]), min(c.out[2], UNIT_PIXELS), &plan.base.blocks)
     plan.base.high = extent(c, 1, plan.base.blocks.rows)
     lay_out(&plan.base)
-    if c.channels * plan.base.plane * c.item > UNIT_BYTES:
+    if plan.as_it_lies:
+        plan.base.planes.cell_row = c.x.stride[3]
+    elif c.channels * plan.base.plane * c.item > UNIT_BYTES:
         return False
     plan.n_taps = c.channels * c.taps
     plan.sums = plan.n_taps + (grad_bias is not None)
@@ -109,7 +117,7 @@ cdef int _weight_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef Py_ssize_t tap_bytes = round_up(plan.sums * sizeof(Py_ssize_t), 64)
     cdef Py_ssize_t sum_bytes = filters * plan.sums * c.kernels.lanes * c.item
     cdef Py_ssize_t ones_bytes = plan.base.plane * c.item if plan.sums > plan.n_taps else 0
-    cdef Py_ssize_t plane_bytes = c.channels * plan.base.plane * c.item
+    cdef Py_ssize_t plane_bytes = 0 if plan.as_it_lies else c.channels * plan.base.plane * c.item
     cdef char *memory = arena(FC_ARENA_BLOCK, tap_bytes + sum_bytes + ones_bytes + plane_bytes)
     if memory == NULL:
         return 1
@@ -138,11 +146,13 @@ cdef void _fill_ones(const Conv *c, Py_ssize_t n, char *out) noexcept nogil:
 
 cdef void _sum_units(const WeightPlan *plan, Py_ssize_t group, Py_ssize_t first, Py_ssize_t filters, Py_ssize_t chunk,
                      Py_ssize_t *taps, char *ones, char *sums) noexcept nogil:
-    """Add a chunk's products for some filters of a group. Planes are behind the ones, if there are."""
+    """Add a chunk's products for some filters of a group. Planes are behind the ones, if there are, or in the image."""
     cdef const Conv *c = &plan.base.c
+    cdef const View *x = &c.x
     cdef const View *y = &c.y
-    cdef Py_ssize_t unit
-    cdef char *cells = ones + (plan.base.plane * c.item if plan.sums > plan.n_taps else 0)
+    cdef Py_ssize_t unit, i
+    cdef char *laid = ones + (plan.base.plane * c.item if plan.sums > plan.n_taps else 0)
+    cdef const char *cells = laid
     cdef Block block
     cdef fc_planes planes = plan.base.planes
     planes.taps, planes.n_taps = taps, plan.sums
@@ -150,13 +160,23 @@ cdef void _sum_units(const WeightPlan *plan, Py_ssize_t group, Py_ssize_t first,
     planes.ahead = 0
     if c.groups * c.filters * c.out[1] * c.out[2] * c.item > FAR_BYTES:
         planes.ahead = plan.base.blocks.columns if plan.base.blocks.across > 1 else plan.base.blocks.rows * y.stride[3]
-    write_taps(&plan.base, taps)
-    if plan.sums > plan.n_taps:
-        taps[plan.n_taps] = -plan.base.plane
+    if plan.as_it_lies:
+        for i in range(plan.n_taps):
+            taps[i] = i * x.stride[1]
+    else:
+        write_taps(&plan.base, taps)
     for unit in range(plan.units * chunk // plan.chunks, plan.units * (chunk + 1) // plan.chunks):
         locate(c, &plan.base.blocks, unit, &block)
         planes.rows, planes.columns = block.rows, block.columns
-        pad_planes(&plan.base, &block, group * c.channels, c.channels, cells)
+        if plan.as_it_lies:
+            cells = x.data + (
+                block.image * x.stride[0] + group * c.channels * x.stride[1] + block.depth * c.stride[0] * x.stride[2]
+                + block.top * x.stride[3] + block.left
+            ) * c.item
+        else:
+            pad_planes(&plan.base, &block, group * c.channels, c.channels, laid)
+        if plan.sums > plan.n_taps:
+            taps[plan.n_taps] = (ones - cells) // c.item
         c.kernels.planar_weight(
             &planes, filters,
             y.data + (

@@ -282,10 +282,14 @@ def _planar_weights(dims: ConvDims) -> str:
     if _taps_fill_pieces(dims):
         return ""
     columns = dims.output_size[2]
+    if dims.taps == 1:
+        less, more = sorted((dims.group_in_channels, dims.group_out_channels))
+        long = dims.batch * math.prod(dims.output_size) >= 512  # sums: their lanes are added up one by one
+        if _read_in_place(dims) and long and (less <= 8 or more <= 16):
+            return ""
+        return "slower than im2col, which turns the smaller part of 1x1 layers"
     if isa() not in ("amx", "avx512"):
         return "slower than direct or im2col: too few sums are in registers"
-    if dims.taps == 1:
-        return "slower than im2col, which turns the smaller part of 1x1 layers"
     if dims.channels_last and not dims.depthwise:
         return "slower than direct or im2col: pixels of a channel are no neighbours"
     if columns < (48 if dims.depthwise else 24) or max(dims.stride) > 2:
