@@ -145,7 +145,7 @@ def _columns(op: str, dims: ConvDims) -> str:
     empty = math.ceil(channels / lanes) * lanes * cells / (channels * phases * pixels)
     if turned and channels >= lanes:
         return ""
-    if _fills_planes(channels, filters, dims):
+    if _fills_planes(op, dims):
         return ""
     least = {"amx": (2.5, 3), "avx512": (1.7, 1.9)}.get(isa(), (1.55, 1.9))
     if filters >= 16 and empty >= least[phases > 1]:
@@ -167,10 +167,14 @@ def _unless_few(supports: Callable[..., str]) -> Callable[..., str]:
     return reason
 
 
-def _fills_planes(filters: int, channels: int, dims: ConvDims) -> bool:
+def _fills_planes(op: str, dims: ConvDims) -> bool:
     """Whether few filters of few channels leave lanes empty that pixels of long rows fill. (Measured.)"""
+    filters, channels = dims.group_out_channels, dims.group_in_channels
+    long = dims.output_size[2] >= 12
+    if op == "conv_input_grad":
+        filters, channels, long = channels, filters, dims.input_size[2] >= 8 * dims.stride[2]
     few = (filters <= 12 and channels <= 16) or (filters <= 16 and channels <= 8)
-    return few and dims.taps > 1 and dims.output_size[2] >= 12 and not dims.channels_last
+    return few and long and dims.taps > 1 and not dims.channels_last
 
 
 def _read_in_place(dims: ConvDims) -> bool:
@@ -313,7 +317,7 @@ def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
     if _read_in_place(dims):
         return "slower than im2col, which reads the cells of 1x1 filters where they are"
-    if filters <= 6 or _fills_planes(filters, channels, dims):
+    if filters <= 6 or _fills_planes(op, dims):
         return ""
     if op == "conv_input_grad" or channels > 4:
         return f"slower than direct, which has {filters} filters to fill its lanes"
