@@ -63,6 +63,19 @@ def test_the_gradient_does_not_depend_on_where_threads_cut_an_image(tiny: slice,
         assert_same_bits(results[0], result, "grad_input")
 
 
+@for_every_row(
+    [ConvCase("1x1", (1, 40, 8, 12), (21, 40, 1, 1)), ConvCase("1x1 of few filters", (2, 19, 7, 30), (3, 19, 1, 1))]
+)
+def test_convolution_does_not_depend_on_where_arrays_begin_in_a_cache_line(
+    row: Row, case: ConvCase, dtype: Any
+) -> None:
+    arrays = case.arrays(dtype)
+    first = conv_results(case, arrays, row)
+    for skipped in (1, 5, 12):
+        moved = (np.concatenate([np.zeros(skipped, dtype), a.ravel()])[skipped:].reshape(a.shape) for a in arrays)
+        assert_same_results(first, conv_results(case, ConvArrays(*moved), row))
+
+
 @for_every_row(CASES)
 def test_convolution_does_not_depend_on_the_batch(row: Row, case: ConvCase, dtype: Any) -> None:
     x, w, b, dy = case.arrays(dtype)

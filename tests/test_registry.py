@@ -458,7 +458,26 @@ def test_the_choice_knows_where_the_channels_are(image: Any, weight: Any, stride
     assert next(verdict.row.algorithm for verdict in found if not verdict.reason) == last
 
 
-@pytest.mark.skipif(runtime.isa() != "amx", reason="elsewhere a precision is no other number of products")
+@pytest.mark.skipif(
+    bool(runtime.why_missing("cython")) or runtime.isa() == "scalar",
+    reason="of four lanes too few sums are in registers",
+)
+def test_the_choice_reads_1x1_images_where_they_are() -> None:
+    for image, weight, expected in (
+        ((1, 64, 56, 56), (4, 64, 1, 1), ("im2col", "im2col", "planar")),
+        ((1, 3, 56, 56), (64, 3, 1, 1), ("im2col", "im2col", "planar")),
+        ((1, 64, 10, 10), (8, 64, 1, 1), ("im2col", "im2col", "im2col")),
+    ):
+        dims = conv_dims(image, weight, 1, 0, 1, 1)
+        assert tuple(registry.select(op, dims, "cython").algorithm for op in CONV_OPS) == expected
+
+
+def test_planes_of_an_input_gradient_are_as_wide_as_the_image() -> None:
+    dims = conv_dims((16, 6, 14, 14), (16, 6, 5, 5), 1, 0, 1, 1)
+    if not runtime.why_missing("cython"):
+        assert registry.select("conv_input_grad", dims, "cython").algorithm == "planar"
+
+
 def test_few_filters_are_the_channels_of_the_gradient_of_the_weights() -> None:
     for case in named("3x3, two filters, dilation 2, asymmetric padding", "signal, one filter of many channels"):
         dims = case.dims
@@ -470,6 +489,7 @@ def test_few_filters_are_the_channels_of_the_gradient_of_the_weights() -> None:
         assert exchanged(case.dims) is None
 
 
+@pytest.mark.skipif(runtime.isa() != "amx", reason="elsewhere a precision is no other number of products")
 def test_the_choice_knows_the_precision() -> None:
     """Patches of a first layer are laid out where products are many; where they are few, that would take longest."""
     dims = conv_dims((1, 3, 224, 224), (64, 3, 11, 11), 4, 2, 1, 1)
