@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
 
 LENGTHS = (200, 320, 512, 1024, 2304)  #: of sums
-FILTERS, HEIGHT, WIDTH = 48, 8, 10
+FILTERS, HEIGHT, WIDTH = 64, 8, 10
 OUTLIER = 1e6
 HOW: dict[str, Any] = {"engine": "cython", "algorithm": "im2col"}
 rng = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from fastconv.runtime import isa
 CASES = [
     ConvCase("3x3 of 64 channels", (5, 64, 9, 8), (40, 64, 3, 3), 1, 1),
     ConvCase("3x3 of 160 channels", (5, 160, 6, 7), (40, 160, 3, 3), 1, 1),
-    ConvCase("1x1 of 256 channels", (5, 256, 7, 6), (64, 256, 1, 1)),
-    ConvCase("1x1 of 1100 channels", (5, 1100, 7, 7), (64, 1100, 1, 1)),
+    ConvCase("1x1 of 256 channels", (5, 256, 7, 6), (112, 256, 1, 1)),
+    ConvCase("1x1 of 1100 channels", (5, 1100, 7, 7), (112, 1100, 1, 1)),
     ConvCase("11x11 of 3 channels, stride 4", (5, 3, 43, 39), (40, 3, 11, 11), 4, 5),
 ]
 DIGITS = [("direct", CASES[4]), ("direct", CASES[0]), ("direct", CASES[1]), ("im2col", CASES[2]), ("im2col", CASES[3])]
