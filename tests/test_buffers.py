@@ -9,8 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastconv as fc
 from fastconv.buffers import LARGE, Buffers, empty, reuse
+from fastconv.kernels.reference import arrays as reference
+from fastconv.kernels.reference.arrays import LINE
 from fastconv.layers import Conv2d, MaxPool2d, ReLU, Sequential
+
+try:
+    from fastconv.kernels.native import arrays as native
+except ImportError:
+    native = None
 
 F32 = np.dtype(np.float32)
 
@@ -58,10 +66,62 @@ def test_only_large_arrays_come_from_the_buffers_and_only_where_they_are_in_use(
     buffers = Buffers()
     with reuse(buffers):
         with reuse(None):
-            assert empty((LARGE,), F32).base is None
-        assert empty((1,), F32).base is None
-        assert empty((LARGE,), F32).base is not None
-    assert empty((LARGE,), F32).base is None
+            empty((LARGE,), F32)
+        empty((LARGE // 8,), F32)
+        assert not buffers._memory
+        array = empty((LARGE,), F32)
+        assert array.base is buffers._memory[0]
+    assert empty((LARGE,), F32).base is not buffers._memory[0]
+
+
+@pytest.mark.parametrize("quick", [pytest.param(native, id="native"), pytest.param(reference, id="reference")])
+def test_results_begin_where_a_cache_line_does(quick: Any) -> None:
+    if quick is None:
+        pytest.skip("the native engine was not built")
+    held = []
+    for shape in ((1 << 10,), (3, 5, 7, 11, 13), (2, 1 << 17), (0, 1 << 10)):
+        for dtype in (F32, np.dtype(np.float64), np.dtype(np.uint8)):
+            array = quick.empty_below(1 << 30, shape, dtype)
+            assert (array.shape, array.dtype) == (shape, dtype)
+            assert array.flags.carray
+            assert address(array) % LINE == 0 or array.nbytes < 1 << 10, "small ones may be anywhere"
+            array[...] = 1
+            held.append(array)
+    assert all((array == 1).all() for array in held), "no two in the same memory"
+
+
+@pytest.mark.parametrize("quick", [pytest.param(native, id="native"), pytest.param(reference, id="reference")])
+def test_arrays_of_more_bytes_than_the_limit_are_not_made(quick: Any) -> None:
+    if quick is None:
+        pytest.skip("the native engine was not built")
+    assert quick.empty_below(4096, (1023,), F32) is not None
+    assert quick.empty_below(4096, (1024,), F32) is None
+    assert quick.empty_below(1 << 62, (1 << 40, 1 << 40), F32) is None, "more bytes than there are numbers"
+    memory = np.empty(4096 + LINE, np.uint8)
+    assert quick.from_line((1024,), F32, memory).base is memory
+    for shape in ((2048,), (1 << 40, 1 << 40)):
+        with pytest.raises((TypeError, ValueError)):
+            quick.from_line(shape, F32, memory)
+    with pytest.raises((ValueError, MemoryError)):
+        empty((1 << 40, 1 << 40), F32)
+
+
+def test_public_results_begin_where_a_cache_line_does(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 8, 24, 25)).astype(np.float32)
+    weight = rng.standard_normal((16, 8, 3, 3)).astype(np.float32)
+    output = fc.conv2d(x, weight)
+    pooled, winners = fc.max_pool2d(output, 2, return_indices="compact")
+    results = {
+        "conv2d": output,
+        "max_pool2d": pooled,
+        "indices": winners,
+        "avg_pool2d": fc.avg_pool2d(output, 2),
+        "conv_transpose2d": fc.conv_transpose2d(output, weight),
+        "conv2d_input": fc.grad.conv2d_input(x.shape, weight, output),
+        "conv2d_weight": fc.grad.conv2d_weight(x, weight.shape, output),
+        "max_pool2d_grad": fc.grad.max_pool2d(output.shape, winners, pooled, 2),
+    }
+    assert {name: address(array) % LINE for name, array in results.items()} == dict.fromkeys(results, 0)
 
 
 def network() -> Sequential:

@@ -1,6 +1,7 @@
 """See ``reference/arrays.py``."""
 
 from cpython.ref cimport Py_INCREF, PyObject
+from libc.stdint cimport uintptr_t
 
 cimport numpy as cnp
 
@@ -16,6 +17,8 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef enum:
     MOST_AXES = 5
+    LINE = 64       # bytes
+    SMALL = 1 << 10 # bytes: too few for where they begin to matter
 
 
 def is_ordinary(array):
@@ -42,15 +45,47 @@ cdef bint _is_frozen(tuple values, int depth):
 def empty_below(Py_ssize_t limit, tuple shape, dtype):
     """See ``reference/arrays.py``; of at most five axes."""
     cdef cnp.npy_intp[MOST_AXES] size
+    cdef cnp.npy_intp bytes = _size(shape, dtype, limit, size)
+    if bytes >= limit:
+        return None
+    if bytes < SMALL:
+        return _array(shape, dtype, size, NULL)
+    bytes += LINE
+    return _from_line(shape, dtype, size, cnp.PyArray_SimpleNew(1, &bytes, cnp.NPY_UINT8))
+
+
+def from_line(tuple shape, dtype, cnp.ndarray memory):
+    """See ``reference/arrays.py``; of at most five axes."""
+    cdef cnp.npy_intp[MOST_AXES] size
+    cdef Py_ssize_t room = cnp.PyArray_NBYTES(memory) - LINE
+    if _size(shape, dtype, room + 1, size) > room:
+        raise ValueError(f"memory of {room} bytes and a line is too small for an array of shape {shape}")
+    return _from_line(shape, dtype, size, memory)
+
+
+cdef Py_ssize_t _size(tuple shape, dtype, Py_ssize_t limit, cnp.npy_intp *size) except -1:
+    """Take a shape apart, and count its bytes; those beyond the limit are not counted, which might be more than there are numbers."""
     cdef Py_ssize_t bytes = (<cnp.dtype>dtype).itemsize, length
-    cdef int count = <int>len(shape), i
-    for i in range(count):
+    cdef int i
+    for i in range(<int>len(shape)):
         length = size[i] = shape[i]
-        bytes *= length
-        if bytes >= limit:
-            return None
+        bytes = bytes * length if length == 0 or bytes <= limit // length else limit
+    return min(bytes, limit)
+
+
+cdef object _from_line(tuple shape, dtype, const cnp.npy_intp *size, cnp.ndarray memory):
+    cdef char *data = <char *>cnp.PyArray_DATA(memory)
+    array = _array(shape, dtype, size, data + <Py_ssize_t>(-<uintptr_t>data % LINE))
+    cnp.set_array_base(array, memory)
+    return array
+
+
+cdef object _array(tuple shape, dtype, const cnp.npy_intp *size, char *data):
+    """Return an array of numbers that are somewhere, or, with NULL, in memory of its own."""
     Py_INCREF(dtype)  # the array's own
-    return PyArray_NewFromDescr(cnp.ndarray, <cnp.PyArray_Descr *>dtype, count, size, NULL, NULL, 0, NULL)
+    return PyArray_NewFromDescr(
+        cnp.ndarray, <cnp.PyArray_Descr *>dtype, <int>len(shape), size, NULL, data, cnp.NPY_ARRAY_CARRAY if data else 0, NULL
+    )
 
 
 def arrange(cnp.ndarray array, tuple axes):

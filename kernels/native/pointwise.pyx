@@ -11,8 +11,8 @@
     channels |   |   |   |   |   |   filters  |   |   |  8 x 3 vectors of sums in registers
              +---+---+---+---+---+            +---+---+
 
-Where all channels lie alike in cache lines a box begins where a line does, and cells are read by whole lines. If they don't, and there
-are many filters, the first lay the cells side by side for the others.
+Where all channels lie alike in cache lines a box begins where a line does, and cells are read by whole lines. If they don't, or a set of
+L1 has more of them than ways, or filters are very many, the first lay the cells side by side for the others.
 
 It is what ``conv_im2col`` does where numbers are not split and there are enough pixels to turn the weights for. Blocks of channels
 depend on the shape alone, and where boxes and tiles of pixels begin doesn't matter to the bits.
@@ -30,11 +30,14 @@ cdef enum:
     LAID_TERMS = 384        # of a sum that are added up by themselves, ...
     TERMS = 128             # ... where cells are not laid, ...
     FAR_TERMS = 32          # ... and come from beyond L2: a core fetches lines of so many pages ahead by itself
-    TILES = 2               # of filters, at most, for which cells are not laid though they lie across lines
+    TILES = 2               # of filters, at most, for which cells are not laid though they lie across lines, ...
+    MANY_TILES = 10         # ... and at least, for which they are laid though they lie alike in lines, if L2 has them
     LINE = 64               # bytes
+    PAGE = 4096             # bytes: what is so far apart is in the same set of L1
     PIXELS = 64             # at least, for the weights to be turned
     VECTOR = 32             # bytes, at least: of four lanes too few sums are in registers
     TASKS = 4               # of a thread, at least
+    NEAR_BYTES = 1 << 20    # of the image: what has more is not kept by L2
     CACHED_BYTES = 3 << 19  # of image and output: what has more comes from beyond L2, and had better be fetched early
 
 
@@ -77,10 +80,12 @@ cdef void _choose_blocks(Plan *plan) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t planes = c.batch * c.groups * c.out[0], tiles = ceil_div(c.filters, <Py_ssize_t>c.kernels.planar_filters)
     cdef Py_ssize_t pixels = c.out[2] + c.kernels.lanes - 1  # wherever the first line begins
-    cdef Py_ssize_t most
-    cdef bint cached = (c.channels + c.filters) * c.groups * c.out[2] * c.item <= CACHED_BYTES
+    cdef Py_ssize_t most, box, plane = c.out[2] * c.item
+    cdef bint cached = (c.channels + c.filters) * c.groups * plane <= CACHED_BYTES
     plan.tile = 3 * c.kernels.lanes
-    plan.laid = tiles > TILES and c.out[2] * c.item % LINE != 0
+    plan.laid = tiles > TILES and (
+        plane % LINE != 0 or plane % (PAGE // 2) == 0 or (tiles >= MANY_TILES and c.channels * plane <= NEAR_BYTES)
+    )
     most = LAID_TERMS if plan.laid else TERMS if cached else FAR_TERMS
     plan.together = ceil_div(c.channels, ceil_div(c.channels, most))  # even parts
     plan.filters = tiles * c.kernels.planar_filters
@@ -89,7 +94,8 @@ cdef void _choose_blocks(Plan *plan) noexcept nogil:
     plan.runs = ceil_div(pixels, plan.pixels)
     plan.box = plan.pixels
     if tiles > 1:
-        plan.box = min(plan.box, max(1, BOX_BYTES // (plan.together * c.item * plan.tile)) * plan.tile)
+        box = BOX_BYTES * 2 if plane % PAGE == 0 else BOX_BYTES  # a page of each filter's sums is stored to: longer runs
+        plan.box = min(plan.box, max(1, box // (plan.together * c.item * plan.tile)) * plan.tile)
     plan.ahead = plan.box if plan.laid else plan.tile
     plan.pitch = plan.box | c.kernels.lanes  # an odd number of vectors, or few sets of L1 hold all
 

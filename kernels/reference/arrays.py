@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+LINE = 64  #: bytes of a cache line; NumPy's memory starts anywhere, 16 behind one if it is large
 
 
 def is_ordinary(array: object) -> bool:
@@ -23,8 +24,17 @@ def is_frozen(values: tuple[object, ...]) -> bool:
 
 
 def empty_below(limit: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray | None:
-    """Return an array with arbitrary content if that takes fewer bytes than the limit, else None."""
-    return np.empty(shape, dtype) if math.prod(shape) * dtype.itemsize < limit else None
+    """Return an array with arbitrary content if that takes fewer bytes than the limit, else None.
+
+    It begins where a cache line does: vectors that straddle two lines take longer to store.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return from_line(shape, dtype, np.empty(size + LINE, np.uint8)) if size < limit else None
+
+
+def from_line(shape: tuple[int, ...], dtype: np.dtype[Any], memory: np.ndarray) -> np.ndarray:
+    """Return an array that starts with the first whole cache line of its memory, of a line more than it takes."""
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
 
 
 def arrange(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

@@ -25,6 +25,7 @@ arrange: Callable[[np.ndarray, Axes], np.ndarray] = _quick.arrange
 highest: Callable[[np.ndarray], int] = _quick.highest
 is_frozen: Callable[[tuple[Any, ...]], bool] = _quick.is_frozen
 empty_below: Callable[[int, tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any] | None] = _quick.empty_below
+from_line: Callable[[tuple[int, ...], np.dtype[Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]] = _quick.from_line
 is_ordinary: Callable[[object], TypeGuard[np.ndarray]] = _quick.is_ordinary
 
 _BYTE, _WORD = np.dtype(np.uint8), np.dtype(np.uint16)

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import empty_below
+from .arrays import empty_below, from_line
+from .kernels.reference.arrays import LINE
 
 __all__ = ["Buffers", "Packed", "empty", "keep", "packed", "reuse"]
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
 LARGE = 1 << 18  #: bytes; smaller arrays come from memory that the process keeps anyway
-FAR = 1 << 20  #: bytes; larger arrays are written beyond L2, where vectors that straddle two lines take longer
-LINE = 64  #: bytes of a cache line; NumPy's memory starts 16 behind one
 
 
 class Buffers:
@@ -50,7 +49,7 @@ class Buffers:
         else:
             chosen = len(memory)
             memory.append(np.empty(size + LINE, np.uint8))
-        return _from_line(shape, dtype, memory[chosen])
+        return from_line(shape, dtype, memory[chosen])
 
     def __reduce__(self) -> tuple[type[Buffers], tuple[()]]:
         return Buffers, ()  # a copy of a model has its own
@@ -82,20 +81,16 @@ def reuse(buffers: Buffers | None) -> Iterator[None]:
         _thread.buffers = before
 
 
-def _from_line(shape: tuple[int, ...], dtype: np.dtype[Any], memory: Memory) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return an array that starts with the first whole cache line of its memory."""
-    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
-
-
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """Return an array with arbitrary content, from the buffers in use if it is large."""
     small = empty_below(LARGE, shape, dtype)
     if small is not None:
         return small
-    buffers, size = _thread.buffers, math.prod(shape) * dtype.itemsize
+    buffers = _thread.buffers
     if buffers is not None:
         return buffers.empty(shape, dtype)
-    return np.empty(shape, dtype) if size <= FAR else _from_line(shape, dtype, np.empty(size + LINE, np.uint8))
+    large = empty_below(sys.maxsize, shape, dtype)
+    return np.empty(shape, dtype) if large is None else large  # NumPy says that it is too large
 
 
 class keep:  # as a generator it would take a microsecond longer

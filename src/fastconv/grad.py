@@ -568,7 +568,7 @@ def _conv_transpose_input(
     geometry = freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation)
     kernel_shape = plain_shape(w, spatial)
     dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, grad_output.shape, geometry, spatial, last)
-    result = np.empty(shape, g.dtype)
+    result = empty(shape, g.dtype)
     target = first_image(result, spatial, last)
     run("conv_forward", dims, g, w, None, target, how=options(), engine=engine, algorithm=None)
     return result
@@ -587,7 +587,7 @@ def _conv_transpose_weight(
     small = plain_shape(x, spatial)
     kernel_shape = first_weight_shape(shape, spatial, last)
     dims = _transpose_dims(small, kernel_shape, grad_output.shape, geometry, spatial, last)
-    result = np.empty(shape, x.dtype)
+    result = empty(shape, x.dtype)
     target = arrange(result, weight_axes(shape, "weight", spatial, last))
     run("conv_weight_grad", dims, g, x, target, None, how=options(), engine=engine, algorithm=None)
     return result
@@ -1143,7 +1143,7 @@ def _max_blur_pool(
     blur, dense = plan.blur, plan.dense
     _check_grad_output(grad_output.shape, blur.batch, blur.out_channels, blur.output_size, spatial, last)
     result = allocate(out, shape, g)
-    maxima = np.empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
+    maxima = empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
     run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=None)
     for axis, border in enumerate(plan.borders, start=2):
         if any(border):
