@@ -478,6 +478,37 @@ def test_planes_of_an_input_gradient_are_as_wide_as_the_image() -> None:
         assert registry.select("conv_input_grad", dims, "cython").algorithm == "planar"
 
 
+@pytest.mark.skipif(
+    bool(runtime.why_missing("cython")) or runtime.isa() == "scalar",
+    reason="asks the native engine how it fills vectors",
+)
+def test_pixels_of_whole_rows_fill_what_few_channels_leave_empty() -> None:
+    def chosen(op: str, image: Any, weight: Any, precision: str = "highest") -> str:
+        return registry.select(op, conv_dims(image, weight, 1, 1, 1, 1), "cython", precision=precision).algorithm
+
+    assert chosen("conv_forward", (1, 8, 64, 64), (32, 8, 3, 3)) == "planar"
+    assert chosen("conv_input_grad", (1, 32, 64, 64), (8, 32, 3, 3)) == "planar"
+    assert chosen("conv_forward", (1, 8, 64, 18), (32, 8, 3, 3)) != "planar", "half of the second vector is empty"
+    assert chosen("conv_forward", (1, 32, 64, 64), (32, 32, 3, 3)) != "planar", "channels fill a vector"
+    if runtime.isa() == "amx":
+        assert chosen("conv_forward", (1, 8, 64, 64), (32, 8, 3, 3), "high") != "planar", "products are few"
+
+
+@pytest.mark.skipif(
+    bool(runtime.why_missing("cython")) or runtime.isa() == "scalar",
+    reason="asks the native engine how it fills vectors",
+)
+def test_tiles_of_winograd_are_not_worth_filling_up_few_channels() -> None:
+    def chosen(channels: int, filters: int) -> str:
+        dims = conv_dims((1, channels, 28, 28), (filters, channels, 3, 3), 1, 1, 1, 1)
+        return registry.select("conv_weight_grad", dims, "cython").algorithm
+
+    assert chosen(8, 16) == "direct"
+    assert chosen(24, 12) == "direct"
+    assert chosen(64, 128) == ("direct" if runtime.isa() == "amx" else "winograd")
+    assert chosen(12, 6) == "planar"
+
+
 def test_few_filters_are_the_channels_of_the_gradient_of_the_weights() -> None:
     for case in named("3x3, two filters, dilation 2, asymmetric padding", "signal, one filter of many channels"):
         dims = case.dims

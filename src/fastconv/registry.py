@@ -125,7 +125,7 @@ def _weights_weigh(dims: ConvDims) -> bool:
     return isa() == "amx" and dims.group_in_channels >= 16 and 32 <= pixels <= most
 
 
-def _columns(op: str, dims: ConvDims) -> str:
+def _columns(op: str, dims: ConvDims, precision: str) -> str:
     """Say why the native im2col, which adds up columns, is best for a gradient of the input; empty if it isn't.
 
     It reads weights once and in their order, and skips padding; its lanes are pixels, or (channel, tap). What it adds
@@ -145,7 +145,7 @@ def _columns(op: str, dims: ConvDims) -> str:
     empty = math.ceil(channels / lanes) * lanes * cells / (channels * phases * pixels)
     if turned and channels >= lanes:
         return ""
-    if _fills_planes(op, dims):
+    if _fills_planes(op, dims, precision):
         return ""
     least = {"amx": (2.5, 3), "avx512": (1.7, 1.9)}.get(isa(), (1.55, 1.9))
     if filters >= 16 and empty >= least[phases > 1]:
@@ -167,14 +167,53 @@ def _unless_few(supports: Callable[..., str]) -> Callable[..., str]:
     return reason
 
 
-def _fills_planes(op: str, dims: ConvDims) -> bool:
+def _fills_planes(op: str, dims: ConvDims, precision: str) -> bool:
     """Whether few filters of few channels leave lanes empty that pixels of long rows fill. (Measured.)"""
-    filters, channels = dims.group_out_channels, dims.group_in_channels
-    long = dims.output_size[2] >= 12
+    filters, channels, columns, least = dims.group_out_channels, dims.group_in_channels, dims.output_size[2], 12
     if op == "conv_input_grad":
-        filters, channels, long = channels, filters, dims.input_size[2] >= 8 * dims.stride[2]
-    few = (filters <= 12 and channels <= 16) or (filters <= 16 and channels <= 8)
-    return few and long and dims.taps > 1 and not dims.channels_last
+        filters, channels, columns, least = channels, filters, dims.input_size[2] // dims.stride[2], 8
+    if dims.taps == 1 or dims.channels_last:
+        return False
+    strided = dims.stride[2] > 1
+    if op == "conv_input_grad" and strided and isa() == "avx2":  # short vectors, whose sums are stored apart
+        return columns >= 7 * filters and filters <= 12 and channels <= 16
+    if columns >= least and ((filters <= 12 and channels <= 16) or (filters <= 16 and channels <= 8)):
+        return True
+    most = 1152 if isa() == "amx" else 768 if channels >= 16 else 2048  # of what winograd, or im2col, does better
+    if filters * channels > most or dims.stride[2] > 2 or _few_pieces(precision):
+        return False
+    if op == "conv_forward" and _patches_fill_tiles(dims, precision) and (channels > 12 or columns % 16 > 0):
+        return False
+    if channels > 8 if op == "conv_input_grad" and strided else channels <= 4:
+        return False
+    packed = 1.2 if op == "conv_forward" and strided and isa() == "amx" else 1  # by direct: cells for each pixel
+    return packed * _lanes_filled(filters, columns) * _planes_gain(channels, filters, dims.taps) >= 1.04
+
+
+def _patches_fill_tiles(dims: ConvDims, precision: str) -> bool:
+    """Whether patches of few channels fill AMX's tile, and filters are many enough to lay them out. (Measured.)"""
+    if isa() != "amx" or _few_pieces(precision) or not 4 < dims.group_in_channels <= 16 or dims.taps > 9:
+        return False
+    full = dims.reduction >= 0.9 * math.ceil(dims.reduction / 32) * 32
+    return math.prod(dims.output_size) >= 512 and dims.group_out_channels >= (64 if full else 96)
+
+
+def _lanes_filled(filters: int, columns: int) -> float:
+    """Return what share of planar's lanes pixels fill, over that of direct's which filters fill."""
+    lanes, tile = 8 if isa() == "avx2" else 16, 16
+    filled = columns / (math.ceil(columns / lanes) * lanes)
+    if columns % lanes or columns < 2 * lanes:
+        filled *= 0.93  # masks, and rows that begin anywhere in a cache line
+    return filled / (filters / (math.ceil(filters / tile) * tile))
+
+
+def _planes_gain(channels: int, filters: int, taps: int) -> float:
+    """Return how many times as long as planar others take where all lanes are full. (Fitted to 400 layers.)"""
+    if isa() == "amx":  # where direct fills 16 channels up, and 17 to 32; few taps don't pay for packing and storing
+        return (1 + 2.5 / taps) * (1.12 - 0.012 * min(channels, 16)) * min(16 / channels, 1)
+    if isa() == "avx512":
+        return (1.38 - 0.018 * channels) * (1.3 if filters <= 16 else 1)  # a tile of one vector loads for each product
+    return 1.5 - 0.035 * channels if isa() == "avx2" and channels <= 12 else 0
 
 
 def _read_in_place(dims: ConvDims) -> bool:
@@ -204,7 +243,7 @@ def _apart(dims: ConvDims) -> bool:
 
 
 def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
-    if reason := _columns(op, dims):
+    if reason := _columns(op, dims, precision):
         return f"slower than im2col: {reason}"
     if dims.depthwise:
         return ""
@@ -218,7 +257,7 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return ""
     if op == "conv_weight_grad" and dims.channels_last and dims.group_in_channels <= 4 and _turning_pays(dims):
         return ""
-    if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 48 and dims.group_out_channels >= 32:
+    if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 40 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
     digits = _multiplies_digits(op, dims)
     packs = digits and pixels <= (64 if strided else 256)  # to multiply it in direct's longer runs
@@ -240,6 +279,8 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
             f"slower than im2col, which leaves the output's layout: there is as much of it, {filters} filters, as of "
             f"patches, of {dims.reduction} elements"
         )
+    if _patches_fill_tiles(dims, precision):
+        return f"slower than im2col, whose patches fill AMX's tile, where {dims.group_in_channels} channels don't"
     if _apart(dims) and (dims.reduction <= 64 or max(dims.stride) == 2):
         return f"slower than im2col: its patches of {dims.reduction} elements share none, and gathering them is a copy"
     return ""
@@ -279,6 +320,16 @@ def _taps_fill_pieces(dims: ConvDims) -> bool:
     return isa() == "amx" and dims.group_in_channels <= 4 and long and full and shared
 
 
+def _half_a_vector(dims: ConvDims) -> bool:
+    """Whether filters leave half of direct's last vector empty in the gradient of the weights. (Measured.)"""
+    channels, filters, pieces = dims.group_in_channels, dims.group_out_channels, isa() == "amx"
+    if isa() == "avx2":
+        return filters <= 6
+    if dims.taps > 9 and (filters > 8 or (channels >= 16 and pieces)):
+        return False
+    return filters <= 8 or (16 < filters <= (24 if channels <= 12 else 20) and channels <= (12 if pieces else 24))
+
+
 def _planar_weights(dims: ConvDims) -> str:
     """Say why the native planar isn't the choice for the gradient of the weights. (Measured on AVX-512 and AMX.)"""
     if dims.reduction > 1024:
@@ -292,7 +343,7 @@ def _planar_weights(dims: ConvDims) -> str:
         if _read_in_place(dims) and long and (less <= 8 or more <= 16):
             return ""
         return "slower than im2col, which turns the smaller part of 1x1 layers"
-    if isa() not in ("amx", "avx512"):
+    if isa() not in ("amx", "avx512") and not (isa() == "avx2" and _half_a_vector(dims) and not dims.depthwise):
         return "slower than direct or im2col: too few sums are in registers"
     if dims.channels_last and not dims.depthwise:
         return "slower than direct or im2col: pixels of a channel are no neighbours"
@@ -301,7 +352,7 @@ def _planar_weights(dims: ConvDims) -> str:
     if dims.depthwise:
         return "" if dims.taps <= 9 else f"slower than direct, which adds up {dims.taps} taps of a pixel"
     few = dims.reduction <= 36 or (dims.group_in_channels == 1 and dims.taps <= 49)
-    return "" if few else f"slower than direct or im2col for patches of {dims.reduction} cells"
+    return "" if few or _half_a_vector(dims) else f"slower than direct or im2col for patches of {dims.reduction} cells"
 
 
 def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
@@ -317,7 +368,7 @@ def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
     if _read_in_place(dims):
         return "slower than im2col, which reads the cells of 1x1 filters where they are"
-    if filters <= 6 or _fills_planes(op, dims):
+    if filters <= 6 or _fills_planes(op, dims, precision):
         return ""
     if op == "conv_input_grad" or channels > 4:
         return f"slower than direct, which has {filters} filters to fill its lanes"
@@ -343,7 +394,7 @@ def _planar_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
 
 
 def _planar_cython(op: str, dims: ConvDims, precision: str = "highest") -> str:
-    reason = _columns(op, dims)
+    reason = _columns(op, dims, precision)
     return f"slower than im2col: {reason}" if reason else _planar(op, dims, precision)
 
 
@@ -370,6 +421,8 @@ def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     if _multiplies_digits(op, dims):
         return "slower than direct, which multiplies digits of numbers"
+    if op != "conv_weight_grad" and _fills_planes(op, dims, precision):
+        return "slower than planar, whose lanes pixels fill"
     if op != "conv_weight_grad" and summed >= 16 and _few_pieces(precision):
         return "slower than direct, which multiplies fewer pieces"
     split = op != "conv_weight_grad" and summed >= 16
@@ -381,7 +434,17 @@ def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str
         gain = 1.03 if products == "split" else 1.15
     elif op == "conv_weight_grad" and _fills_pieces(dims):
         gain = 4.0 * _rows_fill_pieces(dims)  # products of pieces in the time of one of tiles (measured)
-    return _winograd(op, dims, gain, columns if _columns(op, dims) else 0, products)
+    elif op == "conv_weight_grad":
+        gain = _tiles_gain(dims)
+    return _winograd(op, dims, gain, columns if _columns(op, dims, precision) else 0, products)
+
+
+def _tiles_gain(dims: ConvDims) -> float:
+    """Return how often tiles' modelled cost must be saved in the gradient of few weights. (Fitted to 300 layers.)"""
+    channels, filters = dims.group_in_channels, dims.group_out_channels
+    if isa() in ("avx512", "amx"):  # fills channels up; direct, if its lanes are full, comes nearer to its peak
+        return (1 + 8 / filters) ** 3 * (math.ceil(channels / 16) * 16 / channels) ** 2
+    return (1 + 4 / filters) * (1 + 2 / channels) if isa() == "avx2" else 1.0
 
 
 def _winograd_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
