@@ -24,4 +24,5 @@ def has_few_pixels(op: str, dims: Any) -> bool:
         return bool(0 < dims.batch * pixels <= 32 and reduction >= 48)
     if op == "conv_input_grad":
         return bool(pixels <= 9)
-    return bool(pixels <= (9 if reduction * dims.group_out_channels >= 2**19 else 4))
+    weights = reduction * dims.group_out_channels
+    return bool(weights >= 2**15 and pixels <= (9 if weights >= 2**19 and dims.taps > 1 else 4))

@@ -184,10 +184,15 @@ def _fills_planes(op: str, dims: ConvDims, precision: str) -> bool:
         return False
     if op == "conv_forward" and _patches_fill_tiles(dims, precision) and (channels > 12 or columns % 16 > 0):
         return False
-    if channels > 8 if op == "conv_input_grad" and strided else channels <= 4:
+    if channels > 8 if op == "conv_input_grad" and strided else channels <= 4 and op == "conv_forward":
         return False
     packed = 1.2 if op == "conv_forward" and strided and isa() == "amx" else 1  # by direct: cells for each pixel
     return packed * _lanes_filled(filters, columns) * _planes_gain(channels, filters, dims.taps) >= 1.04
+
+
+def _few_filters(dims: ConvDims) -> int:
+    """Return how many filters leave so much of direct's vector empty that planar is better for any channels."""
+    return 8 if isa() == "avx512" and dims.output_size[2] >= 14 and max(dims.stride) <= 2 else 6
 
 
 def _patches_fill_tiles(dims: ConvDims, precision: str) -> bool:
@@ -246,7 +251,7 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
     if reason := _columns(op, dims, precision):
         return f"slower than im2col: {reason}"
     if dims.depthwise:
-        return ""
+        return f"slower than im2col: {dims.group_out_channels} filters see each channel" if _multiplied(dims) else ""
     pixels, weights = math.prod(dims.output_size), dims.reduction * dims.group_out_channels
     strided = set(dims.stride) != {1}
     many = strided and pixels > 256  # for which it pays to turn weights whose filters are neighbours
@@ -259,6 +264,7 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return ""
     if op == "conv_weight_grad" and dims.taps > 1 and dims.reduction <= 40 and dims.group_out_channels >= 32:
         return f"slower than im2col, which gathers patches of {dims.reduction} elements once for all filters"
+    few = few and (strided or pixels > 64 or dims.channels_last)
     digits = _multiplies_digits(op, dims)
     packs = digits and pixels <= (64 if strided else 256)  # to multiply it in direct's longer runs
     if dims.taps == 1 and {
@@ -279,6 +285,8 @@ def _direct(op: str, dims: ConvDims, precision: str = "highest") -> str:
             f"slower than im2col, which leaves the output's layout: there is as much of it, {filters} filters, as of "
             f"patches, of {dims.reduction} elements"
         )
+    if isa() in ("avx512", "avx2") and 4 < dims.group_in_channels <= 12 and filters >= 2 * dims.reduction:
+        return f"slower than im2col, which leaves the output's layout, for {filters} filters"
     if _patches_fill_tiles(dims, precision):
         return f"slower than im2col, whose patches fill AMX's tile, where {dims.group_in_channels} channels don't"
     if _apart(dims) and (dims.reduction <= 64 or max(dims.stride) == 2):
@@ -308,8 +316,14 @@ def _direct_numba(op: str, dims: ConvDims, precision: str = "highest") -> str:
     return ""
 
 
+def _multiplied(dims: ConvDims) -> bool:
+    """Whether filters of each channel fill vectors, and rows of pixels don't. (Measured.)"""
+    return dims.group_out_channels >= 16 and dims.output_size[2] < 12
+
+
 def _im2col(op: str, dims: ConvDims, precision: str = "highest") -> str:
-    return "slower than direct: depthwise has no channels to reduce over" if dims.depthwise else ""
+    thin = dims.depthwise and not _multiplied(dims)
+    return "slower than direct: depthwise has no channels to reduce over" if thin else ""
 
 
 def _taps_fill_pieces(dims: ConvDims) -> bool:
@@ -318,6 +332,19 @@ def _taps_fill_pieces(dims: ConvDims) -> bool:
     full = dims.group_out_channels >= 12 and columns >= 0.6 * 32 * math.ceil(columns / 32)
     shared = 2 * dims.kernel_size[1] >= 3 * dims.stride[1]
     return isa() == "amx" and dims.group_in_channels <= 4 and long and full and shared
+
+
+def _least_columns(dims: ConvDims) -> int:
+    """Return for how many pixels of a row planar adds up sums of the gradient of the weights. (Measured.)"""
+    if not dims.depthwise:
+        return 24
+    if dims.channels_last:
+        return 48
+    if dims.group_out_channels >= 16:
+        return 12
+    if dims.taps > 9:
+        return 56
+    return 14 if dims.batch * math.prod(dims.output_size) >= 700 else 24
 
 
 def _half_a_vector(dims: ConvDims) -> bool:
@@ -343,14 +370,14 @@ def _planar_weights(dims: ConvDims) -> str:
         if _read_in_place(dims) and long and (less <= 8 or more <= 16):
             return ""
         return "slower than im2col, which turns the smaller part of 1x1 layers"
-    if isa() not in ("amx", "avx512") and not (isa() == "avx2" and _half_a_vector(dims) and not dims.depthwise):
+    if isa() not in ("amx", "avx512") and not (isa() == "avx2" and (_half_a_vector(dims) or dims.depthwise)):
         return "slower than direct or im2col: too few sums are in registers"
     if dims.channels_last and not dims.depthwise:
         return "slower than direct or im2col: pixels of a channel are no neighbours"
-    if columns < (48 if dims.depthwise else 24) or max(dims.stride) > 2:
+    if columns < _least_columns(dims) or max(dims.stride) > 2:
         return f"slower than direct or im2col: rows of {columns} pixels leave lanes empty"
     if dims.depthwise:
-        return "" if dims.taps <= 9 else f"slower than direct, which adds up {dims.taps} taps of a pixel"
+        return "" if dims.taps <= 49 else f"slower than direct, which adds up {dims.taps} taps of a pixel"
     few = dims.reduction <= 36 or (dims.group_in_channels == 1 and dims.taps <= 49)
     return "" if few or _half_a_vector(dims) else f"slower than direct or im2col for patches of {dims.reduction} cells"
 
@@ -368,7 +395,7 @@ def _planar(op: str, dims: ConvDims, precision: str = "highest") -> str:
         return f"slower than im2col, for {pixels} pixels whose gradients are stored {dims.stride[2]} apart"
     if _read_in_place(dims):
         return "slower than im2col, which reads the cells of 1x1 filters where they are"
-    if filters <= 6 or _fills_planes(op, dims, precision):
+    if filters <= _few_filters(dims) or _fills_planes(op, dims, precision):
         return ""
     if op == "conv_input_grad" or channels > 4:
         return f"slower than direct, which has {filters} filters to fill its lanes"
@@ -421,8 +448,9 @@ def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
     if _multiplies_digits(op, dims):
         return "slower than direct, which multiplies digits of numbers"
-    if op != "conv_weight_grad" and _fills_planes(op, dims, precision):
-        return "slower than planar, whose lanes pixels fill"
+    other = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
+    if op != "conv_weight_grad" and (other <= _few_filters(dims) or summed <= 4 or _fills_planes(op, dims, precision)):
+        return "slower than planar, whose lanes pixels fill, or than patches"
     if op != "conv_weight_grad" and summed >= 16 and _few_pieces(precision):
         return "slower than direct, which multiplies fewer pieces"
     split = op != "conv_weight_grad" and summed >= 16
