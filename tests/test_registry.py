@@ -509,6 +509,15 @@ def test_tiles_of_winograd_are_not_worth_filling_up_few_channels() -> None:
     assert chosen(12, 6) == "planar"
 
 
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_what_a_row_can_is_the_same_in_both_layouts(op: str) -> None:
+    """Where channels are decides what is faster; a row named for one layout must run in the other."""
+    for case in CONV_CASES:
+        for row in registry.available(op):
+            there = [row.can(op, case.dims._replace(channels_last=last)) for last in (False, True)]
+            assert there[0] == there[1], f"{row.engine} {row.algorithm}: {case.name}"
+
+
 def test_few_filters_are_the_channels_of_the_gradient_of_the_weights() -> None:
     for case in named("3x3, two filters, dilation 2, asymmetric padding", "signal, one filter of many channels"):
         dims = case.dims

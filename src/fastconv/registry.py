@@ -446,13 +446,6 @@ def _winograd(op: str, dims: ConvDims, gain: float = 1, columns: int = 0, produc
 def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str:
     columns = math.prod(dims.output_size) * dims.group_out_channels * dims.reduction
     summed = dims.group_out_channels if op == "conv_input_grad" else dims.group_in_channels
-    if _multiplies_digits(op, dims):
-        return "slower than direct, which multiplies digits of numbers"
-    other = dims.group_in_channels if op == "conv_input_grad" else dims.group_out_channels
-    if op != "conv_weight_grad" and (other <= _few_filters(dims) or summed <= 4 or _fills_planes(op, dims, precision)):
-        return "slower than planar, whose lanes pixels fill, or than patches"
-    if op != "conv_weight_grad" and summed >= 16 and _few_pieces(precision):
-        return "slower than direct, which multiplies fewer pieces"
     split = op != "conv_weight_grad" and summed >= 16
     products = {"scalar": "rounded", "amx": "split" if split else "fused"}.get(isa(), "fused")
     gain = 1.0  # of gradients of the input, the weights are packed in shorter runs
@@ -464,7 +457,24 @@ def _winograd_cython(op: str, dims: ConvDims, precision: str = "highest") -> str
         gain = 4.0 * _rows_fill_pieces(dims)  # products of pieces in the time of one of tiles (measured)
     elif op == "conv_weight_grad":
         gain = _tiles_gain(dims)
-    return _winograd(op, dims, gain, columns if _columns(op, dims, precision) else 0, products)
+    reason = _winograd(op, dims, gain, columns if _columns(op, dims, precision) else 0, products)
+    return reason or _without_tiles(op, dims, precision)
+
+
+def _without_tiles(op: str, dims: ConvDims, precision: str) -> str:
+    """Say what is better than winograd, though this saves products; empty if nothing is."""
+    if op == "conv_weight_grad":
+        return ""
+    filters, channels = dims.group_out_channels, dims.group_in_channels
+    if op == "conv_input_grad":
+        filters, channels = channels, filters
+    if _multiplies_digits(op, dims):
+        return "slower than direct, which multiplies digits of numbers"
+    if filters <= _few_filters(dims) or channels <= 4 or _fills_planes(op, dims, precision):
+        return "slower than planar, whose lanes pixels fill, or than patches"
+    if channels >= 16 and _few_pieces(precision):
+        return "slower than direct, which multiplies fewer pieces"
+    return ""
 
 
 def _tiles_gain(dims: ConvDims) -> float:
