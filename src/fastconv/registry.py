@@ -481,7 +481,7 @@ def _tiles_gain(dims: ConvDims) -> float:
     """Return how often tiles' modelled cost must be saved in the gradient of few weights. (Fitted to 300 layers.)"""
     channels, filters = dims.group_in_channels, dims.group_out_channels
     if isa() in ("avx512", "amx"):  # fills channels up; direct, if its lanes are full, comes nearer to its peak
-        return (1 + 8 / filters) ** 3 * (math.ceil(channels / 16) * 16 / channels) ** 2
+        return (1 + 7 / filters) ** 3 * (math.ceil(channels / 16) * 16 / channels) ** 2
     return (1 + 4 / filters) * (1 + 2 / channels) if isa() == "avx2" else 1.0
 
 
