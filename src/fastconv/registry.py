@@ -184,7 +184,7 @@ def _fills_planes(op: str, dims: ConvDims, precision: str) -> bool:
         return False
     if op == "conv_forward" and _patches_fill_tiles(dims, precision) and (channels > 12 or columns % 16 > 0):
         return False
-    if channels > 8 if op == "conv_input_grad" and strided else channels <= 4 and op == "conv_forward":
+    if (op == "conv_forward" and channels <= 4) or (op == "conv_input_grad" and strided and channels > 8):
         return False
     packed = 1.2 if op == "conv_forward" and strided and isa() == "amx" else 1  # by direct: cells for each pixel
     return packed * _lanes_filled(filters, columns) * _planes_gain(channels, filters, dims.taps) >= 1.04
