@@ -5,6 +5,7 @@
 ``engines``     who is measured: every row of the registry that can compute an operation of a layer
 ``peers``       who else: other libraries, each optional
 ``training``    whole training steps of two networks, for ``--train``
+``choice``      the choice of an algorithm against the best, on random layers, and the times it is made from
 ``tile``        against what: the bare register tile, and multiply-adds in registers
 ``timing``      how: in turns, threads pinned
 ``report``      the table and the JSON

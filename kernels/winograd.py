@@ -95,8 +95,6 @@ class Split(NamedTuple):
     transform: int = 60  #: of a number of the image
     back: int = 12  #: of an output
     tap: int = 110  #: of a transformed weight
-    number: int = 45  #: in ``direct``, one of the image or of the output
-    weight: int = 80
 
 
 SPLIT = Split()
@@ -211,28 +209,37 @@ def _tiles(dims: Any, rows: Side, columns: Side) -> int:
     return tiles
 
 
-def plain_cost(dims: Any, products: str = "fused") -> float:
-    """Products of an image and a group without Winograd; if numbers are split, what that takes is among them."""
-    channels, filters, outputs = dims.group_in_channels, dims.group_out_channels, math.prod(dims.output_size)
-    cost = float(outputs * filters * dims.reduction)
-    if products == "split":
-        cost += SPLIT.number * (channels * math.prod(dims.input_size) + filters * outputs)
-        cost += SPLIT.weight * filters * dims.reduction
-    return cost
+class Work(NamedTuple):
+    """What tiles make of one channel and one filter."""
+
+    points: int  #: of all tiles of an image: each is a product
+    slices: int  #: of the filter, summed like channels
+    taps: int  #: of a slice, transformed
+
+
+def count(dims: Any, rows: Side, columns: Side) -> Work:
+    """Return what there is to multiply and to transform."""
+    points = rows.points * columns.points * _tiles(dims, rows, columns)
+    taps = (max(rows.tap_points) + 1) * (max(columns.tap_points) + 1)
+    return Work(points, math.prod(slices(dims, rows, columns)), taps)
+
+
+def plain_cost(dims: Any) -> float:
+    """Products of an image and a group without Winograd."""
+    return float(math.prod(dims.output_size) * dims.group_out_channels * dims.reduction)
 
 
 def _cost(dims: Any, products: str, rows: Side, columns: Side, run: int) -> float:
     """Products of an image and a group, transforms included."""
-    filters, tiles = dims.group_out_channels, _tiles(dims, rows, columns)
-    count = math.prod(slices(dims, rows, columns))
-    channels, lanes = dims.group_in_channels * count, math.ceil(dims.group_in_channels / LANES) * LANES * count
-    taps = (max(rows.tap_points) + 1) * (max(columns.tap_points) + 1) * filters * channels
-    points = rows.points * columns.points * tiles
+    filters, work = dims.group_out_channels, count(dims, rows, columns)
+    channels = dims.group_in_channels * work.slices
+    lanes = math.ceil(dims.group_in_channels / LANES) * LANES * work.slices
+    taps = work.taps * filters * channels
     if products == "split":
-        transforms = points * (SPLIT.transform * lanes + SPLIT.back * filters) + SPLIT.tap * taps
-        return float(SPLIT.product * points * filters * channels + transforms + START)
-    transforms = TRANSFORM[products] * (points * (lanes + filters) + taps)
-    return float(PRODUCT[run] * points * filters * channels + transforms + START)
+        transforms = work.points * (SPLIT.transform * lanes + SPLIT.back * filters) + SPLIT.tap * taps
+        return float(SPLIT.product * work.points * filters * channels + transforms + START)
+    transforms = TRANSFORM[products] * (work.points * (lanes + filters) + taps)
+    return float(PRODUCT[run] * work.points * filters * channels + transforms + START)
 
 
 def _weight_cost(dims: Any, rows: Side, columns: Side, run: int) -> float:

@@ -78,7 +78,12 @@ def test_the_package_says_that_it_is_typed() -> None:
 
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("fastconv/py.typed", "fastconv/kernels/reference/naive.py", "fastconv/bench/__init__.py"):
+    for name in (
+        "fastconv/py.typed",
+        "fastconv/costs.json",
+        "fastconv/kernels/reference/naive.py",
+        "fastconv/bench/__init__.py",
+    ):
         assert name in names
     assert any(re.match(r"fastconv/kernels/native/conv_direct\..*(so|pyd)$", name) for name in names)
     assert not [name for name in names if name.endswith((".pyx", ".pxd", ".c", ".h", "CMakeLists.txt"))]

@@ -345,8 +345,7 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
         for channel from 0 <= channel < c.channels by plan.together:
             channels = min(plan.together, c.channels - channel)
             pad_planes(plan, &block, group * c.channels + channel, count * channels, cells)
-            if c.kernels.pieces:
-                fill_gaps(plan, cells)
+            fill_gaps(plan, count * channels, cells)
             if not _multiply(plan, &block, &planes, group, count, channel, channels, cells, sums):
                 plan.refused[block.image] = 1
                 break

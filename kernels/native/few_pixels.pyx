@@ -345,19 +345,24 @@ cdef void _add_columns(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssi
     """Add the gradients of patches to those of the cells that they show."""
     cdef const Conv *c = &plan.c
     cdef const View *x = &c.x
-    cdef Py_ssize_t n, p, d, h, w, tap, z, row, column, at
+    cdef Py_ssize_t n, p, d, h, w, z, row, column, at
     cdef const char *sums = t.sums
+    cdef const char *tap
     for n in range(images):
         for p in range(plan.pixels):
-            for tap in range(c.taps):
-                d, h, w = tap // (c.kernel[1] * c.kernel[2]), tap // c.kernel[2] % c.kernel[1], tap % c.kernel[2]
+            tap = sums
+            for d in range(c.kernel[0]):
                 z = p // (c.out[1] * c.out[2]) * c.stride[0] - c.pad[0] + d * c.dilation[0]
-                row = p // c.out[2] % c.out[1] * c.stride[1] - c.pad[1] + h * c.dilation[1]
-                column = p % c.out[2] * c.stride[2] - c.pad[2] + w * c.dilation[2]
-                if 0 <= z < x.size[2] and 0 <= row < x.size[3] and 0 <= column < x.size[4]:
+                for h in range(c.kernel[1]):
+                    row = p // c.out[2] % c.out[1] * c.stride[1] - c.pad[1] + h * c.dilation[1]
+                    column = p % c.out[2] * c.stride[2] - c.pad[2]
                     at = (image + n) * x.stride[0] + (t.group * c.channels + channel) * x.stride[1]
-                    at += z * x.stride[2] + row * x.stride[3] + column * x.stride[4]
-                    _add_apart(c, channels, sums + tap * c.item, x.data + at * c.item)
+                    at += z * x.stride[2] + row * x.stride[3]
+                    for w in range(c.kernel[2] if 0 <= z < x.size[2] and 0 <= row < x.size[3] else 0):
+                        if 0 <= column < x.size[4]:
+                            _add_apart(c, channels, tap + w * c.item, x.data + (at + column * x.stride[4]) * c.item)
+                        column += c.dilation[2]
+                    tap += c.kernel[2] * c.item
             sums += _column_pitch(c, channels) * c.item
 
 

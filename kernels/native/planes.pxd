@@ -35,4 +35,4 @@ cdef void lay_out(Plan *plan) noexcept nogil
 cdef Py_ssize_t tap_cell(const Plan *plan, Py_ssize_t channel, Py_ssize_t d, Py_ssize_t w) noexcept nogil
 cdef void write_taps(const Plan *plan, Py_ssize_t *taps) noexcept nogil
 cdef void pad_planes(const Plan *plan, const Block *block, Py_ssize_t first, Py_ssize_t count, char *out) noexcept nogil
-cdef void fill_gaps(const Plan *plan, char *cells) noexcept nogil
+cdef void fill_gaps(const Plan *plan, Py_ssize_t count, char *cells) noexcept nogil

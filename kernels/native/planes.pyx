@@ -77,10 +77,13 @@ cdef void pad_planes(const Plan *plan, const Block *block, Py_ssize_t first, Py_
                 memset(out + d * part + i * plan.plane * c.item, 0, <size_t>part)
 
 
-cdef void fill_gaps(const Plan *plan, char *cells) noexcept nogil:
-    """Write zeros behind all planes: what is read there is multiplied, if for nothing, and had better be a number."""
+cdef void fill_gaps(const Plan *plan, Py_ssize_t count, char *cells) noexcept nogil:
+    """Write zeros behind each of ``count`` planes: whole vectors are read there, and multiplied, if for nothing.
+
+    What was there before would be no less right, but for pieces; if it is subnormal, a product takes a hundred cycles.
+    """
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t cells_seen = c.kernel[0] * plan.high * plan.padding.phases * plan.padding.wide, i
-    for i in range(c.channels):
+    for i in range(count):
         memset(cells + (i * plan.plane + cells_seen) * c.item, 0, <size_t>((plan.plane - cells_seen) * c.item))
-    memset(cells + c.channels * plan.plane * c.item, 0, <size_t>(4 * c.kernels.lanes * c.item))
+    memset(cells + count * plan.plane * c.item, 0, <size_t>(4 * c.kernels.lanes * c.item))

@@ -179,7 +179,7 @@ cdef int _task(const void *shared, Py_ssize_t number) noexcept nogil:
             return 0
         locate(c, &plan.base.blocks, unit, &block)
         pad_planes(&plan.base, &block, group * c.channels, c.channels, space.planes)
-        fill_gaps(&plan.base, space.planes)
+        fill_gaps(&plan.base, plan.base.c.channels, space.planes)
         if not _lay_lines(plan, &block, &space) or not _turn_grads(plan, &block, group, &space):
             plan.refused[0] = 1
             return 0
