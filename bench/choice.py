@@ -101,7 +101,8 @@ def _suits(dims: ConvDims) -> bool:
 
 
 def _draw(rng: np.random.Generator) -> Layer:
-    kind = rng.choice(["square", "1x1", "depthwise", "grouped", "row", "dilated"], p=[0.5, 0.18, 0.1, 0.08, 0.08, 0.06])
+    shares = {"square": 44, "1x1": 18, "depthwise": 10, "grouped": 8, "row": 8, "dilated": 6, "first": 6}
+    kind = rng.choice(list(shares), p=[share / 100 for share in shares.values()])
     channels, filters, groups, dilation = _channels(rng, 1, 700), _channels(rng, 1, 700), 1, 1
     stride, batch = int(rng.choice([1, 1, 1, 1, 2, 2, 4])), int(rng.choice([1, 1, 1, 2, 4, 16]))
     height = round(2 ** rng.uniform(2, 7.8))
@@ -114,6 +115,13 @@ def _draw(rng: np.random.Generator) -> Layer:
         kernel, stride = (1, 1), int(rng.choice([1, 1, 1, 2]))
     elif kind == "dilated":
         dilation, stride = 2, 1
+    elif kind == "first":
+        channels, filters, stride = (
+            int(rng.choice([1, 3, 3, 4])),
+            _channels(rng, 16, 100),
+            int(rng.choice([1, 2, 2, 4])),
+        )
+        height = width = int(rng.choice([112, 160, 224, 256, 299]))
     elif kind == "depthwise":
         taps, stride = int(rng.choice([3, 3, 5, 7])), int(rng.choice([1, 1, 2]))
         groups = channels = _channels(rng, 8, 700)

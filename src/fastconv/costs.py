@@ -254,7 +254,8 @@ def _planar(p: Problem) -> tuple[str, Parts]:
     if p.phases > 1:  # sums go to memory once for every few channels; planes of whole pages share few sets of L1
         stored = numbers * math.ceil(p.summed / 16)
         pages = math.prod(p.dims.input_size) % 1024 == 0
-        return f"planar phases{' single' if p.results == 1 else ''}", {
+        few = " single" if p.results == 1 else " few" if p.results <= 4 else ""
+        return f"planar phases{few}", {
             **parts, "stored": stored, "conflict": stored if pages else 0, "phase": p.dims.groups * p.phases,
             "far": numbers if p.step > 2 else 0,
         }  # fmt: skip
@@ -266,7 +267,7 @@ def _planar(p: Problem) -> tuple[str, Parts]:
     filled = _up(row, PIECES) / terms * _up(p.results, VECTOR) / p.results * _up(p.columns, VECTOR) / p.columns
     if p.summed <= 4 and terms >= 49 and p.dims.dilation[1] == 1 and _pays(p.machine, filled):
         return "planar pieces", {**parts, "product": p.images * _up(p.results, 16) * p.wide * _up(terms, PIECES)}
-    return "planar", parts
+    return f"planar{' few' if p.results <= 4 else ''}", parts
 
 
 def _im2col(p: Problem) -> tuple[str, Parts]:
@@ -316,8 +317,8 @@ def _im2col(p: Problem) -> tuple[str, Parts]:
 def _how_columns(p: Problem, pixels: int) -> tuple[str, int]:
     """Return how im2col multiplies to make columns, and up to a multiple of what it fills filters."""
     rows = p.results * p.dims.taps
-    if rows <= 32 and pixels >= 512 and not p.dims.channels_last:
-        return " in place", 1
+    if rows <= 32 and pixels >= 512:  # gradients are read where they are, if they are rows
+        return " few", 1
     if p.machine.isa != "amx" or min(pixels, p.summed, rows) < 32:
         return "", 1
     lanes = _up(rows, VECTOR) / rows
