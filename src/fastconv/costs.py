@@ -233,13 +233,10 @@ def _planar(p: Problem) -> tuple[str, Parts]:
     if _is_depthwise(p):
         return _depthwise("planar", p)
     terms, cells, numbers = p.summed * p.taps, p.images * p.summed * p.cells, p.images * p.results * p.made
+    tiles = math.ceil(p.results / 8) * p.made_rows * math.ceil(p.columns / (3 * p.machine.lanes))
     parts: Parts = {
         "product": p.images * _up(p.results, 4) * p.wide * terms,
-        "step": p.images
-        * math.ceil(p.results / 8)
-        * p.made_rows
-        * math.ceil(p.columns / (3 * p.machine.lanes))
-        * terms,
+        "step": p.images * tiles * terms,
         "cell": cells,
         "cell_row": p.images * p.summed * p.rows,
         "weight": p.weights,
@@ -248,17 +245,19 @@ def _planar(p: Problem) -> tuple[str, Parts]:
         "row": p.images * p.results * p.made_rows,
         "plane": p.images * p.summed,
         "filter": p.images * p.results,
+        "stored": numbers * (math.ceil(terms / 384) - 1),  # sums of more products go to memory in between
         "group": p.images,
         "call": 1,
     }
-    if p.phases > 1:  # sums go to memory once for every few channels; planes of whole pages share few sets of L1
+    if p.phases > 1:  # there, sums of few channels do; planes of whole pages share few sets of L1
         stored = numbers * math.ceil(p.summed / 16)
         pages = math.prod(p.dims.input_size) % 1024 == 0
         few = " single" if p.results == 1 else " few" if p.results <= 4 else ""
-        return f"planar phases{few}", {
-            **parts, "stored": stored, "conflict": stored if pages else 0, "phase": p.dims.groups * p.phases,
-            "far": numbers if p.step > 2 else 0,
-        }  # fmt: skip
+        parts |= {"stored": stored, "conflict": stored if pages else 0, "far": numbers if p.step > 2 else 0}
+        if p.results == 1:  # a tile is a column of seven vectors of a phase
+            rows = math.ceil(p.dims.input_size[1] / p.dims.stride[1])
+            parts["product"] = p.images * p.wide * _up(rows, 7) / rows * terms
+        return f"planar phases{few}", {**parts, "phase": p.dims.groups * p.phases}
     parts |= {"strided": cells if p.step == 2 else 0, "far": cells if p.step > 2 else 0}
     if p.results == 1:  # a tile is a column of seven vectors
         tall = _up(p.made_rows, 7) * _up(p.columns, p.machine.lanes)
@@ -470,13 +469,8 @@ def _planar_weights(w: Weights) -> tuple[str, Parts] | None:
     filled = (
         _up(d.reduction, VECTOR) / d.reduction * w.lanes / w.filters * _up(d.output_size[2], PIECES) / d.output_size[2]
     )
-    how = (
-        " in place"
-        if d.taps == 1
-        else " pieces"
-        if w.channels <= 4 and d.reduction >= 49 and _pays(w.machine, filled)
-        else ""
-    )
+    how = " pieces" if w.channels <= 4 and d.reduction >= 49 and _pays(w.machine, filled) else ""
+    how = " in place" if d.taps == 1 else how
     cells = w.images * w.channels * w.cells
     return "planar" + how, {
         "product": w.images * w.wide * _up(w.filters, 6) * _up(d.reduction, 4),
