@@ -4,6 +4,8 @@ A row is a name and three facts: algorithm, engine, ``supports(op, dims, precisi
 other is the reason for a no. A reason that starts with "slower" only keeps a row from being chosen: asked for by name,
 it runs.
 
+Of the native rows that one says yes which takes least time by the model of ``costs``.
+
 To add an algorithm: one file per engine in ``kernels/`` and one row here. Tests and benchmarks loop over these lists.
 (oneDNN arranges its implementations like this, in ``cpu_convolution_list.cpp``.)
 """
@@ -98,7 +100,7 @@ def _native(algorithm: str, only: str = "") -> Callable[..., str]:
             return only
         best = min(times, key=lambda name: times[name])
         more = times[algorithm] / times[best] if times[best] else 1.0
-        return f"slower than {best}: about {more:.1f} times its {times[best] / 1000:.0f} us" if more > 1 else ""
+        return f"slower than {best}: about {more:.2f} times as long" if more > 1 else ""
 
     return reason
 
