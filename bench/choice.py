@@ -5,7 +5,8 @@
     python -m fastconv.bench.choice fit times.jsonl         make src/fastconv/costs.json from the times
 
 ``measure`` is for one instruction set (``FASTCONV_ISA``), precision and layout, and may be called again for the same
-layers: the least time counts, which a busy machine needs. ``fit`` replaces what the times are of and leaves the rest.
+layers: the least time counts, which a busy machine needs. ``fit`` replaces the operations of the machines that the
+times are of, and leaves the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +24,8 @@ import numpy as np
 import fastconv as fc
 from fastconv import costs, registry, runtime
 from fastconv.dims import ConvDims, conv_dims
+
+from .timing import take_turns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -177,16 +179,10 @@ def _calls(layer: Layer, precision: str, channels_last: bool) -> Iterator[tuple[
         yield op, calls
 
 
-def _time(call: Callable[[], Array]) -> float:
-    """Return the seconds of the fastest call of a turn."""
-    least, end = math.inf, time.perf_counter() + TURN
-    while True:
-        start = time.perf_counter()
-        call()
-        stop = time.perf_counter()
-        least = min(least, stop - start)
-        if stop > end:
-            return least
+def _fastest(calls: Mapping[str, Callable[[], Array]], repeat: int) -> Seconds:
+    """Return the seconds of each one's fastest call."""
+    timings = take_turns(list(calls.values()), repeat, TURN)
+    return {name: timing.minimum for name, timing in zip(calls, timings, strict=True)}
 
 
 def measure(layer: Layer, precision: str, channels_last: bool) -> Iterator[tuple[str, Seconds]]:
@@ -194,12 +190,9 @@ def measure(layer: Layer, precision: str, channels_last: bool) -> Iterator[tuple
     for op, calls in _calls(layer, precision, channels_last):
         for call in calls.values():
             call()
-        seconds = {name: _time(call) for name, call in calls.items()}
-        for _ in range(2):
-            for name, call in calls.items():
-                if seconds[name] <= FAR * min(seconds.values()):
-                    seconds[name] = min(seconds[name], _time(call))
-        yield op, seconds
+        seconds = _fastest(calls, 1)
+        near = {name: call for name, call in calls.items() if seconds[name] <= FAR * min(seconds.values())}
+        yield op, seconds | {name: min(value, seconds[name]) for name, value in _fastest(near, 2).items()}
 
 
 def load(paths: Iterable[Path]) -> dict[Key, Seconds]:
@@ -279,8 +272,11 @@ def _solve(counts: Array, known: list[Sample]) -> tuple[Array, float]:
 def fit_all(times: Mapping[Key, Seconds], costs_file: Path) -> None:
     """Put the times of the parts into a file."""
     table: dict[str, dict[str, dict[str, dict[str, float]]]] = json.loads(costs_file.read_text() or "{}")
-    for (machine, op, name), known in sorted(samples(times).items()):
-        table.setdefault(machine, {}).setdefault(op, {})[name] = fit(known)
+    known = samples(times)
+    for machine, op in {kind[:2] for kind in known}:
+        table.setdefault(machine, {})[op] = {}
+    for (machine, op, name), each in sorted(known.items()):
+        table[machine][op][name] = fit(each)
     costs_file.write_text(_text(table))
 
 

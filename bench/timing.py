@@ -31,10 +31,10 @@ class Timing(NamedTuple):
         return statistics.median(self.calls)
 
 
-def take_turns(calls: Sequence[Callable[[], Any]], repeat: int) -> list[Timing]:
+def take_turns(calls: Sequence[Callable[[], Any]], repeat: int, turn: float = TURN) -> list[Timing]:
     """Time each of ``calls`` in turn, ``repeat`` times around.
 
-    A turn is as many calls as fit into ``TURN``, at least one. The caller has made each call once before, so that
+    A turn is as many calls as fit into ``turn`` seconds, at least one. The caller has made each call once before, so that
     nothing is compiled here.
     """
     timings = [Timing([]) for _ in calls]
@@ -43,16 +43,16 @@ def take_turns(calls: Sequence[Callable[[], Any]], repeat: int) -> list[Timing]:
     try:
         for _ in range(repeat):
             for call, timing in zip(calls, timings, strict=True):
-                _take_turn(call, timing.calls)
+                _take_turn(call, timing.calls, turn)
     finally:
         if collecting:
             gc.enable()
     return timings
 
 
-def _take_turn(call: Callable[[], Any], seconds: list[float]) -> None:
+def _take_turn(call: Callable[[], Any], seconds: list[float], turn: float) -> None:
     """Append the seconds of each call of one turn; a result is freed outside of the time measured."""
-    end = time.perf_counter() + TURN
+    end = time.perf_counter() + turn
     while True:
         start = time.perf_counter()
         result = call()
