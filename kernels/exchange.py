@@ -1,4 +1,5 @@
-"""The gradient of the weights with image and gradients exchanged, for every engine that has such a gradient.
+"""The gradient of the weights with image and gradients exchanged, by any engine's kernel; ``registry.seen`` asks for it
+on engine "cython" only.
 
     grad_weight[k][c][t] = sum over pixels p of  grad_output[k][p] * input[c][p + t - pad]
                          = sum over cells  q of  input[c][q] * grad_output[k][q + t' - pad']
@@ -41,9 +42,15 @@ def weight_grad(
     dims: Any,
     options: Any,
 ) -> None:
-    """Fill ``grad_weight`` by a ``kernel``, as ``fastconv.kernels`` has it; ``other`` is ``dims``, exchanged."""
+    """Fill ``grad_weight`` by a ``kernel``, as ``fastconv.kernels`` has it; ``other`` is ``dims``, exchanged.
+
+    Exchanged, cells that a tap doesn't see are multiplied by zeros: what is not finite then comes the other way.
+    """
     turned = np.empty((dims.in_channels, dims.out_channels, *dims.kernel_size), grad_weight.dtype)
     kernel(grad_output, input, turned, None, other, options)
+    if not np.isfinite(turned).all():
+        kernel(input, grad_output, grad_weight, grad_bias, dims, options)
+        return
     grad_weight[...] = turned.swapaxes(0, 1)[:, :, ::-1, ::-1, ::-1]
     if grad_bias is not None:
         np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)

@@ -164,6 +164,7 @@ CONV_CASES = [
     ConvCase("2x2, nine pixels, groups", (3, 64, 2, 2), (34, 32, 2, 2), 1, 1, 1, 2),
     ConvCase("4x3, few pixels, stride 2, dilation 2", (2, 33, 7, 6), (50, 33, 4, 3), (1, 2), (0, 2), (2, 1)),
     ConvCase("signal, three pixels, stride 2", (9, 33, 7), (70, 33, 3), 2),
+    ConvCase("3x3, many images of few pixels", (9, 30, 4, 4), (20, 30, 3, 3), 1, 1),
     ConvCase("volume, few pixels", (2, 20, 2, 3, 3), (17, 20, 2, 2, 2)),
     ConvCase("3x3, nine pixels, many weights", (1, 260, 3, 3), (230, 260, 3, 3), 1, 1),
     ConvCase("1x1, one filter of many channels", (2, 70, 6, 7), (1, 70, 1, 1)),
@@ -188,6 +189,7 @@ CONV_CASES = [
     ConvCase("1x1, padding", (1, 3, 4, 4), (2, 3, 1, 1), 1, 1),
     ConvCase("1x1 of one pixel", (5, 40, 1, 1), (10, 40, 1, 1)),
     ConvCase("stride beyond the kernel", (2, 3, 13, 11), (4, 3, 2, 2), (5, 4)),
+    ConvCase("stride beyond the image", (2, 3, 6, 5), (4, 3, 3, 3), 10**6, (1, 0)),
     ConvCase("one filter, one channel, one pixel", (1, 1, 1, 1), (1, 1, 1, 1)),
     ConvCase("groups of two", (2, 6, 8, 8), (9, 2, 3, 3), 1, 1, 1, 3),
     ConvCase("groups of nine, stride 2", (1, 18, 9, 8), (20, 9, 3, 3), 2, 1, 1, 2),
@@ -355,6 +357,9 @@ POOL_CASES = [
     PoolCase("signal in parts", (2, 2, 8200), 2),
     PoolCase("rows of 70000", (1, 1, 2, 70001), 3, 2, 1),
     PoolCase("stride 3, padding", (1, 5, 22, 21), 4, 3, 2),
+    PoolCase("one column of windows, overlapping", (2, 64, 9, 3), 3, 2),
+    PoolCase("one window, of two that would overlap", (2, 33, 4, 4), 3, 2),
+    PoolCase("stride beyond the image", (2, 3, 5, 6), 3, 10**6),
     PoolCase("empty batch", (0, 3, 8, 8), 2),
 ]
 

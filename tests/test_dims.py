@@ -118,5 +118,14 @@ def test_every_pooling_window_starts_before_the_image_ends(
         assert (floor - 1) * stride + covered >= n + 2 * pad or floor * stride >= n + pad
 
 
+def test_a_stride_beyond_the_image_counts_as_the_first_that_has_no_second_position() -> None:
+    """So that nothing grows with it."""
+    image, weight = (1, 1, 5, 5), (1, 1, 3, 3)
+    for stride in (4, 5, 10**9):
+        assert conv_dims(image, weight, stride, 0, 1, 1) == conv_dims(image, weight, 3, 0, 1, 1)
+        assert max(pool_dims(image, 3, stride + 3, 1, 1, False).stride) <= 7
+    assert conv_dims(image, weight, 2, 0, 1, 1).output_size == (1, 2, 2)
+
+
 def test_the_stride_of_a_pooling_is_its_window_unless_it_is_given() -> None:
     assert pool_dims((1, 1, 9, 9), (2, 3), None, 0, 1, False).stride == (1, 2, 3)

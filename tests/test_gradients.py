@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import fastconv as fc
 from fastconv.registry import Row
 
 Function = Callable[[Array], Array]
+LAYOUTS = ("NCHW", "NHWC")
 
 
 def inner(a: Array, b: Array) -> float:
@@ -144,6 +146,70 @@ def test_transposed_convolution_and_its_gradients_are_adjoint(
     dx = getattr(fc.grad, f"conv_transpose{spatial}d_input")(x.shape, w, dy, **options)
     dw = getattr(fc.grad, f"conv_transpose{spatial}d_weight")(x, w.shape, dy, **options)
     assert_adjoint((y, dy), (x, dx), (w, dw))
+
+
+def transposed(spatial: int, layout: str, rng: np.random.Generator, **options: Any) -> dict[str, Callable[..., Array]]:
+    """A transposed convolution and its gradients by name; each takes what keywords there are beside ``options``."""
+    size, kernel = (5, 4, 3)[:spatial], (3, 2, 2)[:spatial]
+    x_shape, w_shape = ((2, *size, 4), (*kernel, 3, 4)) if layout == "NHWC" else ((2, 4, *size), (4, 3, *kernel))
+    x, w, b = rng.standard_normal(x_shape), rng.standard_normal(w_shape), rng.standard_normal(6)
+    options = {"stride": 2, "padding": 1, "groups": 2, "layout": layout, **options}
+    forward = getattr(fc, f"conv_transpose{spatial}d")
+    y = forward(x, w, b, **options)
+    return {
+        "output": partial(forward, x, w, b, **options),
+        "input": partial(getattr(fc.grad, f"conv_transpose{spatial}d_input"), x.shape, w, y, **options),
+        "weight": partial(getattr(fc.grad, f"conv_transpose{spatial}d_weight"), x, w.shape, y, **options),
+    }
+
+
+TRANSPOSED = pytest.mark.parametrize(("spatial", "layout"), [(n, layout) for n in (1, 2, 3) for layout in LAYOUTS])
+
+
+@TRANSPOSED
+def test_every_algorithm_computes_the_same_transposed_convolution(
+    general_row: Row, spatial: int, layout: str, rng: np.random.Generator
+) -> None:
+    ways = ({"engine": "numpy", "algorithm": "naive"}, {**how(general_row), "precision": "high"})
+    wanted, found = (transposed(spatial, layout, np.random.default_rng(0), **way) for way in ways)
+    for name, call in found.items():
+        np.testing.assert_allclose(call(), wanted[name](), rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@TRANSPOSED
+def test_a_transposed_convolution_goes_where_out_says(
+    engine: str, spatial: int, layout: str, rng: np.random.Generator
+) -> None:
+    """Every second element of a larger array; what lies between stays as it was."""
+    for call in transposed(spatial, layout, rng, engine=engine).values():
+        result = call()
+        large = np.full([2 * n for n in result.shape], 7.0)
+        out = large[(slice(None, None, 2),) * large.ndim]
+        assert call(out=out) is out
+        np.testing.assert_allclose(out, result, rtol=1e-13, atol=1e-13)
+        out[...] = 7
+        assert (large == 7).all()
+        with pytest.raises(ValueError, match="out must have shape"):
+            call(out=large)
+
+
+def test_out_of_a_transposed_convolution_may_be_its_input(engine: str, rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((2, 4, 6, 6)), rng.standard_normal((4, 4, 3, 3))
+    how: dict[str, Any] = {"padding": 1, "engine": engine}
+    for call in (
+        lambda a, out: fc.conv_transpose2d(a, w, **how, out=out),
+        lambda a, out: fc.grad.conv_transpose2d_input(a.shape, w, a, **how, out=out),
+    ):
+        wanted, a = call(x, None).copy(), x.copy()
+        np.testing.assert_array_equal(call(a, a), wanted)
+
+
+@TRANSPOSED
+def test_relu_is_applied_to_what_a_transposed_convolution_would_store(
+    engine: str, spatial: int, layout: str, rng: np.random.Generator
+) -> None:
+    call = transposed(spatial, layout, rng, engine=engine)["output"]
+    np.testing.assert_array_equal(call(activation="relu"), np.maximum(call(), 0))
 
 
 @for_every_row(

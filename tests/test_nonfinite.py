@@ -42,6 +42,8 @@ NAMES = (
     "7x7, few channels, rows of 46, 33 filters",
     "5x5, groups of few channels, stride 2 down",
     "6x7, stride 3 across, few channels",
+    "3x3, two filters, dilation 2, asymmetric padding",
+    "signal, one filter of many channels",
 )
 CASES = [case for case in CONV_CASES if case.name in NAMES]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from cases import POOL_CASES, Array, PoolCase, how
 
 import fastconv as fc
+from fastconv import registry
+from fastconv.dims import ConvDims
 from fastconv.registry import Row
 
 INF, NAN = np.inf, np.nan
@@ -185,11 +189,16 @@ def test_channels_last_pools_the_same(pool_row: Row) -> None:
     for case in POOL_CASES:
         x = case.image(np.float32)
         last, first = (0, *range(2, x.ndim), 1), (0, x.ndim - 1, *range(1, x.ndim - 1))
-        pool = getattr(fc, f"max_pool{case.spatial}d")
-        wanted = pool(x, *case.window, return_indices=True, **how(pool_row))
-        result = pool(x.transpose(last).copy(), *case.window, return_indices=True, layout="NHWC", **how(pool_row))
-        for a, b in zip(result, wanted, strict=True):
-            np.testing.assert_array_equal(a.transpose(first), b)
+        pool, gradient = getattr(fc, f"max_pool{case.spatial}d"), getattr(fc.grad, f"max_pool{case.spatial}d")
+        turned = x.transpose(last).copy()
+        for form in (True, "compact"):
+            wanted = pool(x, *case.window, return_indices=form, **how(pool_row))
+            result = pool(turned, *case.window, return_indices=form, layout="NHWC", **how(pool_row))
+            for a, b in zip(result, wanted, strict=True):
+                np.testing.assert_array_equal(a.transpose(first), b)
+            grad = gradient(turned.shape, result[1], result[0], *case.window, layout="NHWC", **how(pool_row))
+            there = gradient(x.shape, wanted[1], wanted[0], *case.window, **how(pool_row))
+            np.testing.assert_array_equal(grad.transpose(first), there)
 
 
 @pytest.mark.parametrize("width", [260, 259])
@@ -302,3 +311,80 @@ def test_pooling_of_an_image_without_a_batch_and_of_no_image(engine: str, functi
     assert y.dtype == dtype
     np.testing.assert_array_equal(y, pool(x[None], 2, 2, engine=engine)[0])
     assert pool(x[None][:0], 2, 2, engine=engine).shape == (0, *y.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average and max-blur pooling, and their gradients: where the channels are, and where results go
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def calls(x: Array, spatial: int, **options: Any) -> dict[str, Callable[..., Array]]:
+    """Poolings of ``x``, and gradients of it, by name; each takes what keywords there are beside ``options``."""
+    average, blur = getattr(fc, f"avg_pool{spatial}d"), getattr(fc, f"max_blur_pool{spatial}d")
+    average_grad, blur_grad = getattr(fc.grad, f"avg_pool{spatial}d"), getattr(fc.grad, f"max_blur_pool{spatial}d")
+    window = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False, **options}
+    step = {"kernel_size": 2, "stride": 2, **options}
+    blurred, winners = blur(x, **step, return_indices="compact")
+    return {
+        "average": partial(average, x, **window),
+        "average's gradient": partial(average_grad, x.shape, average(x, **window), **window),
+        "blur": partial(blur, x, **step),
+        "blur's gradient": partial(blur_grad, x.shape, winners, blurred, **step),
+    }
+
+
+CALLS = ("average", "average's gradient", "blur", "blur's gradient")
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, None])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("name", CALLS)
+def test_channels_last_is_only_a_transposition(
+    general_row: Row, name: str, spatial: int, batch: int | None, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((2, 5, *(9, 8, 7)[:spatial]))
+    x = x[0] if batch is None else x[:batch]
+    channels = x.ndim - spatial - 1
+    first = calls(x, spatial, **how(general_row))[name]()
+    last = calls(np.moveaxis(x, channels, -1).copy(), spatial, layout="NHWC", **how(general_row))[name]()
+    np.testing.assert_allclose(np.moveaxis(last, -1, channels), first, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("name", CALLS)
+def test_averages_and_blurs_go_where_out_says(
+    general_row: Row, name: str, spatial: int, rng: np.random.Generator
+) -> None:
+    """Every second element of a larger array; what lies between stays as it was."""
+    for layout in ("NCHW", "NHWC"):
+        x = rng.standard_normal((2, 5, 8, 7, 6)[: spatial + 2])
+        call = calls(x, spatial, layout=layout, **how(general_row))[name]
+        result = call()
+        large = np.full([2 * n for n in result.shape], 7.0)
+        out = large[(slice(None, None, 2),) * large.ndim]
+        assert call(out=out) is out
+        np.testing.assert_allclose(out, result, rtol=1e-13, atol=1e-14)
+        out[...] = 7
+        assert (large == 7).all()
+        with pytest.raises(ValueError, match="out must have shape"):
+            call(out=large)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_choice_of_an_algorithm_knows_where_the_channels_are(
+    name: str, layout: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def select(op: str, dims: Any, *args: Any) -> Row:
+        seen.append(dims)
+        return registry.select(op, dims, *args)
+
+    call = calls(rng.standard_normal((1, 15, 14, 13)), 2, layout=layout)[name]
+    for module in (fc.functional, fc.grad):
+        for plan in ("kernel", "_avg_pool_plan"):
+            getattr(module, plan).cache_clear()
+    monkeypatch.setattr(fc.functional, "select", select)
+    call()
+    assert [dims.channels_last for dims in seen if isinstance(dims, ConvDims)] == [layout == "NHWC"]

@@ -133,6 +133,17 @@ def _reversed(array: Array) -> Array:
     return array[back].copy()[back]
 
 
+def _reversed_along(axis: int, array: Array) -> Array:
+    return np.flip(np.ascontiguousarray(np.flip(array, axis)), axis)
+
+
+def _part(array: Array) -> Array:
+    """Rows of a much wider array."""
+    big = np.full((*array.shape[:-1], 9 * array.shape[-1]), np.nan, array.dtype)
+    big[..., : array.shape[-1]] = array
+    return big[..., : array.shape[-1]]
+
+
 def _read_only(array: Array) -> Array:
     view = array.copy()
     view.flags.writeable = False
@@ -169,6 +180,9 @@ FORMS: dict[str, Callable[[Array], Array]] = {
     "channels last": lambda array: np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1),
     "strided": _strided,
     "reversed": _reversed,
+    "reversed channels": partial(_reversed_along, 1),
+    "reversed rows": partial(_reversed_along, -2),
+    "part of rows": _part,
     "read-only": _read_only,
     "unaligned": _unaligned,
     "fields of records": _odd_record,
@@ -183,6 +197,7 @@ FORM_CASES = named(
     "groups of two",
     "depthwise",
     "1x1",
+    "1x1 of few channels and filters",
     "signal, three pixels, stride 2",
 )
 
@@ -205,7 +220,7 @@ def test_pooling_reads_memory_of_every_kind(form: str, pool_row: Row, dtype: Any
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2, 3), (0, 1, 2, 3)])
-@for_every_row(named("3x3, stride 2", "3x3 of one more than a tile"))
+@for_every_row(named("3x3, stride 2", "3x3 of one more than a tile", "1x1 of few channels and filters"))
 def test_convolution_of_broadcast_arrays(row: Row, case: ConvCase, axes: tuple[int, ...], dtype: Any) -> None:
     def spread(array: Array) -> Array:
         return np.broadcast_to(array[tuple(slice(0, 1) if i in axes else slice(None) for i in range(4))], array.shape)

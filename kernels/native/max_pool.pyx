@@ -64,7 +64,7 @@ cdef bint _can_gather(const Pool *p) noexcept nogil:
     cdef int axis
     cdef Py_ssize_t fewest = min(<Py_ssize_t>p.kernels.lanes, SHORT)
     for axis in range(5):
-        if p.y.stride[axis] != p.winners.stride[axis] and p.y.size[axis] > 1:
+        if p.y.stride[axis] != p.winners.stride[axis]:
             return False
     for axis in range(3):
         if (p.kernel[axis] - 1) * p.dilation[axis] >= p.stride[axis]:

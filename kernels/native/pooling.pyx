@@ -25,6 +25,9 @@ cdef void make_pool(Pool *p, cnp.ndarray x, cnp.ndarray y, winners, dims, option
     if winners is not None:
         make_view(&p.winners, winners)
         p.winner_item = <int>cnp.PyArray_ITEMSIZE(winners)
+        for axis in range(5):
+            if p.y.size[axis] == 1:  # any will do, but windows beside it are reached by that of the other array
+                p.winners.stride[axis] = p.y.stride[axis]
     p.taps = 1
     cells = p.y.size[0] * p.y.size[1]
     for axis in range(3):

@@ -116,11 +116,11 @@ class PoolDims(NamedTuple):
         depth, height, width = self.kernel_size
         return depth * height * width
 
-    def as_depthwise(self) -> ConvDims:
+    def as_depthwise(self, channels_last: bool) -> ConvDims:
         """Return the convolution that visits the same windows, one filter for each channel."""
         return ConvDims(
             self.spatial, self.batch, self.channels, self.channels, self.channels, self.input_size, self.kernel_size,
-            self.stride, self.pad_before, self.pad_after, self.dilation, self.output_size,
+            self.stride, self.pad_before, self.pad_after, self.dilation, self.output_size, channels_last,
         )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def conv_dims(
     batch, in_channels, *size = input_shape
     out_channels, group_in_channels, *kernel = weight_shape
     groups = integer(groups, "groups", 1)
-    strides = per_dimension(stride, spatial, "stride", 1)
+    strides = list(per_dimension(stride, spatial, "stride", 1))
     dilations = per_dimension(dilation, spatial, "dilation", 1)
     if min(kernel) < 1 or out_channels < 1 or group_in_channels < 1:
         raise ValueError(f"{weight_name} must have no empty dimension, got shape {tuple(weight_shape)}")
@@ -288,6 +288,7 @@ def conv_dims(
                 f"are less than the {d * (k - 1) + 1} that the kernel ({k}, dilation {d}) covers"
             )
         output.append(room // s + 1)
+        strides[axis] = min(s, room + 1)  # a longer one has no second position either
     return ConvDims(
         spatial, batch, in_channels, out_channels, groups,
         _triple(size, 1), _triple(kernel, 1), _triple(strides, 1),
@@ -448,7 +449,7 @@ def pool_dims(
         raise ValueError(f"{input_name} must have no empty dimension but the batch, got shape {tuple(input_shape)}")
     if math.prod(kernel) > 2**16:
         raise ValueError(f"kernel_size must have at most 65536 cells, got {kernel}")
-    output, after = [], []
+    output, after, steps = [], [], []
     for axis, (n, k, s, p, d) in enumerate(zip(size, kernel, strides, pads, dilations, strict=True)):
         covered = d * (k - 1) + 1
         if 2 * p > covered:
@@ -463,9 +464,10 @@ def pool_dims(
                 f"are less than the {covered} that the window ({k}, dilation {d}) covers"
             )
         output.append(count)
+        steps.append(min(s, n + 2 * p) if count == 1 else s)  # a longer one has no second position either
         after.append(max((count - 1) * s + covered - p - n, 0))
     return PoolDims(
         spatial, batch, channels,
-        _triple(size, 1), _triple(kernel, 1), _triple(strides, 1), _triple(pads, 0), _triple(after, 0),
+        _triple(size, 1), _triple(kernel, 1), _triple(steps, 1), _triple(pads, 0), _triple(after, 0),
         _triple(dilations, 1), _triple(output, 1),
     )  # fmt: skip

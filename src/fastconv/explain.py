@@ -42,7 +42,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     ----------
     op : str
         Name of a function: "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "conv2d_input", "conv2d_weight",
-        and the same in 1-D and 3-D.
+        and the same in 1-D and 3-D; the last two may have their module's name before them, "grad.conv2d_input".
     *args, **kwargs
         The arguments of that function; an array may be given by its shape alone.
 
@@ -66,7 +66,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     numpy    naive    yes
     """
     name = op.removeprefix("grad.") if isinstance(op, str) else op
-    if name not in _GRADIENTS | _OPERATIONS:
+    if name not in (_GRADIENTS | _OPERATIONS if name == op else _GRADIENTS):
         raise ValueError(f"op must be one of {', '.join(sorted(_GRADIENTS | _OPERATIONS))}, got {op!r}")
     function: Callable[..., Any] = getattr(grad if name in _GRADIENTS else functional, name)
     call = inspect.signature(function).bind(*args, **kwargs)
@@ -92,7 +92,7 @@ def _dims(name: str, call: dict[str, Any]) -> tuple[str, ConvDims | PoolDims]:
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
         sizes = [call.get(key, 1) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
         pool = pool_dims(plain_shape(x, spatial), *sizes)
-        return ("max_pool_forward", pool) if operation == "max_pool" else ("conv_forward", pool.as_depthwise())
+        return ("max_pool_forward", pool) if operation == "max_pool" else ("conv_forward", pool.as_depthwise(last))
     image, weight = _shapes(call, spatial, last)
     names = [key for key in ("stride", "padding", "dilation", "groups", "output_padding") if key in call]
     geometry = dict(zip(names, freeze(tuple(names), *[call[key] for key in names]), strict=True))

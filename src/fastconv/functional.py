@@ -284,7 +284,7 @@ def conv2d(
     precision : {"highest", "high", "medium"}, optional
         Promise about error: no worse than plain float32 accumulation, 1e-5, 1e-2. Default: that of the context.
     algorithm : str, optional
-        "direct", "im2col" or "naive" instead of the registry's choice; see `explain`.
+        "winograd", "planar", "direct", "im2col" or "naive" instead of the registry's choice; see `explain`.
     engine : {"cython", "numba", "numpy"}, optional
         Default: that of the context, or the best there is.
     out : ndarray, optional
@@ -752,29 +752,26 @@ class Averaging(NamedTuple):
     divisors: Array | None  #: what sums are divided by, broadcastable to (OD, OH, OW); None if that is in the weight
 
 
-def averaging(dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any]) -> Averaging:
-    """Return the convolution that computes averages.
+def averaging(
+    dims: PoolDims, count_include_pad: bool, divisor_override: int | None, dtype: np.dtype[Any], last: bool
+) -> Averaging:
+    """Return the convolution that computes averages of images in the caller's layout.
 
     Its weight is 1, or the reciprocal of what all sums are divided by if that is a power of two: such a weight rounds
     nothing, and leaves nothing to divide by.
     """
-    divisor = None
-    if divisor_override is not None:
-        divisor = integer(divisor_override, "divisor_override", -(2**31))
-        if divisor == 0:
+    if divisor_override is None:
+        divisors = _window_counts(dims, count_include_pad)
+    else:
+        divisors = np.full((1, 1, 1), float(integer(divisor_override, "divisor_override", -(2**31))))
+        if not divisors.all():
             raise ValueError("divisor_override must not be 0, got 0")
-    return _averaging(dims, bool(count_include_pad), divisor, dtype)
-
-
-@lru_cache
-def _averaging(dims: PoolDims, count_include_pad: bool, divisor: int | None, dtype: np.dtype[Any]) -> Averaging:
-    divisors = _window_counts(dims, count_include_pad) if divisor is None else np.full((1, 1, 1), float(divisor))
     if divisors.size and (divisors == divisors.flat[0]).all():
         divisors = divisors[:1, :1, :1]
     exact = divisors.size == 1 and abs(math.frexp(divisors.item())[0]) == 0.5
     weight = np.asarray(1 / divisors.item() if exact else 1, dtype)
     weights = np.broadcast_to(weight, (dims.channels, 1, *dims.kernel_size))
-    return Averaging(dims.as_depthwise(), weights, None if exact else divisors.astype(dtype))
+    return Averaging(dims.as_depthwise(last), weights, None if exact else divisors.astype(dtype))
 
 
 def _window_counts(dims: PoolDims, count_include_pad: bool) -> Array:
@@ -828,7 +825,7 @@ def _avg_pool_plan(
     image = image_axes(x, "input", spatial, last)
     kernel_size, stride, padding, divisor = geometry
     pool = pool_dims(first_shape(x, spatial, last), kernel_size, stride, padding, 1, ceil_mode)
-    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype, last)
     shape = result_shape(pool, pool.channels, pool.output_size, len(x), last)
     engine, precision, threads = setting
     chosen = kernel("conv_forward", dims, engine, algorithm, precision)
@@ -955,13 +952,15 @@ class BlurPlan(NamedTuple):
     weight: Array  #: (C, 1, KD, KH, KW) binomial filter
 
 
-def blur_plan(x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any]) -> BlurPlan:
-    """Return the plan of a max-blur pooling of an image of the (N, C, *spatial) shape x."""
-    return _blur_plan(x, freeze(BLUR, kernel_size, stride, filter_size), dtype)
+def blur_plan(
+    x: tuple[int, ...], kernel_size: Ints, stride: Ints, filter_size: int, dtype: np.dtype[Any], last: bool
+) -> BlurPlan:
+    """Return the plan of a max-blur pooling of an image of the (N, C, *spatial) shape x in the caller's layout."""
+    return _blur_plan(x, freeze(BLUR, kernel_size, stride, filter_size), dtype, last)
 
 
 @lru_cache
-def _blur_plan(x: tuple[int, ...], geometry: tuple[Any, ...], dtype: np.dtype[Any]) -> BlurPlan:
+def _blur_plan(x: tuple[int, ...], geometry: tuple[Any, ...], dtype: np.dtype[Any], last: bool) -> BlurPlan:
     kernel_size, stride, filter_size = geometry
     spatial = len(x) - 2
     size = integer(filter_size, "filter_size", 1)
@@ -974,7 +973,7 @@ def _blur_plan(x: tuple[int, ...], geometry: tuple[Any, ...], dtype: np.dtype[An
     borders = tuple(((len(r) - 1) // 2, len(r) // 2) for r in rows)
     padded = tuple(n + sum(b) for n, b in zip(dense.output_size, borders, strict=True))
     shape = (x[0], x[1], *padded[3 - spatial :])
-    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, stride, 0, 1, x[1])
+    blur = conv_dims(shape, (x[1], 1) + (size,) * spatial, stride, 0, 1, x[1], last)
     return BlurPlan(dense, blur, borders, np.broadcast_to(cube, (x[1], 1, *cube.shape)))
 
 
@@ -991,21 +990,22 @@ def _max_blur_pool(
     filter_size: int,
     return_indices: Indices,
     layout: str,
+    algorithm: str | None,
     engine: str | None,
     out: Array | None,
 ) -> Any:
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
-    plan = blur_plan(plain_shape(x, spatial), kernel_size, stride, filter_size, x.dtype)
+    plan = blur_plan(plain_shape(x, spatial), kernel_size, stride, filter_size, x.dtype, last)
     blur = plan.blur
     result = allocate(out, result_shape(blur, blur.out_channels, blur.output_size, input.ndim, last), x)
     dense = _max_pool(spatial, input, kernel_size, 1, 0, 1, False, return_indices, layout, None, engine, None)
-    maxima = as_image(dense[0] if return_indices else dense, "input", spatial, last)
-    for axis, (before, after) in enumerate(plan.borders, start=2):
+    maxima = dense[0] if return_indices else dense
+    for axis, (before, after) in zip(image_axes(input.shape, "input", spatial, last)[2:], plan.borders, strict=True):
         if before or after:
             maxima = maxima.take(reflected(maxima.shape[axis], before, after), axis)
-    target = first_image(result, spatial, last)
-    run("conv_forward", blur, maxima, plan.weight, None, target, how=options(), engine=engine, algorithm=None)
+    image, target = first_image(maxima, spatial, last), first_image(result, spatial, last)
+    run("conv_forward", blur, image, plan.weight, None, target, how=options(), engine=engine, algorithm=algorithm)
     blurred = deliver(result, out)
     return (blurred, dense[1]) if return_indices else blurred
 
@@ -1018,6 +1018,7 @@ def max_blur_pool1d(
     *,
     return_indices: Indices = False,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Any:
@@ -1029,7 +1030,7 @@ def max_blur_pool1d(
     >>> fc.max_blur_pool1d(np.array([[[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]]), 2, 2)
     array([[[1.  , 0.25, 0.  ]]])
     """
-    return _max_blur_pool(1, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)
+    return _max_blur_pool(1, input, kernel_size, stride, filter_size, return_indices, layout, algorithm, engine, out)
 
 
 def max_blur_pool2d(
@@ -1040,6 +1041,7 @@ def max_blur_pool2d(
     *,
     return_indices: Indices = False,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Any:
@@ -1061,8 +1063,8 @@ def max_blur_pool2d(
         Size of the blur, 1 (none) to 64.
     return_indices : bool or "compact"
         Return the indices of the dense maxima, too, for `fastconv.grad.max_blur_pool2d`.
-    layout, engine, out
-        As in `conv2d`.
+    layout, algorithm, engine, out
+        As in `conv2d`; the algorithm is that of the blur, a depthwise convolution.
 
     Returns
     -------
@@ -1084,7 +1086,7 @@ def max_blur_pool2d(
     >>> fc.max_blur_pool2d(np.ones((1, 3, 32, 32), np.float32), 2, 2).shape
     (1, 3, 16, 16)
     """
-    return _max_blur_pool(2, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)
+    return _max_blur_pool(2, input, kernel_size, stride, filter_size, return_indices, layout, algorithm, engine, out)
 
 
 def max_blur_pool3d(
@@ -1095,6 +1097,7 @@ def max_blur_pool3d(
     *,
     return_indices: Indices = False,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Any:
@@ -1106,4 +1109,4 @@ def max_blur_pool3d(
     >>> fc.max_blur_pool3d(np.ones((1, 2, 9, 9, 9)), 2, 2).shape
     (1, 2, 4, 4, 4)
     """
-    return _max_blur_pool(3, input, kernel_size, stride, filter_size, return_indices, layout, engine, out)
+    return _max_blur_pool(3, input, kernel_size, stride, filter_size, return_indices, layout, algorithm, engine, out)

@@ -105,9 +105,10 @@ def _check_grad_output(
 ) -> None:
     """Raise ValueError unless the gradient, of that shape, is as an image of that size in the caller's layout."""
     wanted = image_shape(batch, channels, size, spatial, last)
-    got = grad if len(grad) == len(wanted) else (1, *grad)
-    if got != wanted:
-        raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {got}")
+    if batch == 1 and len(grad) < len(wanted):
+        wanted = wanted[1:]
+    if grad != wanted:
+        raise ValueError(f"grad_output must have the shape of the output, {wanted}, got {grad}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +559,8 @@ def _transpose_dims(
 
 def _conv_transpose_input(
     spatial: int, input_size: Size, weight: Array, grad_output: Array, stride: Ints, padding: Any,
-    output_padding: Ints, groups: int, dilation: Ints, layout: str, engine: str | None,
+    output_padding: Ints, groups: int, dilation: Ints, layout: str, precision: str | None, algorithm: str | None,
+    engine: str | None, out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
@@ -568,15 +570,17 @@ def _conv_transpose_input(
     geometry = freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation)
     kernel_shape = plain_shape(w, spatial)
     dims = _transpose_dims(first_shape(shape, spatial, last), kernel_shape, grad_output.shape, geometry, spatial, last)
-    result = empty(shape, g.dtype)
+    how = options(None, precision)
+    result = allocate(out, shape, g, w)
     target = first_image(result, spatial, last)
-    run("conv_forward", dims, g, w, None, target, how=options(), engine=engine, algorithm=None)
-    return result
+    run("conv_forward", dims, g, w, None, target, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out)
 
 
 def _conv_transpose_weight(
     spatial: int, input: Array, weight_size: Size, grad_output: Array, stride: Ints, padding: Any,
-    output_padding: Ints, groups: int, dilation: Ints, layout: str, engine: str | None,
+    output_padding: Ints, groups: int, dilation: Ints, layout: str, precision: str | None, algorithm: str | None,
+    engine: str | None, out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     x = as_image(input, "input", spatial, last)
@@ -587,10 +591,11 @@ def _conv_transpose_weight(
     small = plain_shape(x, spatial)
     kernel_shape = first_weight_shape(shape, spatial, last)
     dims = _transpose_dims(small, kernel_shape, grad_output.shape, geometry, spatial, last)
-    result = empty(shape, x.dtype)
+    how = options(None, precision)
+    result = allocate(out, shape, x, g)
     target = arrange(result, weight_axes(shape, "weight", spatial, last))
-    run("conv_weight_grad", dims, g, x, target, None, how=options(), engine=engine, algorithm=None)
-    return result
+    run("conv_weight_grad", dims, g, x, target, None, how=how, engine=engine, algorithm=algorithm)
+    return deliver(result, out)
 
 
 def conv_transpose1d_input(
@@ -604,7 +609,10 @@ def conv_transpose1d_input(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose1d` with respect to its input; as `conv_transpose2d_input`.
 
@@ -614,8 +622,10 @@ def conv_transpose1d_input(
     >>> fc.grad.conv_transpose1d_input((1, 1, 3), np.ones((1, 1, 2)), np.ones((1, 1, 6)), stride=2)
     array([[[2., 2., 2.]]])
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_input(1, input_size, weight, grad_output, *geometry, layout, engine)
+    return _conv_transpose_input(
+        1, input_size, weight, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 def conv_transpose2d_input(
@@ -629,7 +639,10 @@ def conv_transpose2d_input(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose2d` with respect to its input: a convolution of ``grad_output``.
 
@@ -639,8 +652,10 @@ def conv_transpose2d_input(
         Shape of the input, (N, C, H, W) or (C, H, W); with ``layout="NHWC"`` channels last.
     weight, grad_output : ndarray, float32 or float64
         The weight, and the gradient of the loss with respect to the output.
-    stride, padding, output_padding, groups, dilation, layout, engine
+    stride, padding, output_padding, groups, dilation, layout, precision, algorithm, engine
         Those of the transposed convolution.
+    out : ndarray, optional
+        Array of shape ``input_size`` to store the result in.
 
     Returns
     -------
@@ -658,8 +673,10 @@ def conv_transpose2d_input(
     >>> fc.grad.conv_transpose2d_input((1, 8, 4, 4), np.ones((8, 3, 2, 2)), np.ones((1, 3, 8, 8)), stride=2).shape
     (1, 8, 4, 4)
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_input(2, input_size, weight, grad_output, *geometry, layout, engine)
+    return _conv_transpose_input(
+        2, input_size, weight, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 def conv_transpose3d_input(
@@ -673,7 +690,10 @@ def conv_transpose3d_input(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose3d` with respect to its input; as `conv_transpose2d_input`.
 
@@ -684,8 +704,10 @@ def conv_transpose3d_input(
     >>> fc.grad.conv_transpose3d_input((1, 1, 2, 2, 2), weight, grad_output, stride=2).max()
     np.float64(8.0)
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_input(3, input_size, weight, grad_output, *geometry, layout, engine)
+    return _conv_transpose_input(
+        3, input_size, weight, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 def conv_transpose1d_weight(
@@ -699,7 +721,10 @@ def conv_transpose1d_weight(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose1d` with respect to its weight; as `conv_transpose2d_weight`.
 
@@ -709,8 +734,10 @@ def conv_transpose1d_weight(
     >>> fc.grad.conv_transpose1d_weight(np.ones((1, 1, 3)), (1, 1, 2), np.ones((1, 1, 6)), stride=2)
     array([[[3., 3.]]])
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_weight(1, input, weight_size, grad_output, *geometry, layout, engine)
+    return _conv_transpose_weight(
+        1, input, weight_size, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 def conv_transpose2d_weight(
@@ -724,7 +751,10 @@ def conv_transpose2d_weight(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose2d` with respect to its weight.
 
@@ -734,8 +764,10 @@ def conv_transpose2d_weight(
         The input, and the gradient of the loss with respect to the output.
     weight_size : sequence of int
         Shape of the weight, (C, K/groups, KH, KW); with ``layout="NHWC"`` (KH, KW, K/groups, C).
-    stride, padding, output_padding, groups, dilation, layout, engine
+    stride, padding, output_padding, groups, dilation, layout, precision, algorithm, engine
         Those of the transposed convolution.
+    out : ndarray, optional
+        Array of shape ``weight_size`` to store the result in.
 
     Returns
     -------
@@ -753,8 +785,10 @@ def conv_transpose2d_weight(
     >>> fc.grad.conv_transpose2d_weight(np.ones((1, 8, 4, 4)), (8, 3, 2, 2), np.ones((1, 3, 8, 8)), stride=2).shape
     (8, 3, 2, 2)
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_weight(2, input, weight_size, grad_output, *geometry, layout, engine)
+    return _conv_transpose_weight(
+        2, input, weight_size, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 def conv_transpose3d_weight(
@@ -768,7 +802,10 @@ def conv_transpose3d_weight(
     dilation: Ints = 1,
     *,
     layout: str = "NCHW",
+    precision: str | None = None,
+    algorithm: str | None = None,
     engine: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Gradient of `fastconv.conv_transpose3d` with respect to its weight; as `conv_transpose2d_weight`.
 
@@ -779,8 +816,10 @@ def conv_transpose3d_weight(
     >>> fc.grad.conv_transpose3d_weight(image, (1, 1, 2, 2, 2), grad_output, stride=2).max()
     np.float64(8.0)
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_weight(3, input, weight_size, grad_output, *geometry, layout, engine)
+    return _conv_transpose_weight(
+        3, input, weight_size, grad_output, stride, padding, output_padding, groups, dilation,
+        layout, precision, algorithm, engine, out,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -981,7 +1020,7 @@ def _avg_pool_plan(
         first_shape(shape, spatial, last), kernel_size, stride, padding, 1, ceil_mode, input_name="input_size"
     )
     _check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
-    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype)
+    dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype, last)
     chosen = kernel("conv_input_grad", dims, engine, algorithm, precision)
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
 
@@ -1126,7 +1165,7 @@ def _fold(grad: Array, axis: int, border: tuple[int, int]) -> Array:
     n = grad.shape[axis] - before - after
     cells = reflected(n, before, after)
     rows = np.moveaxis(grad, axis, 0)
-    folded = rows[before : before + n].copy()
+    folded = rows[before : before + n].copy(order="K")
     for i in (*range(before), *range(before + n, len(rows))):
         folded[cells[i]] += rows[i]
     return np.moveaxis(folded, 0, axis)
@@ -1134,22 +1173,23 @@ def _fold(grad: Array, axis: int, border: tuple[int, int]) -> Array:
 
 def _max_blur_pool(
     spatial: int, input_size: Size, indices: Array, grad_output: Array, kernel_size: Ints, stride: Ints,
-    filter_size: int, layout: str, engine: str | None, out: Array | None,
+    filter_size: int, layout: str, algorithm: str | None, engine: str | None, out: Array | None,
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = as_image(grad_output, "grad_output", spatial, last)
     shape = _image_size(input_size, spatial, grad_output.ndim)
-    plan = blur_plan(first_shape(shape, spatial, last), kernel_size, stride, filter_size, g.dtype)
+    plan = blur_plan(first_shape(shape, spatial, last), kernel_size, stride, filter_size, g.dtype, last)
     blur, dense = plan.blur, plan.dense
     _check_grad_output(grad_output.shape, blur.batch, blur.out_channels, blur.output_size, spatial, last)
-    result = allocate(out, shape, g)
-    maxima = empty((blur.batch, blur.in_channels, *blur.input_size), g.dtype)
-    run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=None)
+    padded = empty(image_shape(blur.batch, blur.in_channels, blur.input_size, spatial, last), g.dtype)
+    maxima = first_image(padded, spatial, last)
+    run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=algorithm)
     for axis, border in enumerate(plan.borders, start=2):
         if any(border):
             maxima = _fold(maxima, axis, border)
     wanted = result_shape(dense, dense.channels, dense.output_size, grad_output.ndim, last)
     winners = _winners(indices, wanted, image_axes(shape, "input_size", spatial, last), dense)
+    result = allocate(out, shape, g, winners)
     target = first_image(result, spatial, last)
     run("max_pool_backward", dense, maxima, winners, target, how=options(), engine=engine, algorithm=None)
     return deliver(result, out)
@@ -1164,6 +1204,7 @@ def max_blur_pool1d(
     filter_size: int = 3,
     *,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -1177,7 +1218,9 @@ def max_blur_pool1d(
     >>> fc.grad.max_blur_pool1d(signal.shape, indices, np.ones_like(pooled), 2, 2)
     array([[[0.  , 1.25, 0.5 , 0.75, 0.5 , 0.  ]]])
     """
-    return _max_blur_pool(1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)
+    return _max_blur_pool(
+        1, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, algorithm, engine, out
+    )
 
 
 def max_blur_pool2d(
@@ -1189,6 +1232,7 @@ def max_blur_pool2d(
     filter_size: int = 3,
     *,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -1202,7 +1246,7 @@ def max_blur_pool2d(
         Those of the dense maxima, as `fastconv.max_blur_pool2d` returned them, in either form.
     grad_output : ndarray, float32 or float64
         Gradient of the loss with respect to the output, in the output's shape.
-    kernel_size, stride, filter_size, layout, engine
+    kernel_size, stride, filter_size, layout, algorithm, engine
         Those of the pooling.
     out : ndarray, optional
         Array of shape ``input_size`` to store the result in.
@@ -1229,7 +1273,9 @@ def max_blur_pool2d(
     >>> fc.grad.max_blur_pool2d(image.shape, indices, np.ones_like(pooled), 2, 2).sum()
     np.float64(16.0)
     """
-    return _max_blur_pool(2, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)
+    return _max_blur_pool(
+        2, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, algorithm, engine, out
+    )
 
 
 def max_blur_pool3d(
@@ -1241,6 +1287,7 @@ def max_blur_pool3d(
     filter_size: int = 3,
     *,
     layout: str = "NCHW",
+    algorithm: str | None = None,
     engine: str | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -1253,4 +1300,6 @@ def max_blur_pool3d(
     >>> fc.grad.max_blur_pool3d((1, 1, 4, 4, 4), indices, pooled, 2, 2).sum()
     np.float64(8.0)
     """
-    return _max_blur_pool(3, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, engine, out)
+    return _max_blur_pool(
+        3, input_size, indices, grad_output, kernel_size, stride, filter_size, layout, algorithm, engine, out
+    )

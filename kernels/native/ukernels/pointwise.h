@@ -12,19 +12,18 @@ static inline __attribute__((always_inline)) void FC(point_tile)(const fc_planes
 {
     V acc[FC(most)][FC(widest)];
     const T *const lines = to->out[0] + vectors * LANES;
-    const T *const end = cells + p->n_taps * step;
     UNROLL for (int f = 0; f < filters; f++)
         UNROLL for (int v = 0; v < vectors; v++) {
-            __builtin_prefetch(lines + f * p->out_filter + v * LANES, 1);
+            FC_FETCH_END(lines + f * p->out_filter + v * LANES, LANES, 1);
             acc[f][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
         }
-    for (; cells < end; cells += step, later += p->tap_row, weight += filters) {
+    for (ptrdiff_t t = p->n_taps; t > 0; t--, cells += step, later += p->tap_row, weight += filters) {
         V cell[FC(widest)];
         UNROLL for (int v = 0; v < vectors; v++) {
             cell[v] = whole ? *(const V *)(cells + v * LANES) : LOAD_LANES(to->some[v], cells + v * LANES);
             HELD(cell[v]);
             if (v < fetch)
-                __builtin_prefetch(later + v * LANES);
+                FC_FETCH_END(later + v * LANES, LANES, 0);
         }
         if (laid) {
             UNROLL for (int v = 0; v < vectors; v++)

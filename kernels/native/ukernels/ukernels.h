@@ -58,6 +58,13 @@ typedef struct {
     int apart; /* so many taps are summed by themselves and then added to c, for sums of sums have smaller errors; 0: all are */
 } fc_reduction;
 
+/* One with nothing but taps, whose numbers of a are neighbours. */
+static inline fc_reduction fc_reduction_over(const ptrdiff_t *taps, ptrdiff_t n_taps, ptrdiff_t depth)
+{
+    const fc_reduction over = {.taps = taps, .n_taps = n_taps, .depth = depth, .a_step = 1};
+    return over;
+}
+
 enum { FC_FLAT_ROWS = 3 };
 
 /* Runs of elements in a strided array: element i of run r is data[r * run + i * step]. */
@@ -399,6 +406,9 @@ void *fc_arena(int slot, size_t bytes);
 int fc_max_threads(void);
 int fc_usable_threads(int wanted);
 void fc_fence(void);
+
+/* Prefetch the line in which a vector of so many numbers ends; the one it begins in came with the vector before. */
+#define FC_FETCH_END(vector, lanes, stored) __builtin_prefetch((vector) + (lanes) - 1, stored)
 
 /* Ask for some neighbouring lines before they are needed. */
 static inline void fc_fetch(const void *first, ptrdiff_t bytes)
