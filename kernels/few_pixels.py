@@ -21,7 +21,8 @@ def has_few_pixels(op: str, dims: Any) -> bool:
     if dims.channels_last or dims.depthwise or reduction < LEAST_PRODUCTS or 8 * pixels * reduction > MOST_BYTES:
         return False
     if op == "conv_weight_grad":
-        return bool(0 < dims.batch * pixels <= 32 and reduction >= 48)
+        small = pixels <= 4 or (pixels <= 16 and reduction >= 256) or dims.batch * pixels <= 32
+        return bool(dims.batch > 0 and small and reduction >= 48)
     if op == "conv_input_grad":
         return bool(pixels <= 9)
     weights = reduction * dims.group_out_channels

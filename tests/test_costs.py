@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,33 @@ MACHINES = [
 on_machines = pytest.mark.parametrize("machine", MACHINES, ids=str)
 
 
+NATIVE = Path(__file__).parent.parent / "kernels" / "native"
+CONVOLUTIONS = [  # of all ways that there are to multiply
+    *(case.dims for case in CONV_CASES),
+    conv_dims((1, 16, 2, 2), (32, 1, 3, 3), 1, 1, 1, 16),
+    conv_dims((1, 16, 4, 4), (16, 1, 3, 3), 1, 1, 1, 16),
+    conv_dims((1, 1, 24, 24), (8, 1, 3, 3), 2, 1, 1, 1),
+    *(conv_dims((1, c, 40, 40), (k, c, 1, 1), 2, 0, 1, 1) for c, k in ((8, 8), (256, 32), (256, 256))),
+    *(conv_dims((1, c, 16, 16), (k, c, 1, 1), 1, 0, 1, 1) for c, k in ((32, 256), (256, 32), (256, 256))),
+]
+
+
 @on_machines
-def test_every_part_that_is_timed_is_counted(machine: costs.Machine) -> None:
-    times = costs.measured()[str(machine)]
+def test_what_is_timed_is_what_is_counted(machine: costs.Machine) -> None:
+    """Each algorithm, in each way of it to multiply, has times, and each part that has a time is counted."""
     counted: dict[tuple[str, str], set[str]] = {}
-    for case in CONV_CASES:
+    for dims in CONVOLUTIONS:
         for op in CONV_OPS:
             for algorithm in costs.ALGORITHMS:
-                made = costs.parts(op, algorithm, case.dims._replace(channels_last=machine.channels_last), machine)
-                if made is not None:
-                    assert all(count >= 0 for count in made[1].values()), f"{case.name}: {made}"
+                made = costs.parts(op, algorithm, dims._replace(channels_last=machine.channels_last), machine)
+                if made is not None and made[1]:  # else it can't, or leaves the problem to another
+                    assert all(count >= 0 for count in made[1].values()), f"{dims}: {made}"
                     counted.setdefault((op, made[0]), set()).update(made[1])
-    for (op, name), parts in counted.items():
-        if name in times[op]:
-            assert set(times[op][name]) <= parts, f"{op} by {name}"
-            assert all(0 < value < math.inf for value in times[op][name].values()), f"{op} by {name}"
+    times = {(op, name): parts for op, kinds in costs.measured()[str(machine)].items() for name, parts in kinds.items()}
+    assert set(times) == set(counted)
+    for kind, parts in times.items():
+        assert set(parts) <= counted[kind], kind
+        assert all(0 < value < math.inf for value in parts.values()), kind
 
 
 @on_machines
@@ -93,6 +106,50 @@ def made(op: str, algorithm: str, dims: Any, machine: costs.Machine) -> tuple[st
     found = costs.parts(op, algorithm, dims, machine, 1)
     assert found is not None
     return found
+
+
+def native(file: str, name: str) -> int:
+    """A constant of the drivers, where their sources are."""
+    if not (NATIVE / file).exists():
+        pytest.skip("the sources of the drivers are not here")
+    found = re.search(rf"^    {name} = (\d[\d_]*)(?: << (\d+))?\s*(?:#|$)", (NATIVE / file).read_text(), re.MULTILINE)
+    assert found is not None, f"{file} has no {name}"
+    return int(found[1]) << int(found[2] or 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "file", "name"),
+    [
+        (costs.SUMMED, "conv_planar.pyx", "TERMS"),
+        (4 * costs.PLANES, "conv_planar.pyx", "NEAR_BYTES"),
+        (costs.TOGETHER, "few_pixels.pyx", "ROWS"),
+        (costs.VECTOR, "blocking.pxd", "CHANNELS"),
+        (costs.VECTOR, "blocking.pyx", "SPLIT_CHANNELS"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_limits_are_those_of_the_drivers(limit: int, file: str, name: str) -> None:
+    assert limit == native(file, name)
+
+
+def test_digits_are_counted_where_the_drivers_use_them() -> None:
+    channels, terms = native("digits.pyx", "FEW_CHANNELS"), native("digits.pyx", "SUMMED")
+
+    def kind(channels: int, taps: int) -> str:
+        dims = conv_dims((1, channels, 20, 20), (64, channels, 1, taps), 1, 0, 1, 1)
+        return made("conv_forward", "direct", dims, costs.Machine("amx"))[0]
+
+    assert [kind(count, 9) for count in (channels, channels - 1)] == ["direct digits", "direct pieces"]
+    assert [kind(count, 2) for count in (terms // 2, terms // 2 - 1)] == ["direct digits", "direct pieces"]
+
+
+@pytest.mark.parametrize(("stride", "name"), [(1, "FEW_PIXELS"), (2, "COLUMN_PIXELS")])
+def test_columns_are_counted_where_the_driver_makes_them(stride: int, name: str) -> None:
+    most = native("conv_im2col.pyx", name)
+    for pixels, columns in ((most, True), (most + 1, False)):
+        dims = conv_dims((1, 40, 1, stride * pixels), (40, 40, 1, 1), stride, 0, 1, 1)
+        kind, _ = made("conv_input_grad", "im2col", dims, costs.Machine("avx2"))
+        assert kind.startswith("im2col columns") == columns
 
 
 def test_larger_images_take_longer() -> None:

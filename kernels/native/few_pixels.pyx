@@ -33,9 +33,10 @@ cdef enum:
     ROWS = 32               # pixels of some images that are computed together, if one has no more
     PATCH_BYTES = 3 << 18   # of their patches: part of L2
     PART_BYTES = 24 << 10   # of a part of them: half of L1
-    LEAST_PART = 192        # numbers of it
-    FILTERS = 48            # whose sums are lanes at a time
-    SUM_BYTES = 16 << 10    # of the columns that a part of grad_input is added up in
+    LEAST_PART = 512        # numbers of it
+    FILTERS = 48            # whose sums are lanes at a time, at most, ...
+    LEAST_FILTERS = 12      # ... and at least
+    SUM_BYTES = 16 << 10    # of these, and of the columns that a part of grad_input is added up in: part of L1
     TERMS = 8               # filters that are added up in registers: long runs of weights; ...
     MANY_TERMS = 16         # ... where an image has more than ...
     SUM_PIXELS = 4          # ... so many pixels, for whose sums adding to those in L1 takes too long
@@ -52,6 +53,7 @@ ctypedef struct Plan:
     Py_ssize_t part         # of the reduction, whose patches stay in L1
     Py_ssize_t pitch        # from row to row of patches: parts of rows don't share sets of L1
     Py_ssize_t terms        # filters that are added up in registers: the same for any batch
+    Py_ssize_t together     # filters whose sums are lanes at a time
     Py_ssize_t shares       # of filters, or channels, that tasks have
     char *weights
     const char *bias
@@ -76,6 +78,9 @@ cdef void _plan(Plan *plan, cnp.ndarray x, cnp.ndarray w, cnp.ndarray y, dims, o
     plan.part = max(<Py_ssize_t>LEAST_PART, PART_BYTES // (plan.images * plan.pixels * c.item) // line * line)
     plan.pitch = round_up(c.channels * c.taps, line)
     plan.pitch += ((plan.part - plan.pitch) % sets + sets) % sets
+    plan.together = FILTERS
+    while plan.together > LEAST_FILTERS and plan.together * plan.images * plan.pixels * c.kernels.lanes * c.item > SUM_BYTES:
+        plan.together //= 2
     plan.terms = MANY_TERMS if plan.pixels > SUM_PIXELS else TERMS
     plan.weights = c.w.data
     plan.step = c.w.stride[0]
@@ -139,7 +144,7 @@ def conv_forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output
     cdef Plan plan
     cdef Conv *c = &plan.c
     _plan(&plan, input, weight, output, dims, options)
-    _share(&plan, ceil_div(c.filters, <Py_ssize_t>FILTERS))
+    _share(&plan, ceil_div(c.filters, plan.together))
     plan.relu = options.activation == "relu"
     cdef char *memory = arena(FC_ARENA_WEIGHTS, c.groups * c.filters * c.item)
     if memory == NULL:
@@ -153,16 +158,16 @@ cdef int _forward_task(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t rows = plan.images * plan.pixels, image, images, filter
     cdef Task t
-    if _find_task(plan, number, FILTERS, c.filters, GATHERED * c.taps * plan.pixels * c.item,
-                  FILTERS * rows * (c.kernels.lanes + 1) * c.item, &t):
+    if _find_task(plan, number, plan.together, c.filters, GATHERED * c.taps * plan.pixels * c.item,
+                  plan.together * rows * (c.kernels.lanes + 1) * c.item, &t):
         return 1
     for image in range(rows):
         t.taps[image] = image * plan.pitch
     for image from 0 <= image < c.batch by plan.images:
         images = min(plan.images, c.batch - image)
         _lay_patches(plan, &t, image, images)
-        for filter from t.first <= filter < t.first + t.count by FILTERS:
-            _multiply(plan, &t, image, images, filter, min(<Py_ssize_t>FILTERS, t.first + t.count - filter))
+        for filter from t.first <= filter < t.first + t.count by plan.together:
+            _multiply(plan, &t, image, images, filter, min(plan.together, t.first + t.count - filter))
     return 0
 
 
@@ -175,13 +180,14 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssize_
     cdef const char *weights = plan.weights + (t.group * c.filters + filter) * plan.step * c.item
     cdef fc_planes planes
     _lay_row(&planes, t.taps, 0, plan.step)
-    planes.n_taps, planes.ahead = rows, plan.part
+    planes.n_taps = rows
     memset(t.sums, 0, <size_t>(filters * rows * lanes * c.item))
     if plan.bias != NULL:
         for i in range(filters * rows):
             memcpy(t.sums + i * lanes * c.item, plan.bias + (t.group * c.filters + filter + i // rows) * c.item, <size_t>c.item)
     for r from 0 <= r < reduction by plan.part:
         planes.columns = min(plan.part, reduction - r)
+        planes.ahead = plan.part if r + plan.part < reduction else filters * plan.step - r
         c.kernels.planar_weight(&planes, filters, weights + r * c.item, t.patches + r * c.item, t.sums)
     c.kernels.sum_lanes(t.sums, filters * rows, totals)
     _store(plan, t, image, images, filter, filters, totals)

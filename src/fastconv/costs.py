@@ -21,7 +21,8 @@ patch          a number of a patch, or of a column, which is one backwards; ``pa
 line, weight   a vector of packed weights; a number of the weights
 transform      a number that goes into products of Winograd's, ``tap`` if of the weights, ``back`` if out of them
 plain          a product where Winograd has no tile, in some phases of a stride
-gradient       a number of the gradients, as often as it is loaded or transformed
+gradient       a number of the gradients, as often as it is loaded or transformed; ``apart`` one of so many filters that
+               L1 lacks room for the next lines of all
 sum            a vector of sums, or, of the weights, a number; ``sum_row`` one for each row that it runs over
 number, row    a number of the result, a row of it
 scattered      one whose neighbours are of other phases; ``stored`` as often as its sum is; ``conflict`` if planes are
@@ -57,6 +58,10 @@ VECTOR = 16  #: channels that are packed side by side
 MOST_TERMS = 1024  #: of which planar keeps sums, in the gradient of the weights
 IMAGES = 2  #: that any batch counts as
 CACHED = 2**18  #: numbers of image, weights and result that L2 holds
+PLANE_ROWS, PLANES = 7, 2**13  #: rows of planes that planar has in L1, and numbers of them, ...
+SUMMED = 384  #: ... and the terms that it sums up at once
+TOGETHER = 32  #: pixels of small images whose weights' gradients are added up at once
+READ_ALONG = 256  #: filters whose gradients are read side by side, from L1
 PIECES, DIGITS = 32, 64  #: numbers that AMX's tile sums up at once, if it multiplies pieces or digits of them
 
 
@@ -245,7 +250,7 @@ def _planar(p: Problem) -> tuple[str, Parts]:
         "row": p.images * p.results * p.made_rows,
         "plane": p.images * p.summed,
         "filter": p.images * p.results,
-        "stored": numbers * (math.ceil(terms / 384) - 1),  # sums of more products go to memory in between
+        "stored": numbers * (math.ceil(p.summed / _planes_together(p)) - 1),  # else sums go to memory in between
         "group": p.images,
         "call": 1,
     }
@@ -267,6 +272,15 @@ def _planar(p: Problem) -> tuple[str, Parts]:
     if p.summed <= 4 and terms >= 49 and p.dims.dilation[1] == 1 and _pays(p.machine, filled):
         return "planar pieces", {**parts, "product": p.images * _up(p.results, 16) * p.wide * _up(terms, PIECES)}
     return f"planar{' few' if p.results <= 4 else ''}", parts
+
+
+def _planes_together(p: Problem) -> int:
+    """Return the channels that planar sums up at once, without phases: L1 has what some rows of results see of them."""
+    d, seen = p.dims, 1
+    for axis, size in enumerate(d.output_size if p.op == "conv_forward" else d.input_size):
+        size = min(size, (1, PLANE_ROWS, size)[axis])
+        seen *= (size - 1) * d.stride[axis] + d.dilation[axis] * (d.kernel_size[axis] - 1) + 1
+    return max(1, min(p.summed, max(4, min(SUMMED // d.taps, PLANES // seen))))
 
 
 def _im2col(p: Problem) -> tuple[str, Parts]:
@@ -293,6 +307,7 @@ def _im2col(p: Problem) -> tuple[str, Parts]:
             "product": p.images * _up(p.results * d.taps, 2) * filled * _up(p.summed, depth),
             "narrow": p.images * math.ceil(p.results * d.taps / 8) * filled * p.summed,
             "cell": p.images * p.summed * pixels,
+            "apart": p.images * max(0, p.summed - READ_ALONG) * pixels,
             "patch": columns,
             "patch_row": p.images * p.results * d.taps * d.output_size[0] * d.output_size[1],
             "strided": columns if p.step > 1 else 0,
@@ -491,7 +506,8 @@ def _im2col_weights(w: Weights) -> tuple[str, Parts]:
     patches, products = w.images * d.reduction * w.pixels, w.images * w.lanes * w.pixels * d.reduction
     parts: Parts = {"patch": patches, "group": w.images, "call": 1}
     if has_few_pixels("conv_weight_grad", d):
-        weights = d.groups * w.filters * d.reduction
+        passes = math.ceil(d.batch / (TOGETHER // w.pixels))  # over the gradients, each of some images
+        weights = d.groups * w.filters * d.reduction * passes
         return "im2col few", {**parts, "product": patches * w.filters, "weight": weights}
     in_place = d.taps == 1 and set(d.stride) == {1}
     return f"im2col{' in place' if in_place else ' depthwise' if d.depthwise else ''}", {
