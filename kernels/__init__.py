@@ -6,6 +6,10 @@ A kernel family is one algorithm in one engine, one module::
     jit/         engine "numba"    conv_direct.py  conv_im2col.py  conv_winograd.py  conv_planar.py  max_pool.py
     native/      engine "cython"   the same, and what they share; on ukernels/
 
+Beside these folders is what several engines, or kernels and the choice between them, share: ``interleave`` (the
+gradient of the input as convolutions of stride 1), ``exchange`` (the gradient of the weights with image and gradients
+exchanged), ``few_pixels`` (which layers have few pixels for their weights), ``winograd`` (the tile, and what it costs).
+
 The same algorithm has the same file name and the same function names in each engine::
 
     conv_forward(input, weight, bias, output, dims, options)

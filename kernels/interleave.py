@@ -11,6 +11,7 @@ inserted, no array is copied but the weights of a grouped convolution (whose swa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ import numpy as np
 
 Kernel = Callable[..., None]
 Index = tuple[Any, ...] | None  #: None: all of an array
+
+STRANDS = 16  #: phases of a stride that are merged, at most
 
 
 def swap_channels(weight: np.ndarray, groups: int) -> np.ndarray:
@@ -102,8 +105,19 @@ class Merged(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def merge(dims: Any) -> Merged:
-    """Merge the phases of a stride; a phase without taps is a sum of nothing."""
+def merge(dims: Any) -> Merged | None:
+    """Merge the phases of a stride; a phase without taps is a sum of nothing.
+
+    None where there is one phase, or are more than ``STRANDS``, or no taps, or many rows that none sees.
+    """
+    if not 1 < math.prod(dims.stride) <= STRANDS:
+        return None
+    merged = _merge(dims)
+    worth = len(merged.taps) and merged.kernel[0] <= 2 * dims.kernel_size[0]  # the cells of all depths are copied
+    return merged if worth else None
+
+
+def _merge(dims: Any) -> Merged:
     parts = dims.input_grad_parts()
     seen = [p for p in parts if p.dims is not None]
     first = [_first_cells(p) for p in seen]

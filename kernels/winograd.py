@@ -79,10 +79,7 @@ TERMS = {  #: that a sum must have for each of the runs; the axes of a tile may 
 }
 ROUNDED = 1.6  #: times as many terms for coarse tiles, where products are rounded before they are added
 PRODUCT = {16: 1.25, 32: 1.12, 64: 1.06}  #: time of a product of runs in those of other algorithms
-TRANSFORM = {  #: products that fit into the time of packing and transforming one number, or of transforming it back
-    "fused": 7,
-    "rounded": 7,
-}
+TRANSFORM = 7  #: products that fit into the time of packing and transforming one number, or of transforming it back
 
 
 class Split(NamedTuple):
@@ -238,7 +235,7 @@ def _cost(dims: Any, products: str, rows: Side, columns: Side, run: int) -> floa
     if products == "split":
         transforms = work.points * (SPLIT.transform * lanes + SPLIT.back * filters) + SPLIT.tap * taps
         return float(SPLIT.product * work.points * filters * channels + transforms + START)
-    transforms = TRANSFORM[products] * (work.points * (lanes + filters) + taps)
+    transforms = TRANSFORM * (work.points * (lanes + filters) + taps)
     return float(PRODUCT[run] * work.points * filters * channels + transforms + START)
 
 
@@ -248,5 +245,5 @@ def _weight_cost(dims: Any, rows: Side, columns: Side, run: int) -> float:
     channels = max(dims.group_in_channels, VECTOR)
     shared = channels * math.ceil(filters / SHARED) + filters * math.ceil(channels / SHARED)
     products = PRODUCT[run] * tiles * channels * filters
-    transforms = TRANSFORM["fused"] * tiles * shared + SUM_TRANSFORM * channels * filters
+    transforms = TRANSFORM * tiles * shared + SUM_TRANSFORM * channels * filters
     return float(rows.points * columns.points * (products + transforms))

@@ -56,7 +56,7 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, PIECES, Scales, digit_tile, measure, products
 from fastconv.kernels.native.machine cimport (
     FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_PATCH, FC_TINY, Memory, arena, fc_epilogue, fc_patches, fc_reduction,
-    fc_scales, fc_spread, fc_ukernels,
+    fc_reduction_over, fc_scales, fc_spread, fc_ukernels,
 )
 from fastconv.kernels.native.patches cimport first_cell
 
@@ -81,7 +81,7 @@ cdef enum:
     PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
     SHORT_SUM = 24              # products of a sum that take less time, as numbers, than copying it
     DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
-    STRANDS = 16                # phases of a stride whose sums for a chunk share L2
+    STRANDS = 16                # phases of a stride whose sums for a chunk share L2: as many as ``interleave`` merges
     APART = 1 << 15             # weights of a group: to copy so many takes longer than a call for each group
     PANELS = 32                 # whose accumulators for a chunk share L2 with the rest: 200 KB in float32
 
@@ -108,10 +108,8 @@ def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
         for group in interleave.each_group(grad_output, weight, bias, grad_input, dims):
             conv_input_grad(*group, options)
         return
-    merged = None
-    if not dims.depthwise and 1 < dims.stride[0] * dims.stride[1] * dims.stride[2] <= STRANDS:
-        merged = interleave.merge(dims)
-    if merged is None or not len(merged.taps) or merged.kernel[0] > 2 * dims.kernel_size[0]:  # of depths, all are packed
+    merged = None if dims.depthwise else interleave.merge(dims)
+    if merged is None:
         interleave.input_grad(conv_forward, grad_output, turn_weights(weight, dims), bias, grad_input, dims, options)
         return
     swapped = interleave.swap_channels(weight, dims.groups)
@@ -360,7 +358,7 @@ cdef void _pack_weights(Plan *plan, bias, kept) except *:
     """Pack bias and weights; what is ``kept`` from call to call is packed once, what is used once only where it is used."""
     cdef Conv *c = &plan.c
     cdef Py_ssize_t weight_bytes = c.groups * (
-        packed_weight_size(c) * c.packed + plan.channel_blocks * c.panels * scale_bytes(plan)
+        packed_weight_size(c) * c.packed + plan.channel_blocks * c.panels * _scale_bytes(plan)
     )
     cdef bint once = kept is None and c.batch * plan.blocks.count == 1 and c.out[1] * c.out[2] <= c.chunk
     cdef bint here = kept is None and not once
@@ -401,7 +399,7 @@ cdef int _pack_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     return 0
 
 
-cdef Py_ssize_t scale_bytes(const Plan *plan) noexcept nogil:
+cdef Py_ssize_t _scale_bytes(const Plan *plan) noexcept nogil:
     """What the scales of a panel's channel block take."""
     return sizeof(fc_scales) if plan.c.kernels.digits else 0
 
@@ -412,7 +410,7 @@ cdef char *_packed_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, P
     return plan.weights + (
         group * packed_weight_size(c) + b * plan.width * c.taps * c.panels * c.panel
         + panel * c.panel * min(plan.width, c.depth - b * plan.width) * c.taps
-    ) * c.packed + ((group * plan.channel_blocks + b) * c.panels + panel) * scale_bytes(plan)
+    ) * c.packed + ((group * plan.channel_blocks + b) * c.panels + panel) * _scale_bytes(plan)
 
 
 cdef bint _pack_block(const Plan *plan, Py_ssize_t group, Py_ssize_t panel, Py_ssize_t b, char *floats,
@@ -495,7 +493,7 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, con
         place_pixels(c, block, c.x.stride[3], c.x.stride[4], offsets)
         place_taps(c, c.dilation[0] * c.x.stride[2], c.x.stride[3], c.x.stride[4], taps)
         if c.folded:
-            first_of_rows(c, taps)
+            _first_of_rows(c, taps)
         return True
     if plan.patches:
         sizes = _pack_patches(plan, block, group, offsets, taps, floats, part)
@@ -513,7 +511,7 @@ cdef bint _pack_part(const Plan *plan, const Block *block, Py_ssize_t group, con
     else:
         tap_offsets(c, block, plan.width, taps)
     if c.folded:
-        first_of_rows(c, taps)
+        _first_of_rows(c, taps)
     return not sizes & FC_HUGE and sizes != FC_TINY
 
 
@@ -544,7 +542,7 @@ cdef int _split_part(const Plan *plan, const Block *block, const Grid *grid, Py_
         scale = plan.scale[(block.image * c.groups + group) * plan.channel_blocks + b]
     cdef Py_ssize_t down = max(<Py_ssize_t>1, plan.phases[0]), across = max(<Py_ssize_t>1, plan.phases[1])
     cdef Py_ssize_t row_bytes = block.wide * plan.width * c.item, cell_bytes = plan.width * c.packed
-    cdef Py_ssize_t band = band_rows(plan, block), d, h, y, x, rows, cell
+    cdef Py_ssize_t band = _band_rows(plan, block), d, h, y, x, rows, cell
     cdef int sizes = 0
     for d in range(c.kernel[0]):
         for h from 0 <= h < block.high by band:
@@ -573,7 +571,7 @@ cdef int _split_rows(const Conv *c, const char *floats, Py_ssize_t rows, Py_ssiz
     return 0
 
 
-cdef Py_ssize_t band_rows(const Plan *plan, const Block *block) noexcept nogil:
+cdef Py_ssize_t _band_rows(const Plan *plan, const Block *block) noexcept nogil:
     """Rows of a part that are packed, and then split, together."""
     return max(<Py_ssize_t>1, min(block.high, BAND_BYTES // (block.wide * plan.width * plan.c.item)))
 
@@ -600,12 +598,12 @@ cdef void _strand_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *taps) 
         cell += 4
 
 
-cdef Py_ssize_t patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
+cdef Py_ssize_t _patch_bytes(const Plan *plan, const Block *block) noexcept nogil:
     """What the part of the image that patches are taken from takes: numbers, pieces, and as much as is read beyond them."""
-    return seen_cells(plan, block) * (plan.c.item + plan.c.packed) + 2 * (plan.c.depth + plan.c.kernels.depth_step)
+    return _seen_cells(plan, block) * (plan.c.item + plan.c.packed) + 2 * (plan.c.depth + plan.c.kernels.depth_step)
 
 
-cdef Py_ssize_t seen_cells(const Plan *plan, const Block *block) noexcept nogil:
+cdef Py_ssize_t _seen_cells(const Plan *plan, const Block *block) noexcept nogil:
     """Cells that a block's patches are taken from, in whole steps of the tile."""
     cdef const Conv *of = &plan.of
     return round_up(part_cells(of, block.rows, block.columns) * of.channels, of.kernels.depth_step)
@@ -616,7 +614,7 @@ cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, P
     """Split what a block sees and lay out the patch of each pixel; return the sizes of its numbers."""
     cdef const Conv *of = &plan.of
     cdef Block seen = block[0]
-    cdef Py_ssize_t n = seen_cells(plan, block), step_bytes = of.kernels.depth_step * of.item
+    cdef Py_ssize_t n = _seen_cells(plan, block), step_bytes = of.kernels.depth_step * of.item
     cdef int sizes = 0
     cdef char *split = floats + n * of.item
     cdef fc_patches patches
@@ -630,7 +628,7 @@ cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, P
     memset(split + n * of.packed, 0, <size_t>(2 * (plan.c.depth + plan.c.kernels.depth_step)))
     pixel_offsets(of, &seen, of.channels, offsets)
     tap_offsets(of, &seen, of.channels, taps)
-    first_of_rows(of, taps)
+    _first_of_rows(of, taps)
     patches.rows = taps
     patches.n_rows, patches.run = of.kernel[0] * of.kernel[1], of.kernel[2] * of.channels
     patches.plane, patches.depth = n, plan.c.depth
@@ -638,7 +636,7 @@ cdef int _pack_patches(const Plan *plan, const Block *block, Py_ssize_t group, P
     return sizes
 
 
-cdef void first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
+cdef void _first_of_rows(const Conv *c, Py_ssize_t *taps) noexcept nogil:
     """Keep the offsets of the taps that rows of taps start with."""
     cdef Py_ssize_t row
     for row in range(c.kernel[0] * c.kernel[1]):
@@ -708,13 +706,13 @@ cdef int _forward_task(const void *shared, Py_ssize_t task) noexcept nogil:
 
     cdef Py_ssize_t offset_bytes = (grid.pixels + 2 * plan.of.taps + 8) // 8 * 64
     cdef Py_ssize_t all_sums = grid.panels * max(<Py_ssize_t>1, plan.slots) * grid.sum_bytes
-    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed + scale_bytes(plan)
+    cdef Py_ssize_t weight_bytes = plan.width * c.taps * c.panel * c.packed + _scale_bytes(plan)
     cdef Py_ssize_t part_bytes = 0 if plan.in_place else plan.channel_blocks * plan.width * grid.cells * c.packed
     cdef Py_ssize_t beyond_bytes = grid.beyond * plan.width * c.packed, float_bytes = 0
     if plan.patches:
-        float_bytes = max(plan.width * c.panel * c.item, patch_bytes(plan, &block))
+        float_bytes = max(plan.width * c.panel * c.item, _patch_bytes(plan, &block))
     elif c.kernels.pieces:
-        float_bytes = plan.width * max(STRIP_STEP if plan.strips else c.taps * c.panel, band_rows(plan, &block) * block.wide) * c.item
+        float_bytes = plan.width * max(STRIP_STEP if plan.strips else c.taps * c.panel, _band_rows(plan, &block) * block.wide) * c.item
     cdef char *memory = arena(
         FC_ARENA_BLOCK, offset_bytes + weight_bytes + all_sums + grid.zero_bytes + part_bytes + beyond_bytes + float_bytes
     )
@@ -856,11 +854,7 @@ cdef bint _start(const Plan *plan, Py_ssize_t image, Py_ssize_t group, Py_ssize_
     """Set up what all reductions of a panel's channel block share; return whether digits are enough, if it is them."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t number = (image * c.groups + group) * plan.channel_blocks + b
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.b_taps = NULL
-    reduction.a_step = 1
+    reduction[0] = fc_reduction_over(NULL, 0, 0)
     reduction.c_step = panel_vectors(c, panel) * c.kernels.lanes
     if not c.kernels.digits:
         return True

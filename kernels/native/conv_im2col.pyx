@@ -45,8 +45,8 @@ from fastconv.kernels.native.blocking cimport (
 from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, PIECES, Scales, digit_tile, measure, products
 from fastconv.kernels.native.input_columns cimport input_by_columns
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction, fc_scales,
-    fc_spread, fc_tally, fc_ukernels, ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, Memory, arena, fc_epilogue, fc_reduction,
+    fc_reduction_over, fc_scales, fc_spread, fc_tally, fc_ukernels, ukernels,
 )
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.pointwise cimport convolve_rows, suits_rows
@@ -395,15 +395,9 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t channel, Py_ssiz
         return
     if c.kernels.digits:
         number = _one_scale(plan, t, channel, &scales)
+    reduction = fc_reduction_over(t.channel_offsets, channels, c.taps)
     reduction.scales = &scales
     reduction.scale_step = sizeof(Filter) // sizeof(float)
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.taps = t.channel_offsets
-    reduction.b_taps = NULL
-    reduction.n_taps = channels
-    reduction.depth = c.taps
     reduction.a_step = plan.tap_step
     if c.kernels.pieces or c.taps == 1 or plan.channel_step == c.taps * plan.tap_step:  # one run of all channels' taps
         reduction.n_taps = 1

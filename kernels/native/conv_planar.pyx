@@ -53,7 +53,6 @@ cdef enum:
     LEAST_TOGETHER = 4          # channels that are at least added up before sums go to memory
     TERMS = 384                 # of a sum that are added up by themselves
     TASK_PIXELS = 1 << 12       # that are worth a task
-    STRANDS = 16                # phases of a stride whose sums are interleaved
     FEW_PIXELS = 8              # of a row: with a stride, making cells neighbours takes longer than turning them to channels
     LAID_BYTES = 3 << 17        # of planes, and what is laid of their pieces: part of L2
 
@@ -78,13 +77,13 @@ def suits_gradient(grad_output, grad_input, dims):
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
-    cdef Py_ssize_t phases = dims.stride[0] * dims.stride[1] * dims.stride[2]
-    if dims.group_in_channels == 1 and 1 < phases <= STRANDS and grad_input.strides[4] == grad_input.itemsize:
+    merged = None
+    if dims.group_in_channels == 1 and grad_input.strides[4] == grad_input.itemsize:
         merged = interleave.merge(dims)
-        if len(merged.taps) and merged.kernel[0] <= 2 * dims.kernel_size[0]:  # of depths, all are copied
-            swapped = interleave.swap_channels(weight, dims.groups)
-            _forward(grad_output, grad_input, NUMBERS, swapped, bias, dims, options, merged)
-            return
+    if merged is not None:
+        swapped = interleave.swap_channels(weight, dims.groups)
+        _forward(grad_output, grad_input, NUMBERS, swapped, bias, dims, options, merged)
+        return
     interleave.input_grad(conv_forward, grad_output, weight, bias, grad_input, dims, options)
 
 

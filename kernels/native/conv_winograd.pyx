@@ -37,8 +37,8 @@ from fastconv.kernels.native.blocking cimport (
     run_tasks, share_out, split_numbers, store, turn_weights,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, FC_TINY, Memory, arena, fc_reduction,
-    fc_tiles,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, FC_TINY, Memory, arena,
+    fc_reduction, fc_reduction_over, fc_tiles,
 )
 from fastconv.kernels.native.winograd_tiles cimport (
     LINE_BYTES, Geometry, cut_taps, cut_tiles, place_tiles, tiles_at, whole_periods,
@@ -253,8 +253,8 @@ cdef int _transform_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t pass_panels = plan.end_panel - plan.first_panel
-    cdef Py_ssize_t part_bytes = weight_part_bytes(plan)
-    cdef char *part = arena(FC_ARENA_BLOCK, part_bytes + plan.g.tap_points * weight_float_bytes(plan))
+    cdef Py_ssize_t part_bytes = _weight_part_bytes(plan)
+    cdef char *part = arena(FC_ARENA_BLOCK, part_bytes + plan.g.tap_points * _weight_float_bytes(plan))
     if part == NULL:
         return 1
     _transform_weights(
@@ -264,12 +264,12 @@ cdef int _transform_panel(const void *shared, Py_ssize_t number) noexcept nogil:
     return 0
 
 
-cdef Py_ssize_t weight_part_bytes(const Plan *plan) noexcept nogil:
+cdef Py_ssize_t _weight_part_bytes(const Plan *plan) noexcept nogil:
     """What the weights of a panel take that are transformed together."""
     return min(plan.c.channels, plan.together * plan.width) * plan.c.taps * plan.c.panel * plan.c.item
 
 
-cdef Py_ssize_t weight_float_bytes(const Plan *plan) noexcept nogil:
+cdef Py_ssize_t _weight_float_bytes(const Plan *plan) noexcept nogil:
     """What one point of a slice takes until it is split."""
     return plan.width * plan.c.panel * plan.c.item + LINE_BYTES if plan.c.kernels.pieces else 0
 
@@ -302,7 +302,7 @@ cdef void _transform_slice(const Plan *plan, Py_ssize_t panel, Py_ssize_t channe
     cdef const Conv *c = &plan.c
     cdef int vectors = panel_vectors(c, panel), pieces = c.kernels.pieces
     cdef Py_ssize_t width = vectors * c.kernels.lanes, point, n
-    cdef Py_ssize_t point_bytes = plan.panel_bytes // plan.g.tap_points, float_bytes = weight_float_bytes(plan)
+    cdef Py_ssize_t point_bytes = plan.panel_bytes // plan.g.tap_points, float_bytes = _weight_float_bytes(plan)
     cdef Py_ssize_t[CHANNELS] at
     for n in range(channels):
         at[n] = (((n * c.kernel[0] + d) * c.kernel[1] + h) * c.kernel[2] + w) * width
@@ -359,11 +359,11 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
 
     cdef Py_ssize_t offset_bytes = round_up((2 * t.tiles + slices) * <Py_ssize_t>sizeof(Py_ssize_t), 64)
     cdef Py_ssize_t weight_bytes = PANELS * plan.panel_bytes if plan.once else 0
-    cdef Py_ssize_t float_bytes = g.points * max(input_float_bytes(plan), weight_float_bytes(plan) if plan.once else 0)
+    cdef Py_ssize_t float_bytes = g.points * max(_input_float_bytes(plan), _weight_float_bytes(plan) if plan.once else 0)
     cdef Py_ssize_t cells = c.kernel[0] * t.whole.high * t.whole.wide
     cdef Py_ssize_t part_bytes = max(plan.width * cells, g.down * t.whole.columns * c.panel) * c.item
     if plan.once:
-        part_bytes = max(part_bytes, weight_part_bytes(plan))
+        part_bytes = max(part_bytes, _weight_part_bytes(plan))
     cdef char *memory = arena(
         FC_ARENA_BLOCK,
         offset_bytes + g.points * t.point_bytes + weight_bytes + PANELS * g.points * t.product_bytes
@@ -382,7 +382,7 @@ cdef int _start_task(const Plan *plan, Py_ssize_t number, Task *t) noexcept nogi
     return 0
 
 
-cdef Py_ssize_t input_float_bytes(const Plan *plan) noexcept nogil:
+cdef Py_ssize_t _input_float_bytes(const Plan *plan) noexcept nogil:
     """What one point of some tiles' inputs takes until it is split."""
     return FEW_TILES * plan.width * plan.c.item + LINE_BYTES if plan.c.kernels.pieces else 0
 
@@ -421,7 +421,7 @@ cdef int _transform_inputs(const Plan *plan, const Task *t, const char *cells, c
     """Transform what a slice of the filters sees; to be split, some tiles at a time; then return its numbers' sizes."""
     cdef const Conv *c = &plan.c
     cdef int pieces = c.kernels.pieces, sizes = 0
-    cdef Py_ssize_t float_bytes = input_float_bytes(plan), point, first
+    cdef Py_ssize_t float_bytes = _input_float_bytes(plan), point, first
     cdef fc_tiles tiles = tiles_at(
         &plan.g, t.offsets, t.tiles, c.dilation[1] * t.whole.wide * plan.width, c.dilation[2] * plan.width
     )
@@ -472,12 +472,8 @@ cdef void _multiply(const Plan *plan, const Task *t, Py_ssize_t panel, Py_ssize_
     cdef Py_ssize_t width = vectors * c.kernels.lanes, begin = first * plan.g.count
     cdef Py_ssize_t end = min(first + plan.together, plan.channel_blocks) * plan.g.count
     cdef Py_ssize_t whole = plan.whole * plan.g.count  # slices of full channel blocks; the others are less deep
-    cdef fc_reduction reduction
+    cdef fc_reduction reduction = fc_reduction_over(NULL, 0, 0)
     reduction.apart = <int>plan.run
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.a_step = 1
-    reduction.b_taps = NULL
     reduction.b_step = width
     reduction.c_step = width
     while begin < end:

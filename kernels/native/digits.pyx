@@ -235,17 +235,25 @@ cdef int _measure_task(const void *shared, Py_ssize_t number) noexcept nogil:
     return 0
 
 
+cdef inline double _allowed(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
+    """The error that plain sums of so many numbers have, less a margin."""
+    return PLAIN / MARGIN * summed * image.density * weights.density
+
+
+cdef inline double _rounding(const fc_spread *image, const fc_spread *weights) noexcept nogil:
+    """The error of rounding numbers to digits."""
+    return ROUNDING * (image.peak + weights.peak)
+
+
 cdef bint _is_near(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
     """Whether a few filters leave it open whether digits are enough for all."""
-    cdef double allowed = PLAIN / MARGIN * summed * image.density * weights.density
-    cdef double rounding = ROUNDING * (image.peak + weights.peak)
+    cdef double allowed = _allowed(image, weights, summed), rounding = _rounding(image, weights)
     return NEAR * allowed < rounding <= allowed
 
 
 cdef int products(const fc_spread *image, const fc_spread *weights, Py_ssize_t summed) noexcept nogil:
     """Return how many products of digits are enough for sums of so many numbers: 6, 7, 8, or 0 if more were needed."""
-    cdef double allowed = PLAIN / MARGIN * summed * image.density * weights.density
-    cdef double rounding = ROUNDING * (image.peak + weights.peak)
+    cdef double allowed = _allowed(image, weights, summed), rounding = _rounding(image, weights)
     cdef double dropped = DROPPED * image.peak * weights.peak
     if rounding + 2 * dropped <= allowed:
         return 6

@@ -40,8 +40,8 @@ from fastconv.kernels.native.blocking cimport (
 )
 from fastconv.kernels.native.digits cimport DIGITS, NUMBERS, Scales, measure, products
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, arena, digit_ukernels, fc_reduction, fc_scales, fc_spread,
-    fc_tally, fc_ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_ORDINARY, FC_TINY, arena, digit_ukernels, fc_reduction,
+    fc_reduction_over, fc_scales, fc_spread, fc_tally, fc_ukernels,
 )
 
 from fastconv.kernels.native.digits import by_forms
@@ -174,13 +174,16 @@ cdef int _share_out(Plan *plan):
 cdef bint _whole_vectors(const Plan *plan) noexcept nogil:
     """Whether the pixels of every band are neighbours, and fill whole vectors."""
     cdef const Conv *c = &plan.c
-    cdef const View *y = &c.y
     cdef Py_ssize_t rows = 1 if plan.strips > 1 else plan.band, all_rows = c.out[0] * c.out[1], lanes = c.kernels.lanes
     return (
-        y.stride[4] == 1 and (c.out[1] == 1 or y.stride[3] == c.out[2])
-        and (c.out[0] == 1 or y.stride[2] == c.out[1] * c.out[2])
-        and rows * c.out[2] % lanes == 0 and all_rows * c.out[2] % lanes == 0
+        c.y.stride[4] == 1 and _rows_are_one(c) and rows * c.out[2] % lanes == 0 and all_rows * c.out[2] % lanes == 0
     )
+
+
+cdef bint _rows_are_one(const Conv *c) noexcept nogil:
+    """Whether all rows of an image's gradients follow one another, as far apart as pixels are."""
+    cdef const View *y = &c.y
+    return (c.out[1] == 1 or y.stride[3] == c.out[2] * y.stride[4]) and (c.out[0] == 1 or y.stride[2] == c.out[1] * y.stride[3])
 
 
 cdef void _split_numbers(Plan *plan, str precision, int form):
@@ -252,20 +255,22 @@ cdef void _find_strip(Plan *plan, Py_ssize_t strip) noexcept nogil:
     plan.strip_rows[0], plan.strip_rows[1] = 0, c.out[0] * c.out[1]
     if plan.strips > 1:
         plan.low[plan.cut], plan.high[plan.cut] = strip * size // plan.strips, (strip + 1) * size // plan.strips
-        first = min(first_pixel(plan, plan.cut, c.kernel[plan.cut] - 1), c.out[plan.cut] - 1)  # if only to fill cells that none sees
-        plan.strip_rows[0], plan.strip_rows[1] = first * step, max(first + 1, end_pixel(plan, plan.cut, 0)) * step
+        first = min(_first_pixel(plan, plan.cut, c.kernel[plan.cut] - 1), c.out[plan.cut] - 1)  # if only to fill cells that none sees
+        plan.strip_rows[0], plan.strip_rows[1] = first * step, max(first + 1, _end_pixel(plan, plan.cut, 0)) * step
 
 
 cdef void _copy_grads(const Plan *plan) noexcept nogil:
-    """Copy some images' gradients, row by row, and zeros to fill the last panel."""
+    """Copy some images' gradients, in runs of rows that follow one another, and zeros to fill the last panel."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t filters = c.groups * c.filters, pixels = plan.images * plan.pixels, row, k
+    cdef Py_ssize_t together = plan.rows if _rows_are_one(c) else 1
     cdef char *out = plan.grads
-    for row in range(plan.images * plan.rows):
+    for row from 0 <= row < plan.images * plan.rows by together:
         c.kernels.transpose(
-            _grad_row(plan, row // plan.rows, row % plan.rows), c.y.stride[4], c.y.stride[1], c.out[2], filters, out, plan.pitch
+            _grad_row(plan, row // plan.rows, row % plan.rows), c.y.stride[4], c.y.stride[1], together * c.out[2], filters,
+            out, plan.pitch,
         )
-        out += c.out[2] * c.item
+        out += together * c.out[2] * c.item
     for k in range(filters):
         memset(plan.grads + (k * plan.pitch + pixels) * c.item, 0, <size_t>((plan.pitch - pixels) * c.item))
 
@@ -384,16 +389,8 @@ cdef void _multiply(const Plan *plan, Py_ssize_t group, Py_ssize_t channel, Py_s
     cdef const char *grads = plan.grads + group * c.filters * plan.pitch * c.item
     if plan.in_place:
         grads = _grad_row(plan, 0, 0) + group * c.filters * plan.grad_pitch * c.item
-    cdef fc_reduction reduction
-    reduction.apart = 0
+    cdef fc_reduction reduction = fc_reduction_over(&zero, 1, c.filters)
     reduction.ahead = c.panel if plan.in_place else 0
-    reduction.finish = NULL
-    reduction.taps = &zero
-    reduction.b_taps = NULL
-    reduction.n_taps = 1
-    reduction.depth = c.filters
-    reduction.a_step = 1
-    reduction.b_tap = 0
     reduction.b_step, reduction.c_step = plan.grad_pitch, plan.pitch
     for m in range(rows):
         offsets[m] = m * depth
@@ -415,15 +412,7 @@ cdef void _multiply_pieces(const Plan *plan, Py_ssize_t group, Py_ssize_t channe
     cdef char *sums = _lay_out(plan, panels, memory, &pieces)
     cdef Py_ssize_t *offsets = <Py_ssize_t *>(sums + panels * sum_bytes)
     cdef int sizes = 0
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.taps = &zero
-    reduction.b_taps = NULL
-    reduction.n_taps = 1
-    reduction.a_step = 1
-    reduction.b_tap = 0
+    cdef fc_reduction reduction = fc_reduction_over(&zero, 1, 0)
     reduction.b_step = reduction.c_step = width
     c.kernels.enter()
     for k from 0 <= k < c.filters by plan.block:
@@ -580,16 +569,16 @@ cdef void _add_columns(const Plan *plan, real *x, const real *columns, real bias
         for h in range(c.kernel[1] - 1, -1, -1):
             for w in range(c.kernel[2] - 1, -1, -1):
                 tap -= 1
-                left = first_pixel(plan, 2, w)
-                for depth in range(first_pixel(plan, 0, d), end_pixel(plan, 0, d)):
+                left = _first_pixel(plan, 2, w)
+                for depth in range(_first_pixel(plan, 0, d), _end_pixel(plan, 0, d)):
                     first = depth * c.out[1] - plan.row  # this plane's first row, in the band
-                    top = max(first_pixel(plan, 1, h), -first)
-                    end = min(end_pixel(plan, 1, h), plan.rows - first)
+                    top = max(_first_pixel(plan, 1, h), -first)
+                    end = min(_end_pixel(plan, 1, h), plan.rows - first)
                     if top < end:
-                        cells = x + cell(c, 0, d, depth) * v.stride[2] + cell(c, 1, h, top) * v.stride[3]
+                        cells = x + _cell(c, 0, d, depth) * v.stride[2] + _cell(c, 1, h, top) * v.stride[3]
                         _add_plane(
-                            c, cells + cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
-                            columns + tap * plan.pitch + (first + top) * c.out[2] + left, end - top, end_pixel(plan, 2, w) - left,
+                            c, cells + _cell(c, 2, w, left) * v.stride[4], c.stride[1] * v.stride[3], step,
+                            columns + tap * plan.pitch + (first + top) * c.out[2] + left, end - top, _end_pixel(plan, 2, w) - left,
                         )
     if not plan.relu or plan.row + plan.rows < plan.strip_rows[1]:
         return
@@ -617,20 +606,20 @@ cdef void _fill(const Plan *plan, real *x, real value) noexcept nogil:
                     cells[i * v.stride[4]] = value
 
 
-cdef inline Py_ssize_t cell(const Conv *c, int axis, Py_ssize_t tap, Py_ssize_t pixel) noexcept nogil:
+cdef inline Py_ssize_t _cell(const Conv *c, int axis, Py_ssize_t tap, Py_ssize_t pixel) noexcept nogil:
     """The cell that a pixel sees by a tap."""
     return pixel * c.stride[axis] - c.pad[axis] + tap * c.dilation[axis]
 
 
-cdef inline Py_ssize_t first_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
+cdef inline Py_ssize_t _first_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
     """The first pixel that sees a cell of the strip by a tap, not of the padding or the strip before."""
-    return ceil_div(max(0, plan.low[axis] - cell(&plan.c, axis, tap, 0)), plan.c.stride[axis])
+    return ceil_div(max(0, plan.low[axis] - _cell(&plan.c, axis, tap, 0)), plan.c.stride[axis])
 
 
-cdef inline Py_ssize_t end_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
+cdef inline Py_ssize_t _end_pixel(const Plan *plan, int axis, Py_ssize_t tap) noexcept nogil:
     """The first pixel thereafter that sees none."""
     cdef const Conv *c = &plan.c
-    return min(c.out[axis], ceil_div(max(0, plan.high[axis] - cell(c, axis, tap, 0)), c.stride[axis]))
+    return min(c.out[axis], ceil_div(max(0, plan.high[axis] - _cell(c, axis, tap, 0)), c.stride[axis]))
 
 
 cdef inline void _add_plane(const Conv *c, real *cells, Py_ssize_t row_step, Py_ssize_t cell_step, const real *columns,

@@ -28,6 +28,8 @@ cdef extern from "ukernels.h" nogil:
         const fc_epilogue *finish
         int apart
 
+    fc_reduction fc_reduction_over(const Py_ssize_t *taps, Py_ssize_t n_taps, Py_ssize_t depth)
+
     ctypedef struct fc_runs:
         void *data
         Py_ssize_t run, step

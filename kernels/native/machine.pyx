@@ -145,12 +145,11 @@ def run_tile(int pieces, Py_ssize_t calls) -> int:
     cdef char *weights = image + height * DEPTH * item
     cdef char *sums = weights + width * DEPTH * item
     memset(taps, 0, sizeof(taps))
-    memset(&reduction, 0, sizeof(reduction))
+    reduction = fc_reduction_over(taps, TAPS, DEPTH)
     for m in range(width if kernels.digits else 0):
         scales.scale[m] = 1
     reduction.scales, reduction.scale, reduction.products = &scales, &scale, pieces
-    reduction.taps, reduction.n_taps, reduction.depth = taps, TAPS, DEPTH
-    reduction.a_step, reduction.b_step, reduction.c_step = 1, width, width
+    reduction.b_step = reduction.c_step = width
     for m in range(height):
         rows[m] = m * DEPTH
     with nogil:

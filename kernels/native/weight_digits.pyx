@@ -33,7 +33,7 @@ from libc.string cimport memset
 from fastconv.kernels.native.blocking cimport Block, Conv, View, ceil_div, locate, make_conv, round_up, use_tile
 from fastconv.kernels.native.digits cimport products
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, arena, digit_ukernels, fc_reduction, fc_scales, fc_spread, fc_tally, fc_ukernels,
+    FC_ARENA_BLOCK, arena, digit_ukernels, fc_reduction, fc_reduction_over, fc_scales, fc_spread, fc_tally, fc_ukernels,
 )
 from fastconv.kernels.native.weight_chunks cimport WeightPlan, WeightTask, clear_sums, end_task, reduce_chunks, start_task
 from fastconv.kernels.native.weight_pieces cimport UNITS, Plan, lay_cells, phase_of, plan_units, size_rows, split_panel
@@ -246,12 +246,11 @@ cdef bint _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     cdef Py_ssize_t panel, together = max(<Py_ssize_t>1, SEGMENT // plan.pixels), first, unit, half = c.panel // 2
     cdef Py_ssize_t depth = round_up(ceil_div(plan.pixels, ceil_div(plan.pixels, <Py_ssize_t>SEGMENT)), c.kernels.depth_step)
     cdef Py_ssize_t line = c.packed * (c.kernels.depth_step if _shifted(plan) else c.kernels.lanes)  # of a pixel
-    cdef fc_reduction reduction
+    cdef fc_reduction reduction = fc_reduction_over(space.grad_units, 0, 0)
     cdef bint enough = True
-    reduction.taps, reduction.b_taps = space.grad_units, space.image_units
+    reduction.b_taps = space.image_units
     reduction.a_step = plan.grad_row // c.packed
     reduction.c_step = base.channel_blocks * c.panel
-    reduction.scale_step = 0
     reduction.scales = &space.scales
     c.kernels.enter()
     for unit from 0 <= unit < units by together:

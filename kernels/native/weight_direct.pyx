@@ -25,7 +25,7 @@ from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Conv, ceil_div, cut, locate, make_conv, pack_image, pack_pixels,
     panel_vectors, part_cells, run_tasks, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction, fc_reduction_over
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
     start_task, store_bias, store_weight, sum_pixels, want_bias,
@@ -173,13 +173,8 @@ cdef void _multiply(const Plan *plan, const Block *block, int vectors, const Py_
     """Add one block's pixels to (taps x channels of a block) x (filters of a panel), some lines at a time."""
     cdef const Conv *c = &plan.base.c
     cdef Py_ssize_t rows = c.taps * plan.base.width, width = vectors * c.kernels.lanes, line, together
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.depth = block.columns
+    cdef fc_reduction reduction = fc_reduction_over(NULL, 0, block.columns)
     reduction.a_step = c.stride[2] * plan.base.width
-    reduction.b_taps = NULL
     reduction.b_tap = block.columns * width
     reduction.b_step = width
     reduction.c_step = width

@@ -26,7 +26,7 @@ from fastconv.kernels.native import few_pixels
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, round_up,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction, fc_reduction_over
 from fastconv.kernels.native.patches cimport first_cell, gather, join_rows, sees_one_cell
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
@@ -120,12 +120,7 @@ cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block 
     cdef Py_ssize_t channels = min(plan.width, c.channels - t.channel), pixels = block.rows * block.columns, panel, m
     cdef Py_ssize_t first = t.group * c.channels + t.channel
     cdef const char *patches = space.patches
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.taps = space.lines
-    reduction.b_taps = NULL
+    cdef fc_reduction reduction = fc_reduction_over(space.lines, 1, pixels)
     _row_offsets(plan, channels, c.x.stride[1] if in_place else pixels, space.offsets)
     for m in range(block.rows):
         space.lines[m] = m * c.stride[1] * c.x.stride[3] if in_place else 0
@@ -133,7 +128,6 @@ cdef void _weight_unit(const WeightPlan *plan, const WeightTask *t, const Block 
         reduction.n_taps, reduction.depth, reduction.a_step = block.rows, block.columns, c.stride[2] * c.x.stride[4]
         patches = first_cell(c, block, first)
     else:
-        reduction.n_taps, reduction.depth, reduction.a_step = 1, pixels, 1
         gather(c, block, first, channels, block.top * c.out[2] + block.left, pixels, pixels, space.patches)
     for panel in range(t.panels):
         _pack_panel(plan, t, block, panel, space.grads)

@@ -35,7 +35,9 @@ from libc.string cimport memcpy, memset
 from fastconv.kernels.native.blocking cimport (
     Block, Blocks, Conv, View, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, piece_tile, round_up, use_tile,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_HUGE, FC_ORDINARY, FC_TINY, arena, fc_reduction, fc_ukernels
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_HUGE, FC_ORDINARY, FC_TINY, arena, fc_reduction, fc_reduction_over, fc_ukernels,
+)
 from fastconv.kernels.native.patches cimport join_rows
 from fastconv.kernels.native.weight_chunks cimport (
     CHUNK_PIXELS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, plan_chunks, reduce_chunks, start_task,
@@ -404,13 +406,8 @@ cdef void _multiply(const Plan *plan, const WeightTask *t, const Workspace *spac
     cdef const Conv *c = &base.c
     cdef Py_ssize_t panel, filters
     cdef int vectors = 1 if c.channels - t.channel - b * c.panel <= c.kernels.lanes else 2
-    cdef fc_reduction reduction
-    reduction.apart = 0
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.taps, reduction.b_taps = space.grad_units, space.image_units
-    reduction.n_taps, reduction.depth, reduction.a_step = units, plan.pixels, 1
-    reduction.b_tap = reduction.b_step = 0
+    cdef fc_reduction reduction = fc_reduction_over(space.grad_units, units, plan.pixels)
+    reduction.b_taps = space.image_units
     reduction.c_step = base.channel_blocks * c.panel
     c.kernels.enter()
     for panel in range(t.panels):

@@ -29,7 +29,7 @@ from fastconv.kernels.native.blocking cimport (
     taps_continue, use_tile,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction, fc_ukernels,
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_HUGE, FC_TINY, arena, fc_reduction, fc_reduction_over, fc_ukernels,
 )
 from fastconv.kernels.native.planes cimport FEW_CHANNELS, SPLIT_PRODUCTS, Plan, fill_gaps, lay_out, pad_planes, tap_cell
 
@@ -278,8 +278,8 @@ cdef void _multiply(const TapsPlan *plan, const Block *block, const Workspace *s
             space.taps[n] = (s * high + row * c.stride[1]) * plan.row_lines * step
             space.pairs[n] = n * step * c.kernels.lanes
             n += 1
-    reduction.taps, reduction.b_taps, reduction.n_taps = space.taps, space.pairs, n
-    reduction.depth, reduction.a_step, reduction.c_step = step, 1, c.panel
+    reduction = fc_reduction_over(space.taps, n, step)
+    reduction.b_taps, reduction.c_step = space.pairs, c.panel
     c.kernels.enter()
     for panel in range(c.panels):
         c.kernels.brgemm_pairs(

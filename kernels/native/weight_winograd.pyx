@@ -24,7 +24,7 @@ from fastconv.kernels.native.blocking cimport (
     Block, Conv, ceil_div, locate, make_conv, pack_image, pack_pixels, panel_vectors, round_up,
 )
 from fastconv.kernels.native.machine cimport (
-    FC_ARENA_BLOCK, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, arena, fc_reduction, fc_tiles,
+    FC_ARENA_BLOCK, FC_INPUTS, FC_OUTPUTS, FC_SUM_LIMIT, FC_TAPS, arena, fc_reduction, fc_reduction_over, fc_tiles,
 )
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_PANELS, WeightPlan, WeightTask, add_bias, end_task, even_panels, plan_chunks, reduce_chunks, start_task,
@@ -215,15 +215,9 @@ cdef void _add_products(const GradPlan *plan, const GradTask *t, Py_ssize_t firs
     cdef const char *inputs
     cdef const char *grads
     cdef char *sums
-    cdef fc_reduction reduction
+    cdef fc_reduction reduction = fc_reduction_over(t.parts, parts, depth)
     reduction.apart = 1
-    reduction.ahead = 0
-    reduction.finish = NULL
-    reduction.taps = t.parts
-    reduction.n_taps = parts
-    reduction.depth = depth
     reduction.a_step = w.width
-    reduction.b_taps = NULL
     for point in range(plan.g.points):
         inputs = t.inputs + point * plan.point_bytes + first * w.width * c.item
         for panel in range(t.w.panels):

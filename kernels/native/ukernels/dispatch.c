@@ -1,5 +1,5 @@
 /* Chooses the instruction set once, from what this build and this CPU have, under the user's cap.
- * To add one: one file like avx2.c, its line in CMakeLists.txt, and one row here, in order of speed.
+ * To add one: one row here, in order of speed, and what CONTRIBUTING.md lists under "an instruction set".
  */
 #include <string.h>
 
