@@ -23,8 +23,12 @@ import numpy as np
 
 import fastconv as fc
 from fastconv import costs, registry, runtime
-from fastconv.dims import ConvDims, conv_dims
+from fastconv.dims import ConvDims
+from fastconv.progress import progress_bar
 
+from .cli import positive
+from .engines import Problem, public_call
+from .layers import CONV_OPS, ConvLayer
 from .timing import take_turns
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +37,7 @@ TURN = 0.001  #: seconds that an algorithm is timed for in a turn
 FAR = 3  #: times as long as the fastest: what takes longer isn't timed again
 LEAST, MOST = 2e5, 1.2e9  #: floating-point operations of a layer
 USEFUL = 1.004  #: a part without which errors grow by less is left out
-OPS = {"forward": "conv_forward", "input": "conv_input_grad", "weight": "conv_weight_grad"}
+OPS = CONV_OPS
 
 
 class Layer(NamedTuple):
@@ -65,13 +69,17 @@ class Layer(NamedTuple):
         return self.pad_height, self.pad_width
 
     @property
-    def geometry(self) -> tuple[Any, ...]:
+    def geometry(self) -> tuple[int, tuple[int, int], int, int]:
         """What follows input and weights in a call."""
         return self.stride, self.padding, self.dilation, self.groups
 
+    @property
+    def convolution(self) -> ConvLayer:
+        """The same layer as the rest of ``bench`` has it."""
+        return ConvLayer("", self.input_size, self.weight_size, *self.geometry)
+
     def dims(self, channels_last: bool) -> ConvDims:
-        found = conv_dims(self.input_size, self.weight_size, self.stride, self.padding, self.dilation, self.groups)
-        return found._replace(channels_last=channels_last)
+        return self.convolution.dims._replace(channels_last=channels_last)
 
 
 Key = tuple[str, str, Layer]  #: machine, operation, layer
@@ -151,32 +159,12 @@ def _channels(rng: np.random.Generator, least: int, most: int) -> int:
 
 def _calls(layer: Layer, precision: str, channels_last: bool) -> Iterator[tuple[str, dict[str, Callable[[], Array]]]]:
     """Yield each operation with a call of each algorithm that computes it."""
-    rng = np.random.default_rng(0)
-    image = rng.standard_normal(layer.input_size, np.float32)
-    weight = rng.standard_normal(layer.weight_size, np.float32)
-    output = fc.conv2d(image, weight, None, *layer.geometry)
-    layout = "NCHW"
-    if channels_last:
-        layout, weight = "NHWC", np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
-        image, output = (np.ascontiguousarray(array.transpose(0, 2, 3, 1)) for array in (image, output))
+    problem, layout = Problem.random(layer.convolution), "NHWC" if channels_last else "NCHW"
     dims = layer.dims(channels_last)
     for op, kernel_op in OPS.items():
-        calls: dict[str, Callable[[], Array]] = {}
-        for row in registry.ROWS[kernel_op]:
-            if row.engine != "cython" or not row.can(kernel_op, dims):
-                continue
-            how: dict[str, Any] = {"algorithm": row.algorithm, "engine": "cython", "layout": layout}
-            how["precision"] = precision
-
-            def call(op: str = op, how: dict[str, Any] = how) -> Array:
-                if op == "forward":
-                    return fc.conv2d(image, weight, None, *layer.geometry, **how)
-                if op == "input":
-                    return fc.grad.conv2d_input(image.shape, weight, output, *layer.geometry, **how)
-                return fc.grad.conv2d_weight(image, weight.shape, output, *layer.geometry, **how)
-
-            calls[row.algorithm] = call
-        yield op, calls
+        rows = (row for row in registry.ROWS[kernel_op] if row.engine == "cython" and row.can(kernel_op, dims))
+        how = {"engine": "cython", "precision": precision}
+        yield op, {row.algorithm: public_call(problem, op, layout, algorithm=row.algorithm, **how) for row in rows}
 
 
 def _fastest(calls: Mapping[str, Callable[[], Array]], repeat: int) -> Seconds:
@@ -333,15 +321,17 @@ def main(argv: list[str] | None = None) -> None:
         sub = commands.add_parser(command)
         sub.add_argument("files", type=Path, nargs=1 if command == "measure" else "+", help="of times, JSON lines")
         if command == "measure":
-            sub.add_argument("--layers", type=int, default=1500)
-            sub.add_argument("--seed", type=int, default=1)
-            sub.add_argument("--passes", type=int, default=3)
-            sub.add_argument("--precision", default="highest")
-            sub.add_argument("--channels-last", action="store_true")
+            add = sub.add_argument
+            add("--layers", type=positive, default=1500, help="how many to draw (default: %(default)s)")
+            add("--seed", type=int, default=1, help="that layers are drawn by (default: %(default)s)")
+            add("--passes", type=positive, default=3, help="times through the layers (default: %(default)s)")
+            add("--precision", choices=runtime.PRECISIONS, default="highest", help="of AMX (default: %(default)s)")
+            add("--channels-last", action="store_true", help="arrays are NHWC, instead of NCHW")
         elif command == "check":
             sub.add_argument("--worst", type=int, default=0, help="layers to print of each kind")
         else:
-            sub.add_argument("--costs", type=Path, default=Path("src/fastconv/costs.json"))
+            table = Path("src/fastconv/costs.json")
+            sub.add_argument("--costs", type=Path, default=table, help="file to change (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.command == "check":
         print(*check(load(options.files), options.worst), sep="\n")
@@ -353,14 +343,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     """Time layers, on one thread, and append the times to a file."""
-    from tqdm import tqdm
-
     machine = str(costs.Machine(runtime.isa(), options.precision, options.channels_last))
     layers = draw(options.seed, options.layers)
-    with options.files[0].open("a") as file, fc.config_context(num_threads=1):
-        for layer in tqdm(options.passes * layers, desc=machine):
+    bar = progress_bar(options.passes * len(layers), title=machine, unit="layer")
+    with options.files[0].open("a") as file, fc.config_context(num_threads=1), bar:
+        for layer in options.passes * layers:
             for op, seconds in measure(layer, options.precision, options.channels_last):
                 file.write(json.dumps([machine, op, layer, seconds]) + "\n")
+            bar.update()
 
 
 if __name__ == "__main__":

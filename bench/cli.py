@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastconv import registry, runtime
+from fastconv.progress import progress_bar
 
 from . import engines, peers, report, startup, tile, timing
-from .layers import LAYERS, Layer, find_layers, split_words
+from .layers import CONV_OPS, LAYERS, Layer, find_layers, split_words
 from .report import Result
 from .training import NETWORKS, Batch, Network, reference, steps
 
 T = TypeVar("T")
 
-NEEDED = ("threadpoolctl", "tqdm")
-OPS = ("forward", "input", "weight")
+NEEDED = ("threadpoolctl",)
+OPS = tuple(CONV_OPS)
 ALGORITHMS = tuple(dict.fromkeys(row.algorithm for rows in registry.ROWS.values() for row in rows))
 
 
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peers", type=of, default=(), metavar="NAMES", help=f"libraries to compare with, of {','.join(peers.PEERS)}")
     add("--train", action="store_true", help="whole training steps of two networks, instead of single operations")
     add("--layout", choices=("NCHW", "NHWC"), default="NCHW", help="of fastconv's arrays (default: %(default)s)")
-    add("--threads", type=_told(_positive), default=1, metavar="N", help="threads for everyone (default: %(default)s)")
-    add("--repeat", type=_told(_positive), default=5, metavar="N", help="turns for everyone (default: %(default)s)")
+    add("--threads", type=positive, default=1, metavar="N", help="threads for everyone (default: %(default)s)")
+    add("--repeat", type=positive, default=5, metavar="N", help="turns for everyone (default: %(default)s)")
     add("--startup", action="store_true", help="measure only the first call of a process: milliseconds, cold and warm")
     add("--json", type=_told(_new_file), metavar="FILE", help="write the results to FILE, too")
 
@@ -66,19 +67,17 @@ def run(args: argparse.Namespace) -> int:
         others = peers.load_peers(args.peers, args.threads)
     except ImportError as error:
         return _fail(str(error))
-    from tqdm import tqdm
-
     groups: list[list[Result]] = []
-    with timing.pinned_threads(args.threads), tqdm(total=len(jobs), unit="op", file=sys.stderr) as bar:
+    with timing.pinned_threads(args.threads), progress_bar(len(jobs), unit="op") as bar:
         tiles = tile.measure()
         peak = tile.best(tiles) * args.threads
         machine = _machine(args, others) | {"tile": tile.describe(tiles)}
-        tqdm.write("\n".join([*(f"{key:<16} {value}" for key, value in machine.items()), "", *report.header()]))
+        bar.write("\n".join([*(f"{key:<16} {value}" for key, value in machine.items()), "", *report.header()]))
         for layer, op in jobs:
             bar.set_postfix_str(f"{layer.name} {op}")
             measured = _train(layer, args, others) if isinstance(layer, Network) else _measure(layer, op, args, others)
             groups.append([result._replace(peak=peak) for result in measured])
-            tqdm.write("\n".join(report.lines(groups[-1])))
+            bar.write("\n".join(report.lines(groups[-1])))
             bar.update()
     print("", *report.means(groups), "", *report.footnotes(groups), sep="\n")
     if args.json:
@@ -111,6 +110,13 @@ def _train(network: Network, args: argparse.Namespace, others: Sequence[peers.Pe
     errors = [report.relative_error(step.to_numpy(step.call()), wanted) for step in found]
     timings = timing.take_turns([step.call for step in found], args.repeat)
     return [report.step_result(network, *measured) for measured in zip(found, timings, errors, strict=True)]
+
+
+def positive(text: str) -> int:
+    """Return the number that an option is, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def _machine(args: argparse.Namespace, others: Sequence[peers.Peer]) -> dict[str, str]:
@@ -146,12 +152,6 @@ def _some_of(words: tuple[str, ...], text: str) -> tuple[str, ...]:
     if unknown := [word for word in chosen if word not in words]:
         raise ValueError(f"expected some of {', '.join(words)}, got {', '.join(map(repr, unknown))}")
     return chosen
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def _new_file(text: str) -> Path:

@@ -71,7 +71,7 @@ def _from_layout(layout: str, op: str, array: Array) -> Array:
 
 
 def public_call(problem: Problem, op: str, layout: str = "NCHW", **how: str) -> Callable[[], Array]:
-    """Return the call of fastconv's public function for ``op``; ``how`` holds ``engine`` and ``algorithm``."""
+    """Return the call of fastconv's public function for ``op``; ``how`` is ``engine``, ``algorithm`` ..."""
     call = _conv_call if isinstance(problem.layer, ConvLayer) else _pool_call
     return call(problem, op, layout, how)
 

@@ -12,6 +12,9 @@ from fastconv.dims import ConvDims, PoolDims, conv_dims, per_dimension, pool_dim
 
 Shape = tuple[int, ...]
 
+#: The operations of a convolution that can be measured, and what the registry calls them.
+CONV_OPS = {"forward": "conv_forward", "input": "conv_input_grad", "weight": "conv_weight_grad"}
+
 
 class ConvLayer(NamedTuple):
     """A convolution by name; stride and dilation are the same in every dimension."""
@@ -27,7 +30,7 @@ class ConvLayer(NamedTuple):
     @property
     def ops(self) -> dict[str, str]:
         """The operations that can be measured, and what the registry calls them."""
-        return {"forward": "conv_forward", "input": "conv_input_grad", "weight": "conv_weight_grad"}
+        return CONV_OPS
 
     @property
     def dims(self) -> ConvDims:

@@ -34,7 +34,7 @@ class Timing(NamedTuple):
 def take_turns(calls: Sequence[Callable[[], Any]], repeat: int, turn: float = TURN) -> list[Timing]:
     """Time each of ``calls`` in turn, ``repeat`` times around.
 
-    A turn is as many calls as fit into ``turn`` seconds, at least one. The caller has made each call once before, so
+    A turn is calls until ``turn`` seconds have passed, at least one. The caller has made each call once before, so
     that nothing is compiled here.
     """
     timings = [Timing([]) for _ in calls]

@@ -10,14 +10,15 @@ in NumPy: no padding, some tiles of an image. Products of tiles are fused with s
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from fastconv.kernels.winograd import RUNS, TERMS, Side
+from fastconv.progress import progress_bar
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -129,11 +130,14 @@ def main() -> None:
     sixteenths = [Fraction(n, 16) for n in range(6, 33)]
     pairs = [(near, far) for near, far in product(sixteenths, repeat=2) if near <= 1 < far]
     found = []
-    for near, far in tqdm(pairs, desc="points", disable=None):
-        side = matrices(Side(4, 3), near, far)
-        found.append((max(error_ratio(128, side, side, 16, relu) for relu in (False, True)), near, far))
+    with progress_bar(len(pairs), sys.stderr.isatty(), title="points", unit="pair") as bar:
+        for near, far in pairs:
+            side = matrices(Side(4, 3), near, far)
+            found.append((max(error_ratio(128, side, side, 16, relu) for relu in (False, True)), near, far))
+            bar.update()
+    textbook = Fraction(1), Fraction(2)
     print("F(4, 3) x F(4, 3), 128 channels, the greater of both: the best, and the textbook's")
-    for ratio, near, far in [*sorted(found)[:6], *(row for row in found if row[1:] == (1, 2))]:
+    for ratio, near, far in [*sorted(found)[:6], *(row for row in found if row[1:] == textbook)]:
         print(f"    0, +-{near}, +-{far}, infinity: {ratio:.2f}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from fastconv.bench.layers import LAYERS, ConvLayer, Layer, PoolLayer, find_laye
 from fastconv.kernels import winograd
 
 pytest.importorskip("threadpoolctl")
-pytest.importorskip("tqdm")
 
 TINY = ConvLayer("tiny", (2, 3, 6, 7), (4, 3, 3, 3), stride=2, padding=1)
 TINY_POOL = PoolLayer("tiny_pool", (2, 3, 8, 8), kernel=2, stride=2)
@@ -318,9 +319,9 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
         (["--algorithm", "magic"], "got 'magic'"),
         (["--ops", "backward"], "expected some of forward, input, weight, got 'backward'"),
         (["--peers", "tensorflow"], "expected some of torch, onnxruntime, openvino, got 'tensorflow'"),
-        (["--threads", "0"], "expected a positive integer, got '0'"),
+        (["--threads", "0"], "argument --threads: must be a positive integer, got '0'"),
         (["--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
-        (["--repeat", "many"], "expected a positive integer, got 'many'"),
+        (["--repeat", "many"], "argument --repeat: must be a positive integer, got 'many'"),
     ],
 )
 def test_errors_say_what_was_wanted(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,7 +337,7 @@ def test_nothing_to_measure_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "NEEDED", ("tqdm", "no_such_package"))
+    monkeypatch.setattr(cli, "NEEDED", ("threadpoolctl", "no_such_package"))
     assert cli.run(arguments("--layers", "digits")) == 2
     assert capsys.readouterr().err == (
         "fastconv bench: error: no_such_package not installed; python -m pip install 'fastconv[bench]'\n"
@@ -375,7 +376,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     assert cli.run(args) == 0
     printed = capsys.readouterr()
     assert "| tiny            | forward | numpy/im2col" in printed.out
-    assert "3/3" in printed.err, "the progress bar"
+    assert ("3/3" in printed.err) == (find_spec("tqdm") is not None), "the progress bar"
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["machine"]["numpy"] == np.__version__
     assert written["machine"]["tile"].startswith(runtime.isa())
@@ -396,7 +397,17 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
         assert (result["tile_share"] is not None) == (result["layer"] == "tiny" and runtime.isa() != "none")
 
 
-# Winograd's errors
+def test_the_command_works_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    args = arguments("--ops", "forward", "--repeat", "1", "--engine", "numpy")
+    args.layers = (TINY,)
+    assert cli.run(args) == 0
+    out, err = capsys.readouterr()
+    assert "| tiny            | forward | numpy/im2col" in out
+    assert not err
+
+
+# Errors of Winograd and digits
 
 
 @pytest.mark.skipif(bool(runtime.why_missing("cython")), reason="asks the native engine")

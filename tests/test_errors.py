@@ -191,6 +191,21 @@ GRADIENTS = {
         ValueError,
         r"grad_output must have the shape of the output, \(2, 6, 6, 6\), got \(2, 6, 6, 5\)",
     ),
+    "grad_output of another shape, without a batch": Wrong(
+        lambda: fc.grad.conv2d_input(X.shape[1:], W, Y[0, ..., :5]),
+        ValueError,
+        r"grad_output must have the shape of the output, \(6, 6, 6\), got \(6, 6, 5\)",
+    ),
+    "grad_output without the input's batch": Wrong(
+        lambda: fc.grad.conv2d_weight(X, W.shape, Y[0]),
+        ValueError,
+        r"grad_output must have the shape of the output, \(2, 6, 6, 6\), got \(6, 6, 6\)",
+    ),
+    "grad_output of a transposed convolution, without a batch": Wrong(
+        lambda: fc.grad.conv_transpose2d_input(Y.shape[1:], W, X[0, :3]),
+        ValueError,
+        r"grad_output must have the shape of the output, \(4, 8, 8\), got \(3, 8, 8\)",
+    ),
     "grad_output of another type": Wrong(
         lambda: fc.grad.conv2d_weight(X, W.shape, Y.astype(float)),
         TypeError,
@@ -256,6 +271,14 @@ POOLING = {
     "filter_size 0": Wrong(lambda: fc.max_blur_pool2d(X, 2, 2, 0), ValueError, r"filter_size must be at least 1"),
     "a huge filter_size": Wrong(lambda: fc.max_blur_pool2d(X, 2, 2, 999), ValueError, r"filter_size must be at most"),
     "blur with stride 0": Wrong(lambda: fc.max_blur_pool2d(X, 2, 0), ValueError, r"stride must be at least 1"),
+    "an algorithm of pooling, for the blur": Wrong(
+        lambda: fc.max_blur_pool2d(X, 2, 2, algorithm="windows"), ValueError, r"algorithm must be one of .*'windows'"
+    ),
+    "average of another shape, without a batch": Wrong(
+        lambda: fc.grad.avg_pool2d(X.shape[1:], POOLED[0, ..., :3], 2),
+        ValueError,
+        r"grad_output must have the shape of the output, \(4, 4, 4\), got \(4, 4, 3\)",
+    ),
     "indices of floats": Wrong(
         lambda: fc.grad.max_pool2d(X.shape, WINNERS.astype("f4"), POOLED, 2),
         TypeError,
@@ -303,6 +326,9 @@ SETTINGS = {
     "half a thread": Wrong(lambda: fc.set_num_threads(0.5), TypeError, r"n must be an integer, got 0\.5"),
     "a true thread": Wrong(lambda: fc.set_num_threads(True), TypeError, r"n must be an integer, got True"),
     "explain nothing": Wrong(lambda: fc.explain("conv4d"), ValueError, r"op must be one of .*conv2d.* got 'conv4d'"),
+    "explain no gradient": Wrong(
+        lambda: fc.explain("grad.max_pool2d", X.shape, 2), ValueError, r"op must be one of .* got 'grad.max_pool2d'"
+    ),
     "explain a number": Wrong(lambda: fc.explain(4), ValueError, r"op must be one of .* got 4"),
     "explain a wrong call": Wrong(
         lambda: fc.explain("conv2d", X.shape, (6, 3, 3, 3)), ValueError, r"input must have 3 channels"
@@ -333,6 +359,7 @@ def test_a_wrong_call_says_what_is_wrong(name: str) -> None:
 
 def test_a_wrong_call_changes_nothing() -> None:
     """After everything above: the shared arrays, and an ``out`` whose call fails late."""
+    before = fc.get_config()
     for array in (X, W, B, Y, POOLED):
         assert (array == 1).all()
     assert (WINNERS == 0).all()
@@ -344,7 +371,7 @@ def test_a_wrong_call_changes_nothing() -> None:
     with pytest.raises(ValueError, match="out must have shape"):
         fc.conv2d(X, W, stride=2, out=out)
     assert (out == 7).all()
-    assert fc.get_config() == fc.get_config()._replace(engine=None, precision="highest")
+    assert fc.get_config() == before
 
 
 def test_an_array_may_be_any_subclass_that_is_one(rng: np.random.Generator) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import how
 
 import fastconv as fc
 from fastconv.layers import (
@@ -29,7 +30,11 @@ from fastconv.layers import (
     ReLU,
     Sequential,
     Softmax,
+    _Conv,
+    _MaxPool,
+    _Windowed,
 )
+from fastconv.registry import Row, available
 from fastconv.runtime import why_missing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -174,9 +179,59 @@ def test_options_choose_engine_and_algorithm_for_one_layer(rng: np.random.Genera
     expected = layer(x)
     layer.options = {"engine": "numpy", "algorithm": "naive"}
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_options_reach_all_that_a_layer_computes(
+    case: tuple[Layer, Array], general_row: Row, rng: np.random.Generator
+) -> None:
+    layer, x = case
+    output = layer(x)
+    grad_output = np.asarray(rng.standard_normal(output.shape))
+    wanted = {"input": layer.backward(grad_output), **layer.grads}
+    pools = isinstance(layer, _MaxPool)
+    layer.options = how(available("max_pool_forward", (general_row.engine,))[0] if pools else general_row)
+    np.testing.assert_allclose(layer(x), output, rtol=1e-12, atol=1e-13)
+    results = {"input": layer.backward(grad_output), **layer.grads}
+    for name, gradient in results.items():
+        np.testing.assert_allclose(gradient, wanted[name], rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name, (build, _) in CASES.items() if isinstance(build(), _Windowed)])
+def test_a_wrong_option_is_an_error_forward_and_backward(name: str, rng: np.random.Generator) -> None:
+    build, shape = CASES[name]
+    layer, x = build(), rng.standard_normal(shape)
+    grad_output = layer(x)
     layer.options = {"algorithm": "magic"}
-    with pytest.raises(ValueError, match=r"algorithm must be one of .* got 'magic'"):
-        layer(x)
+    for call in (lambda: layer.backward(grad_output), lambda: layer(x)):
+        with pytest.raises(ValueError, match=r"algorithm must be one of .* got 'magic'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (Conv1d, (2, 9, 3), {"NCHW": ("NCL", "NCW"), "NHWC": ("NLC", "NWC")}),
+        (MaxPool1d, (2, 9, 3), {"NCHW": ("NCL", "NCW"), "NHWC": ("NLC", "NWC")}),
+        (Conv3d, (2, 6, 5, 4, 3), {"NCHW": ("NCDHW",), "NHWC": ("NDHWC",)}),
+        (MaxPool3d, (2, 6, 5, 4, 3), {"NCHW": ("NCDHW",), "NHWC": ("NDHWC",)}),
+    ],
+)
+def test_layouts_have_names_of_their_own_in_one_and_three_dimensions(
+    layer: type[Layer], shape: tuple[int, ...], words: dict[str, tuple[str, ...]], rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal(shape)
+    for layout, synonyms in words.items():
+        for word in synonyms:
+            plain, other = (
+                layer(x.shape[-1 if layout == "NHWC" else 1], 4, 2, layout=name, **F64)
+                if issubclass(layer, _Conv)
+                else layer(2, layout=name)
+                for name in (layout, word)
+            )
+            output = plain(x)
+            np.testing.assert_array_equal(other(x), output)
+            np.testing.assert_array_equal(other.backward(output), plain.backward(output))
+            assert other.output_shape(shape) == plain.output_shape(shape) == output.shape
 
 
 def test_relu_passes_no_gradient_at_zero() -> None:
@@ -326,6 +381,33 @@ def test_backward_needs_a_forward_in_training_mode(case: tuple[Layer, Array]) ->
     layer(x)
     with pytest.raises(RuntimeError, match=message):
         layer.backward(grad_output)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, (1, 7)])
+def test_weights_packed_for_evaluation_give_the_same_bits(rng: np.random.Generator, kernel_size: Any) -> None:
+    layer = fc.layers.Conv2d(20, 33, kernel_size, padding="same", rng=0)
+    images = [rng.standard_normal((n, 20, size, size), np.float32) for n, size in ((1, 12), (2, 12), (1, 40), (1, 7))]
+    wanted = [layer(x) for x in images]
+    layer.eval()
+    for _ in range(2):  # packs, and uses what is packed
+        for x, y in zip(images, wanted, strict=True):
+            np.testing.assert_array_equal(layer(x), y)
+    twin = copy.deepcopy(layer)
+    layer.train().params["weight"] = -layer.params["weight"]
+    layer.params["bias"] = -layer.params["bias"]
+    layer.eval()
+    np.testing.assert_array_equal(layer(images[0]), -wanted[0])
+    np.testing.assert_array_equal(twin(images[0]), wanted[0])
+
+
+@pytest.mark.skipif(bool(why_missing("cython")), reason="needs the native engine")
+def test_evaluation_packs_weights_once(rng: np.random.Generator) -> None:
+    layer = fc.layers.Conv2d(32, 32, 5, rng=0).eval()
+    layer(rng.standard_normal((1, 32, 30, 30), np.float32))
+    packs = dict(layer._packed)
+    assert packs
+    layer(rng.standard_normal((2, 32, 30, 30), np.float32))
+    assert layer._packed == packs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,30 +655,3 @@ def test_forward_says_what_does_not_fit(layer: Layer, x: Any, error: type[Except
 def test_output_shape_says_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"input_shape must have 4 dimensions \(or 3 without a batch\), got \(8, 8\)"):
         Conv2d(3, 4, 3).output_shape((8, 8))
-
-
-@pytest.mark.parametrize("kernel_size", [1, 3, (1, 7)])
-def test_weights_packed_for_evaluation_give_the_same_bits(rng: np.random.Generator, kernel_size: Any) -> None:
-    layer = fc.layers.Conv2d(20, 33, kernel_size, padding="same", rng=0)
-    images = [rng.standard_normal((n, 20, size, size), np.float32) for n, size in ((1, 12), (2, 12), (1, 40), (1, 7))]
-    wanted = [layer(x) for x in images]
-    layer.eval()
-    for _ in range(2):  # packs, and uses what is packed
-        for x, y in zip(images, wanted, strict=True):
-            np.testing.assert_array_equal(layer(x), y)
-    twin = copy.deepcopy(layer)
-    layer.train().params["weight"] = -layer.params["weight"]
-    layer.params["bias"] = -layer.params["bias"]
-    layer.eval()
-    np.testing.assert_array_equal(layer(images[0]), -wanted[0])
-    np.testing.assert_array_equal(twin(images[0]), wanted[0])
-
-
-@pytest.mark.skipif(bool(why_missing("cython")), reason="needs the native engine")
-def test_evaluation_packs_weights_once(rng: np.random.Generator) -> None:
-    layer = fc.layers.Conv2d(32, 32, 5, rng=0).eval()
-    layer(rng.standard_normal((1, 32, 30, 30), np.float32))
-    packs = dict(layer._packed)
-    assert packs
-    layer(rng.standard_normal((2, 32, 30, 30), np.float32))
-    assert layer._packed == packs

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from cases import ConvCase, output_of, run_python
 
 import fastconv as fc
-from fastconv import registry
+from fastconv import costs, registry
+from fastconv.dims import conv_dims
 from fastconv.registry import ROWS
-from fastconv.runtime import ENGINES, ISAS, native_module, why_missing
+from fastconv.runtime import ENGINES, ISAS, isa, native_module, why_missing
 
 HERE = [engine for engine in ENGINES if not why_missing(engine)]
 X, W = np.ones((1, 16, 8, 8), np.float32), np.ones((16, 16, 3, 3), np.float32)
@@ -63,18 +65,51 @@ def test_a_context_is_that_of_its_thread() -> None:
     assert seen == [fc.get_config()]
 
 
-def test_the_number_of_threads() -> None:
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves the number of threads of the process as it was."""
     before = fc.get_num_threads()
-    assert before >= 1
-    try:
-        fc.set_num_threads(5)
+    yield
+    fc.set_num_threads(before)
+
+
+def test_the_number_of_threads(threads: None) -> None:
+    assert fc.get_num_threads() >= 1
+    fc.set_num_threads(5)
+    assert fc.get_num_threads() == 5
+    with fc.config_context(num_threads=2):
+        assert fc.get_num_threads() == 2
+    with fc.config_context(precision="high"):
         assert fc.get_num_threads() == 5
-        with fc.config_context(num_threads=2):
-            assert fc.get_num_threads() == 2
+
+
+def test_a_context_keeps_its_number_of_threads(threads: None) -> None:
+    with fc.config_context(num_threads=2), fc.config_context(precision="high"):
+        fc.set_num_threads(5)
+        assert fc.get_config()[1:] == ("high", 2)
+    assert fc.get_num_threads() == 5
+
+
+def test_the_number_of_threads_is_that_of_all_threads_of_the_process(threads: None) -> None:
+    """Of those, too, that are in a context of other settings."""
+    opened, changed, seen = threading.Event(), threading.Event(), []
+
+    def work() -> None:
         with fc.config_context(precision="high"):
-            assert fc.get_num_threads() == 5
-    finally:
-        fc.set_num_threads(before)
+            opened.set()
+            changed.wait(60)
+            seen.append(fc.get_config()[1:])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    opened.wait(60)
+    with fc.config_context(precision="medium"):
+        fc.set_num_threads(5)
+        assert fc.get_config()[1:] == ("medium", 5)
+    changed.set()
+    thread.join()
+    assert seen == [("high", 5)]
+    assert fc.get_num_threads() == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +224,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
         ("conv3d", ((1, 2, 5, 5, 5), (2, 2, 3, 3, 3)), "conv_forward"),
         ("conv2d_input", (X.shape, W, (1, 16, 6, 6)), "conv_input_grad"),
         ("conv2d_weight", (X, W.shape, (1, 16, 6, 6)), "conv_weight_grad"),
+        ("grad.conv2d_weight", (X, W.shape, (1, 16, 6, 6)), "conv_weight_grad"),
         ("conv_transpose2d", (X, W), "conv_input_grad"),
         ("max_pool2d", (X, 2), "max_pool_forward"),
         ("avg_pool2d", (X, 2), "conv_forward"),
@@ -207,6 +243,20 @@ def test_explain_prints_every_row_and_its_reason(
     assert sum(line.endswith("yes, chosen") for line in lines) == 1
 
 
+@pytest.mark.skipif("cython" not in HERE, reason="the native engine is not built here")
+@pytest.mark.parametrize("op", ["avg_pool1d", "avg_pool2d", "avg_pool3d"])
+@pytest.mark.parametrize("channels", [8, 48, 192])
+def test_the_choice_for_an_average_knows_where_the_channels_are(op: str, channels: int) -> None:
+    spatial = int(op[-2])
+    for layout, last in (("NCHW", False), ("NHWC", True)):
+        size, weight = (24, 20, 14)[:spatial], (channels, 1, *(3, 3, 3)[:spatial])
+        dims = conv_dims((1, channels, *size), weight, 2, 1, 1, channels, last)
+        times = costs.estimate("conv_forward", dims, costs.Machine(isa(), channels_last=last))
+        shape = (1, *size, channels) if last else (1, channels, *size)
+        found = fc.explain(op, shape, 3, 2, 1, layout=layout, engine="cython")
+        assert next(row.algorithm for row, reason in found if not reason) == min(times, key=lambda name: times[name])
+
+
 def test_what_explain_chooses_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chosen row's kernel, put out of order, is missed."""
     row = next(row for row, reason in fc.explain("conv2d", X, W, engine="numpy") if not reason)
@@ -216,12 +266,15 @@ def test_what_explain_chooses_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("this one")
 
     monkeypatch.setattr(module, "conv_forward", broken)
-    fc.functional.kernel.cache_clear()
+    caches = fc.functional.kernel, fc.functional._conv_plan
+    for cache in caches:
+        cache.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="this one"):
             fc.conv2d(X, W, engine="numpy")
     finally:
-        fc.functional.kernel.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,17 @@ def test_the_command_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["warmup", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].split()[:4] == ["all", "kernels", "nothing", "to"]
-    assert f"{len(warmup.jobs([np.dtype(np.float32)]))}/" in err, "the progress bar"
+    if find_spec("tqdm"):
+        assert f"{len(warmup.jobs([np.dtype(np.float32)]))}/" in err, "the progress bar"
+
+
+def test_without_tqdm_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(warmup, "jobs", lambda dtypes: [])
+    assert main(["warmup"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("all kernels")
+    assert err == 'no progress bar: tqdm is not installed; pip install "fastconv[demo]"\n'
 
 
 def test_without_numba_the_command_is_one_clear_line(

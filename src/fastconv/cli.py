@@ -50,11 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="{demo,bench,warmup,info}", required=True)
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="train a network on digits and time its layers")
-    demo.add_argument("--epochs", type=_positive, default=15, help="times through the digits (default: %(default)s)")
-    demo.add_argument("--engine", choices=ENGINES, help="engine to train on (default: the fastest there is)")
-    demo.add_argument("--threads", type=_positive, help="largest number of threads (default: what the machine has)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and order of the digits (default: %(default)s)")
-    demo.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")
+    add = demo.add_argument
+    add("--epochs", type=bench.positive, default=15, help="times through the digits (default: %(default)s)")
+    add("--engine", choices=ENGINES, help="engine to train on (default: the fastest there is)")
+    add("--threads", type=bench.positive, help="largest number of threads (default: what the machine has)")
+    add("--seed", type=int, default=0, help="of weights and order of the digits (default: %(default)s)")
+    add("--no-progress", dest="progress", action="store_false", help="show no progress bars")
     demo.set_defaults(run=_demo)
 
     measure = commands.add_parser("bench", allow_abbrev=False, help="measure the named layers on every engine")
@@ -69,12 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", allow_abbrev=False, help="show versions, engines, CPU and threads")
     info.set_defaults(run=_info)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
 
 
 def _demo(args: argparse.Namespace) -> int:

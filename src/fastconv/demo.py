@@ -6,9 +6,8 @@ scikit-learn bundles (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1
 
 from __future__ import annotations
 
-import sys
 import timeit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from .functional import Array
 from .layers import Conv2d, Flatten, Layer, Linear, MaxPool2d, ReLU, Sequential, Softmax
 from .losses import cross_entropy
 from .optim import Adam
+from .progress import progress_bar, tell_if_missing
 from .runtime import ENGINES, get_config, get_num_threads, why_missing
 from .training import accuracy, fit, predict
 
@@ -31,8 +31,7 @@ INSTALL = 'pip install "fastconv[demo]"'
 def run(epochs: int, seed: int, progress: bool) -> float:
     """Train, test and time; print the report and return the test accuracy."""
     digits = _load_digits()
-    if progress and not _has_tqdm():
-        print(f"no progress bar: tqdm is not installed; {INSTALL}", file=sys.stderr)
+    tell_if_missing(progress)
     model = build(seed)
     engine = get_config().engine or next(name for name in ENGINES if not why_missing(name))
     print(f"{len(digits.x)} handwritten digits of 8x8 pixels to learn from, {len(digits.test_x)} held out")
@@ -67,12 +66,6 @@ def _load_digits() -> Digits:
     x = (pixels[order] / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     y = classes[order]
     return Digits(x[HELD_OUT:], y[HELD_OUT:], x[:HELD_OUT], y[:HELD_OUT])
-
-
-def _has_tqdm() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tqdm") is not None
 
 
 def build(seed: int) -> Sequential:
@@ -124,12 +117,14 @@ def measure(model: Sequential, x: Array, progress: bool) -> Times:
     """Return how long each layer takes for a batch, with every engine and with the textbook loops."""
     engines = {name: {"engine": name} for name in reversed(ENGINES) if not why_missing(name)}
     jobs = {NAIVE: {"engine": "numpy", "algorithm": "naive"}, **engines}
+    times: Times = {}
     model.train()
     try:
-        return {
-            name: _layer_times(model, x, options, naive=name == NAIVE)
-            for name, options in _with_progress(jobs.items(), progress)
-        }
+        with progress_bar(len(jobs), progress, title="timing the layers", unit="engine") as bar:
+            for name, options in jobs.items():
+                times[name] = _layer_times(model, x, options, naive=name == NAIVE)
+                bar.update()
+        return times
     finally:
         for layer in model:
             layer.options = {}
@@ -160,15 +155,6 @@ def _seconds(call: Callable[[], Any], repeat: int) -> float:
 def _has_kernels(layer: Layer) -> bool:
     """Whether an engine computes this layer; the others are plain NumPy."""
     return isinstance(layer, (Conv2d, MaxPool2d))
-
-
-def _with_progress(items: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress or not _has_tqdm():
-        return items
-    from tqdm import tqdm
-
-    bar: Iterable[Any] = tqdm(list(items), desc="timing the layers", unit="engine")
-    return bar
 
 
 def table(model: Sequential, times: Times) -> str:

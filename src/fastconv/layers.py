@@ -136,10 +136,7 @@ class Layer:
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation mode: nothing is kept for ``backward``, ``params`` are read-only and packed only once.
-
-        Return self.
-        """
+        """Switch to evaluation mode: nothing is kept for ``backward``, ``params`` are read-only. Return self."""
         for param in self.params.values():
             param.setflags(write=False)
         self.training = False
@@ -317,6 +314,8 @@ class _Filters(_Windowed):
 
 
 class _Conv(_Filters):
+    """What `Conv2d` and its siblings share; in evaluation mode they pack their weights only once."""
+
     _conv: ClassVar[Callable[..., Array]]
     _gradients: ClassVar[Callable[..., Any]]  #: returns a ConvGradients
 
@@ -402,7 +401,7 @@ class Conv1d(_Conv):
 
 
 class Conv2d(_Conv):
-    """Filter bank for images.
+    """Filter bank for images. In evaluation mode its weights are packed for the kernels only once.
 
     Parameters
     ----------
@@ -696,7 +695,9 @@ class MaxBlurPool2d(_Maximum):
 
     def _output_shape(self, shape: Shape) -> Shape:
         batch, channels, *size = shape
-        plan = functional.blur_plan((batch, channels, *size), dtype=np.dtype(np.float32), **self._geometry)
+        plan = functional.blur_plan(
+            (batch, channels, *size), dtype=np.dtype(np.float32), last=self._last, **self._geometry
+        )
         return (batch, channels, *plan.blur.output_size[1:])
 
 

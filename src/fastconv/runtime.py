@@ -44,8 +44,6 @@ class Options(NamedTuple):
 
 Setting = tuple[str | None, str, int]  #: engine, precision and threads of a call
 
-_context: ContextVar[Config] = ContextVar("fastconv_config")
-
 
 def check_engine(engine: object, name: str = "engine") -> str | None:
     """Return ``engine`` if it is None or an engine that works here; ValueError or ImportError says what is missing."""
@@ -93,7 +91,7 @@ def _environment_threads() -> int | None:
 
 
 class _Defaults:
-    """What ``config_context`` falls back to; read from the environment at first use, not at import."""
+    """The settings of the process; read from the environment at first use, not at import."""
 
     config: Config | None = None
 
@@ -102,6 +100,24 @@ class _Defaults:
         if cls.config is None:
             cls.config = Config(engine=_environment_engine(), num_threads=_environment_threads())
         return cls.config
+
+
+class _Context:
+    """The settings of an open ``config_context``, by name; those that it lacks are the process's."""
+
+    def __init__(self, settings: dict[str, str | int | None]) -> None:
+        self.settings = settings
+        self.merge()
+
+    def merge(self) -> Config:
+        """Return the settings in force; keep them, and what the process's are now."""
+        defaults = _Defaults.get()
+        config = defaults._replace(**self.settings)  # type: ignore[arg-type]
+        self.merged = defaults, config  # in one step: threads may share a context
+        return config
+
+
+_context: ContextVar[_Context | None] = ContextVar("fastconv_config", default=None)
 
 
 def get_config() -> Config:
@@ -113,7 +129,11 @@ def get_config() -> Config:
     >>> fc.get_config().precision
     'highest'
     """
-    return _context.get(None) or _Defaults.config or _Defaults.get()
+    context = _context.get()
+    if context is None:
+        return _Defaults.config or _Defaults.get()
+    defaults, config = context.merged
+    return config if defaults is _Defaults.config else context.merge()
 
 
 @contextmanager
@@ -121,6 +141,8 @@ def config_context(
     *, engine: str | None = None, precision: str | None = None, num_threads: int | None = None
 ) -> Iterator[Config]:
     """Use other settings within a ``with`` block, in this thread (or asyncio task) only.
+
+    What is not given stays as it is outside the block.
 
     Parameters
     ----------
@@ -145,22 +167,25 @@ def config_context(
     ...     config.engine
     'numpy'
     """
-    config = get_config()
+    outer = _context.get()
+    settings: dict[str, str | int | None] = {} if outer is None else outer.settings.copy()
     if engine is not None:
-        config = config._replace(engine=check_engine(engine))
+        settings["engine"] = check_engine(engine)
     if precision is not None:
-        config = config._replace(precision=check_precision(precision))
+        settings["precision"] = check_precision(precision)
     if num_threads is not None:
-        config = config._replace(num_threads=check_threads(num_threads))
-    token = _context.set(config)
+        settings["num_threads"] = check_threads(num_threads)
+    token = _context.set(_Context(settings))
     try:
-        yield config
+        yield get_config()
     finally:
         _context.reset(token)
 
 
 def set_num_threads(n: int) -> None:
     """Set the largest number of threads that a call uses, in all threads of this process.
+
+    An open ``config_context`` that gives another number keeps it until it ends.
 
     Parameters
     ----------
@@ -176,10 +201,7 @@ def set_num_threads(n: int) -> None:
     1
     >>> fc.set_num_threads(before)
     """
-    n = check_threads(n, "n")
-    _Defaults.config = _Defaults.get()._replace(num_threads=n)
-    if current := _context.get(None):
-        _context.set(current._replace(num_threads=n))
+    _Defaults.config = _Defaults.get()._replace(num_threads=check_threads(n, "n"))
 
 
 def get_num_threads() -> int:

@@ -11,6 +11,7 @@ from .dims import integer
 from .functional import Array
 from .layers import Layer, Seed
 from .optim import Optimizer
+from .progress import progress_bar
 
 __all__ = ["accuracy", "fit", "predict"]
 
@@ -82,23 +83,17 @@ def fit(
     epochs, batch_size = integer(epochs, "epochs", 0), integer(batch_size, "batch_size", 1)
     generator = np.random.default_rng(rng)
     history: History = {"loss": []}
-    bar = _progress_bar(epochs * -(-len(x) // batch_size)) if progress else None
-    try:
+    with progress_bar(epochs * -(-len(x) // batch_size), progress, unit="batch") as bar:
         for _ in range(epochs):
             model.train()
             total = 0.0
             for rows in _batches(generator.permutation(len(x)), batch_size):
                 total += len(rows) * _step(model, x[rows], y[rows], loss, optimizer)
-                if bar is not None:
-                    bar.update()
+                bar.update()
             history["loss"].append(total / len(x))
             if validation is not None:
                 _validate(model, *validation, loss, batch_size, history)
-            if bar is not None:
-                bar.set_postfix({name: f"{values[-1]:.4f}" for name, values in history.items()})
-    finally:
-        if bar is not None:
-            bar.close()
+            bar.set_postfix_str(", ".join(f"{name}={values[-1]:.4f}" for name, values in history.items()))
     model.train()
     return history
 
@@ -168,12 +163,3 @@ def _check_samples(x: Any, y: Any, x_name: str, y_name: str) -> None:
         raise ValueError(
             f"{x_name} and {y_name} must have the same number of samples, not 0, got {len(x)} and {len(y)}"
         )
-
-
-def _progress_bar(total: int) -> Any:
-    """Return a tqdm bar, or None without tqdm: training does not need it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, unit="batch")

@@ -6,12 +6,9 @@ process finds it, until fastconv, Numba or the processor changes.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +16,7 @@ import numpy as np
 from . import functional, grad
 from .arrays import DTYPES
 from .dims import conv_dims, pool_dims
+from .progress import progress_bar, tell_if_missing
 from .registry import ROWS, Row
 from .runtime import check_engine
 
@@ -80,37 +78,24 @@ def _pool_calls(op: str, row: Row, dtype: np.dtype) -> Iterator[Callable[[], Any
 def run(dtypes: Sequence[np.dtype], progress: bool) -> None:
     """Compile, and print what was compiled, what was there already, and how long it took."""
     check_engine("numba")
-    if progress and find_spec("tqdm") is None:
-        print('no progress bar: tqdm is not installed; pip install "fastconv[bench]"', file=sys.stderr)
-        progress = False
+    tell_if_missing(progress)
     start = time.perf_counter()
     from .kernels.jit.compile import Loads, loads
 
-    total = Loads(0, 0)
-    with _bar(jobs(dtypes), progress) as (steps, write):
-        for job in steps:
+    total, found = Loads(0, 0), jobs(dtypes)
+    with progress_bar(len(found), progress, title="compiling", unit="call") as bar:
+        for job in found:
             before, begin = loads(), time.perf_counter()
             job.call()
             new = Loads(*(now - then for now, then in zip(loads(), before, strict=True)))
             total = Loads(total.compiled + new.compiled, total.cached + new.cached)
             if any(new):
                 what = f"{job.dtype} {job.op:<18}{job.algorithm}"
-                write(f"{what:<36}{_count(new):<28}{time.perf_counter() - begin:7.2f} s")
+                bar.write(f"{what:<36}{_count(new):<28}{time.perf_counter() - begin:7.2f} s")
+            bar.update()
     print(f"{'all kernels':<36}{_count(total):<28}{time.perf_counter() - start:7.2f} s")
 
 
 def _count(loads: Any) -> str:
     words = (f"{number} {what}" for number, what in zip(loads, ("compiled", "from the cache"), strict=True) if number)
     return ", ".join(words) or "nothing to do"
-
-
-@contextmanager
-def _bar(items: Sequence[Job], progress: bool) -> Iterator[tuple[Iterable[Job], Callable[[str], None]]]:
-    """Return the items, behind a progress bar if there is to be one, and how to print a line beside it."""
-    if not progress:
-        yield items, print
-        return
-    from tqdm import tqdm
-
-    with tqdm(items, desc="compiling", unit="call", file=sys.stderr) as bar:
-        yield bar, tqdm.write
