@@ -196,6 +196,7 @@ CONV_CASES = [
     ConvCase("depthwise", (2, 19, 8, 9), (19, 1, 3, 3), 1, 1, 1, 19),
     ConvCase("depthwise, stride 2, dilation 2", (1, 8, 13, 11), (8, 1, 3, 3), 2, 2, 2, 8),
     ConvCase("depthwise, two filters for each channel", (1, 7, 8, 8), (14, 1, 3, 3), 1, 1, 1, 7),
+    ConvCase("volume of one row", (2, 2, 5, 3, 9), (3, 2, 2, 3, 3)),
     ConvCase("volume", (2, 3, 5, 6, 7), (4, 3, 3, 3, 3), 1, 1),
     ConvCase("volume of many channels", (1, 25, 3, 6, 7), (16, 25, 2, 3, 3), 1, 1),
     ConvCase("volume of whole channel blocks", (1, 32, 3, 7, 8), (16, 32, 2, 3, 3), 1, 1),

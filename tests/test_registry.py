@@ -219,11 +219,15 @@ def test_pooling_reads_memory_of_every_kind(form: str, pool_row: Row, dtype: Any
     assert_equal_results(results, pool_oracle(case, dtype))
 
 
-@pytest.mark.parametrize("axes", [(0,), (1,), (2, 3), (0, 1, 2, 3)])
-@for_every_row(named("3x3, stride 2", "3x3 of one more than a tile", "1x1 of few channels and filters"))
+BROADCAST = named("3x3, stride 2", "3x3 of one more than a tile", "1x1 of few channels and filters", "volume of one row")
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (2, 3), (0, 1, 2, 3)])
+@for_every_row(BROADCAST)
 def test_convolution_of_broadcast_arrays(row: Row, case: ConvCase, axes: tuple[int, ...], dtype: Any) -> None:
     def spread(array: Array) -> Array:
-        return np.broadcast_to(array[tuple(slice(0, 1) if i in axes else slice(None) for i in range(4))], array.shape)
+        first = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(array.ndim))
+        return np.broadcast_to(array[first], array.shape)
 
     x, w, b, g = (np.rint(4 * array) for array in case.arrays(dtype))  # integers: every order of summation is exact
     arrays = ConvArrays(spread(x), spread(w), np.broadcast_to(b[:1], b.shape), spread(g))

@@ -183,7 +183,8 @@ cdef bint _whole_vectors(const Plan *plan) noexcept nogil:
 cdef bint _rows_are_one(const Conv *c) noexcept nogil:
     """Whether all rows of an image's gradients follow one another, as far apart as pixels are."""
     cdef const View *y = &c.y
-    return (c.out[1] == 1 or y.stride[3] == c.out[2] * y.stride[4]) and (c.out[0] == 1 or y.stride[2] == c.out[1] * y.stride[3])
+    cdef Py_ssize_t row = c.out[2] * y.stride[4]
+    return (c.out[1] == 1 or y.stride[3] == row) and (c.out[0] == 1 or y.stride[2] == c.out[1] * row)
 
 
 cdef void _split_numbers(Plan *plan, str precision, int form):

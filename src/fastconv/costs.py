@@ -453,6 +453,7 @@ def _direct_weights(w: Weights) -> tuple[str, Parts]:
         "strided": products if max(d.stride) > 1 else 0,
         "packed": w.images * _up(w.channels, VECTOR) * w.cells,
         "number": w.images * w.lanes * w.pixels,
+        "stored": w.images * w.lanes * d.reduction,
         "sum": d.groups * w.lanes * d.reduction,
     }
 

@@ -336,8 +336,8 @@ INLINE int split_weights(const float *weights, ptrdiff_t step, ptrdiff_t channel
                 const ptrdiff_t pairs = (channels - first < CHANNELS ? channels - first : CHANNELS) / 2;
                 char *row = panel, *const whole = panel + pairs * ROW_BYTES;
                 for (; row < whole; row += ROW_BYTES, in += 2 * step) {
-                    FC_FETCH_END(in + width, LANES, 0); /* the next panel, if rows of an image are split where they are */
-                    FC_FETCH_END(in + step + width, LANES, 0);
+                    __builtin_prefetch(in + width); /* the next panel, if rows of an image are split where they are */
+                    __builtin_prefetch(in + step + width);
                     split_pair(*(const floats *)in, *(const floats *)(in + step), pieces, row, &largest);
                 }
                 for (; row < panel + TILE_BYTES; row += ROW_BYTES) { /* half a pair, and none */

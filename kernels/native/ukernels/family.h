@@ -81,7 +81,7 @@ static inline __attribute__((always_inline)) void FC(tap)(const fc_reduction *r,
             weight[v] = *(const V *)(panel + v * LANES);
         if (vectors == 2 && ahead)
             UNROLL for (int v = 0; v < vectors; v++)
-                FC_FETCH_END(panel + ahead + v * LANES, LANES, 0);
+                __builtin_prefetch(panel + ahead + v * LANES);
         if (evenly)
             FC(hide)(&at, n_rows);
         UNROLL for (int m = 0; m < n_rows; m++) {

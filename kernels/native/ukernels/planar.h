@@ -423,7 +423,7 @@ static inline __attribute__((always_inline)) void FC(planar_tile)(const fc_plane
     for (; filters % (FC(filters) / 2) == 0 && t + FC(step) <= n; t += FC(step), weight += FC(step) * filters) {
         if (lines < end) {
             UNROLL for (int v = 0; v < vectors; v++)
-                FC_FETCH_END(lines + v * LANES, LANES, 1);
+                __builtin_prefetch(lines + v * LANES, 1);
             lines += p->out_filter;
         }
         UNROLL for (int i = 0; i < FC(step); i++)
@@ -534,7 +534,7 @@ static inline __attribute__((always_inline)) void FC(add_products)(const int fil
 {
     V g[FC(grads)];
     for (; n_later > 0; n_later--, later += step)
-        FC_FETCH_END(later + x, LANES, 0);
+        __builtin_prefetch(later + x);
     UNROLL for (int f = 0; f < filters; f++) {
         const T *from = grad + f * step + x;
         g[f] = all ? *(const V *)from : LOAD_LANES(some, from);

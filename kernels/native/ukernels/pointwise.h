@@ -14,7 +14,7 @@ static inline __attribute__((always_inline)) void FC(point_tile)(const fc_planes
     const T *const lines = to->out[0] + vectors * LANES;
     UNROLL for (int f = 0; f < filters; f++)
         UNROLL for (int v = 0; v < vectors; v++) {
-            FC_FETCH_END(lines + f * p->out_filter + v * LANES, LANES, 1);
+            __builtin_prefetch(lines + f * p->out_filter + v * LANES, 1);
             acc[f][v] = (V){0}; /* these only: an initializer would clear all of it, in memory */
         }
     for (ptrdiff_t t = p->n_taps; t > 0; t--, cells += step, later += p->tap_row, weight += filters) {
@@ -23,7 +23,7 @@ static inline __attribute__((always_inline)) void FC(point_tile)(const fc_planes
             cell[v] = whole ? *(const V *)(cells + v * LANES) : LOAD_LANES(to->some[v], cells + v * LANES);
             HELD(cell[v]);
             if (v < fetch)
-                FC_FETCH_END(later + v * LANES, LANES, 0);
+                __builtin_prefetch(later + v * LANES);
         }
         if (laid) {
             UNROLL for (int v = 0; v < vectors; v++)

@@ -407,9 +407,6 @@ int fc_max_threads(void);
 int fc_usable_threads(int wanted);
 void fc_fence(void);
 
-/* Prefetch the line in which a vector of so many numbers ends; the one it begins in came with the vector before. */
-#define FC_FETCH_END(vector, lanes, stored) __builtin_prefetch((vector) + (lanes) - 1, stored)
-
 /* Ask for some neighbouring lines before they are needed. */
 static inline void fc_fetch(const void *first, ptrdiff_t bytes)
 {
