@@ -219,7 +219,9 @@ def test_pooling_reads_memory_of_every_kind(form: str, pool_row: Row, dtype: Any
     assert_equal_results(results, pool_oracle(case, dtype))
 
 
-BROADCAST = named("3x3, stride 2", "3x3 of one more than a tile", "1x1 of few channels and filters", "volume of one row")
+BROADCAST = named(
+    "3x3, stride 2", "3x3 of one more than a tile", "1x1 of few channels and filters", "volume of one row"
+)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (2, 3), (0, 1, 2, 3)])
