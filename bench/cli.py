@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peers", type=of, default=(), metavar="NAMES", help=f"libraries to compare with, of {','.join(peers.PEERS)}")
     add("--train", action="store_true", help="whole training steps of two networks, instead of single operations")
     add("--layout", choices=("NCHW", "NHWC"), default="NCHW", help="of fastconv's arrays (default: %(default)s)")
-    add("--threads", type=positive, default=1, metavar="N", help="threads for everyone (default: %(default)s)")
+    add("--threads", type=threads, default=1, metavar="N", help="threads for everyone (default: %(default)s)")
     add("--repeat", type=positive, default=5, metavar="N", help="turns for everyone (default: %(default)s)")
     add("--startup", action="store_true", help="measure only the first call of a process: milliseconds, cold and warm")
     add("--json", type=_told(_new_file), metavar="FILE", help="write the results to FILE, too")
@@ -119,6 +120,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Return the number that an option is, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer from 0, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """Return the number of threads that an option is."""
+    number = positive(text)
+    if number > runtime.MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {runtime.MOST_THREADS}, got {text}")
+    return number
+
+
 def _machine(args: argparse.Namespace, others: Sequence[peers.Peer]) -> dict[str, str]:
     """Return what the numbers were measured on, and how."""
     return runtime.config_report() | {
@@ -158,4 +174,8 @@ def _new_file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise ValueError(f"must be a file, got the folder {text!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{text!r} can't be written")
     return path

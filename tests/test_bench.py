@@ -321,6 +321,8 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
         (["--peers", "tensorflow"], "expected some of torch, onnxruntime, openvino, got 'tensorflow'"),
         (["--threads", "0"], "argument --threads: must be a positive integer, got '0'"),
         (["--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
+        (["--threads", "5000"], "argument --threads: must be from 1 to 1024, got 5000"),
+        (["--json", "."], "argument --json: must be a file, got the folder '.'"),
         (["--repeat", "many"], "argument --repeat: must be a positive integer, got 'many'"),
     ],
 )

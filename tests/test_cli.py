@@ -48,6 +48,10 @@ def test_the_module_runs_as_a_command() -> None:
         (["demo", "--epoch", "1"], "unrecognized arguments: --epoch"),
         (["demo", "--epochs", "0"], "argument --epochs: must be a positive integer, got '0'"),
         (["demo", "--threads", "many"], "argument --threads: must be a positive integer, got 'many'"),
+        (["demo", "--threads", "5000"], "argument --threads: must be from 1 to 1024, got 5000"),
+        (["demo", "--seed", "-1"], "argument --seed: must be an integer from 0, got '-1'"),
+        (["bench", "--threads", "5000"], "argument --threads: must be from 1 to 1024, got 5000"),
+        (["bench", "--json", "."], "argument --json: must be a file, got the folder '.'"),
         (["demo", "--engine", "torch"], "argument --engine: invalid choice: 'torch'"),
         (["bench", "--what"], "unrecognized arguments: --what"),
     ],
@@ -59,12 +63,19 @@ def test_a_mistake_is_one_clear_line(arguments: list[str], message: str, capsys:
     assert message in capsys.readouterr().err
 
 
-def test_a_mistake_in_the_environment_is_one_clear_line() -> None:
-    result = run("-m", "fastconv", "info", FASTCONV_ENGINE="torch")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FASTCONV_ENGINE", "torch", "must be one of"),
+        ("FASTCONV_ISA", "avx", "must be one of scalar, avx2, avx512, amx, got 'avx'"),
+        ("FASTCONV_NUM_THREADS", "0", "must be from 1 to 1024, got 0"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_one_clear_line(name: str, value: str, message: str) -> None:
+    result = run("-m", "fastconv", "info", **{name: value})
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(
-        "fastconv: error: environment variable FASTCONV_ENGINE must be one of"
-    )
+    assert not result.stdout
+    assert result.stderr.splitlines()[-1].startswith(f"fastconv: error: environment variable {name} {message}")
 
 
 def test_a_missing_extra_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

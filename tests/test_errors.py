@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,6 +237,8 @@ GRADIENTS = {
         lambda: fc.grad.conv2d(X, W, Y, needs=["output"]), ValueError, r"needs must be a sequence of 'input'"
     ),
     "needs is a word": Wrong(lambda: fc.grad.conv2d(X, W, Y, needs="input"), ValueError, r"needs must be a sequence"),
+    "needs is None": Wrong(lambda: fc.grad.conv2d(X, W, Y, needs=None), TypeError, r"needs must be a .* got None"),
+    "needs an array": Wrong(lambda: fc.grad.conv2d(X, W, Y, needs=[B]), ValueError, r"needs must be a sequence"),
 }
 
 POOLING = {
@@ -262,6 +265,15 @@ POOLING = {
     ),
     "out of another shape": Wrong(
         lambda: fc.max_pool2d(X, 2, out=np.zeros((2, 4, 4, 3), "f4")), ValueError, r"out must have shape \(2, 4, 4, 4\)"
+    ),
+    "return_indices of an array": Wrong(
+        lambda: fc.max_pool2d(X, 2, return_indices=B), ValueError, r"return_indices must be False, .* got array"
+    ),
+    "count_include_pad of text": Wrong(
+        lambda: fc.avg_pool2d(X, 2, count_include_pad="no"), TypeError, r"count_include_pad must be True .* got 'no'"
+    ),
+    "count_include_pad of an array": Wrong(
+        lambda: fc.avg_pool2d(X, 2, count_include_pad=B), TypeError, r"count_include_pad must be True .* got array"
     ),
     "an algorithm of convolution": Wrong(
         lambda: fc.max_pool2d(X, 2, algorithm="im2col"), ValueError, r"algorithm must be one of .* got 'im2col'"
@@ -330,9 +342,74 @@ SETTINGS = {
         lambda: fc.explain("grad.max_pool2d", X.shape, 2), ValueError, r"op must be one of .* got 'grad.max_pool2d'"
     ),
     "explain a number": Wrong(lambda: fc.explain(4), ValueError, r"op must be one of .* got 4"),
+    "explain a wrong algorithm": Wrong(
+        lambda: fc.explain("conv2d", X, W, algorithm="foo"), ValueError, r"algorithm must be one of .* got 'foo'"
+    ),
+    "explain a wrong activation": Wrong(
+        lambda: fc.explain("conv2d", X, W, activation="foo"), ValueError, r"activation must be one of .* got 'foo'"
+    ),
+    "explain arrays of two types": Wrong(
+        lambda: fc.explain("conv2d", X, W.astype(float)), TypeError, r"weight must have the dtype of input, float32"
+    ),
+    "explain a division by 0": Wrong(
+        lambda: fc.explain("avg_pool2d", X, 2, divisor_override=0), ValueError, r"divisor_override must not be 0"
+    ),
+    "explain a weight_size that is a number": Wrong(
+        lambda: fc.explain("conv2d_weight", X, 5, X), TypeError, r"weight_size must be a sequence of integers, got 5"
+    ),
+    "explain an input_size that is a number": Wrong(
+        lambda: fc.explain("conv2d_input", 5, W, X), TypeError, r"input_size must be a sequence of integers, got 5"
+    ),
+    "explain a wrong grad_output": Wrong(
+        lambda: fc.explain("conv2d_weight", X, W.shape, Y[:1]), ValueError, r"grad_output must have the shape of"
+    ),
     "explain a wrong call": Wrong(
         lambda: fc.explain("conv2d", X.shape, (6, 3, 3, 3)), ValueError, r"input must have 3 channels"
     ),
+}
+
+#: Calls that end in a cache's key, and the words that each of them takes.
+WORDS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "conv2d": (lambda **words: fc.conv2d(X, W, **words), ("activation", "precision", "algorithm", "engine")),
+    "conv_transpose2d": (
+        lambda **words: fc.conv_transpose2d(Y, W, **words), ("activation", "precision", "algorithm", "engine")
+    ),
+    "max_pool2d": (lambda **words: fc.max_pool2d(X, 2, **words), ("ceil_mode", "algorithm", "engine")),
+    "avg_pool2d": (lambda **words: fc.avg_pool2d(X, 2, **words), ("ceil_mode", "algorithm", "engine")),
+    "max_blur_pool2d": (lambda **words: fc.max_blur_pool2d(X, 2, 2, **words), ("algorithm", "engine")),
+    "conv2d_input": (
+        lambda **words: fc.grad.conv2d_input(X.shape, W, Y, **words), ("precision", "algorithm", "engine")
+    ),
+    "conv2d_weight": (
+        lambda **words: fc.grad.conv2d_weight(X, W.shape, Y, **words), ("precision", "algorithm", "engine")
+    ),
+    "conv_transpose2d_weight": (
+        lambda **words: fc.grad.conv_transpose2d_weight(Y, W.shape, X, **words), ("precision", "algorithm", "engine")
+    ),
+    "grad.max_pool2d": (
+        lambda **words: fc.grad.max_pool2d(X.shape, WINNERS, POOLED, 2, **words), ("ceil_mode", "algorithm", "engine")
+    ),
+    "grad.avg_pool2d": (
+        lambda **words: fc.grad.avg_pool2d(X.shape, POOLED, 2, **words), ("ceil_mode", "algorithm", "engine")
+    ),
+    "explain": (
+        lambda **words: fc.explain("conv2d", X, W, **words), ("activation", "precision", "algorithm", "engine")
+    ),
+}  # fmt: skip
+
+WORDLESS = {
+    f"{name} with {word} of type {type(value).__name__}": Wrong(
+        partial(call, **{word: value}), TypeError, rf"^{word} must be (a word or None|True or False), got "
+    )
+    for name, (call, words) in WORDS.items()
+    for word in words
+    for value in ([], B)
+} | {
+    f"{name} with engine {value!r}": Wrong(
+        partial(call, engine=value), ValueError, rf"engine must be one of .* or None, got {value!r}"
+    )
+    for name, (call, _) in WORDS.items()
+    for value in ("", 0)
 }
 
 TABLE = {
@@ -343,6 +420,7 @@ TABLE = {
         "gradient": GRADIENTS,
         "pooling": POOLING,
         "settings": SETTINGS,
+        "words": WORDLESS,
     }.items()
     for name, wrong in table.items()
 }

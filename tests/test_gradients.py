@@ -303,3 +303,12 @@ def test_overlapping_windows_add_up(pool_row: Row) -> None:
     _, indices = fc.max_pool1d(x, 3, 1, return_indices=True, **how(pool_row))
     dx = fc.grad.max_pool1d(x.shape, indices, np.array([[[1.0, 10.0, 100.0]]]), 3, 1, **how(pool_row))
     assert dx[0, 0].tolist() == [0, 0, 111, 0, 0]
+
+
+def test_what_is_needed_may_come_from_a_generator(rng: np.random.Generator) -> None:
+    x, w, dy = (rng.standard_normal(shape) for shape in ((2, 3, 6, 6), (4, 3, 3, 3), (2, 4, 4, 4)))
+    grads = fc.grad.conv2d(x, w, dy, needs=(name for name in ("weight", "bias")))  # type: ignore[arg-type]
+    wanted = fc.grad.conv2d(x, w, dy)
+    assert grads.input is None
+    np.testing.assert_array_equal(grads.weight, wanted.weight)
+    np.testing.assert_array_equal(grads.bias, wanted.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -344,6 +345,49 @@ def test_backward_overwrites_the_gradients_of_the_one_before() -> None:
         np.testing.assert_array_equal(layer.grads["weight"], [[1, 1]])
 
 
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"bias": np.ones(1)}, ValueError, r"params\['bias'\] must have shape \(2,\), got \(1,\)"),
+        ({"bias": np.ones(2, complex)}, TypeError, r"params\['bias'\] must be real numbers, got dtype complex128"),
+        ({"bias": ["a", "b"]}, TypeError, r"params\['bias'\] must be real numbers, got dtype <U1"),
+        ({"shift": np.ones(2)}, KeyError, "there is no parameter 'shift'"),
+    ],
+)
+def test_several_parameters_change_together_or_not_at_all(
+    values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    layer = Linear(2, 2)
+    before = {name: param.copy() for name, param in layer.params.items()}
+    with pytest.raises(error, match=message):
+        layer.params.update(weight=np.eye(2), **values)
+    with pytest.raises(error, match=message):
+        layer.params |= {"weight": np.eye(2), **values}
+    for name, param in layer.params.items():
+        np.testing.assert_array_equal(param, before[name])
+
+
+def test_parameters_stay_the_arrays_that_a_layer_computes_with() -> None:
+    layer = Linear(2, 2)
+    weight, bias = layer.params["weight"], layer.params["bias"]
+    layer.params |= {"weight": np.eye(2)}
+    np.testing.assert_array_equal(weight, np.eye(2))
+    assert layer.params.setdefault("bias", np.ones(2)) is bias
+    with pytest.raises(KeyError, match="there is no parameter 'shift'"):
+        layer.params.setdefault("shift", np.ones(2))
+    for call in (
+        lambda: layer.params.pop("weight"),
+        lambda: layer.params.pop("weight", None),
+        lambda: layer.params.popitem(),
+        lambda: layer.params.clear(),
+        lambda: layer.params.__delitem__("weight"),
+    ):
+        with pytest.raises(TypeError, match="params must keep all their arrays"):
+            call()
+    assert layer.params["weight"] is weight
+    assert layer.params["bias"] is bias
+
+
 def test_assigning_a_parameter_checks_name_and_shape() -> None:
     layer = Linear(2, 2)
     with pytest.raises(KeyError, match="there is no parameter 'wieght'; there are 'weight', 'bias'"):
@@ -398,6 +442,33 @@ def test_weights_packed_for_evaluation_give_the_same_bits(rng: np.random.Generat
     layer.eval()
     np.testing.assert_array_equal(layer(images[0]), -wanted[0])
     np.testing.assert_array_equal(twin(images[0]), wanted[0])
+
+
+@pytest.mark.parametrize("twin_of", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_copy_in_eval_mode_is_read_only_and_has_packed_nothing(
+    twin_of: Callable[[Layer], Layer], whole: bool, rng: np.random.Generator
+) -> None:
+    conv = Conv2d(20, 33, 3, rng=0)
+    model: Layer = Sequential(conv, ReLU()) if whole else conv
+    x = rng.standard_normal((1, 20, 12, 12), np.float32)
+    wanted = model.eval()(x)
+    twin = twin_of(model)
+    first = twin[0] if isinstance(twin, Sequential) else twin
+    assert isinstance(first, Conv2d)
+    assert first.params["weight"] is next(iter(twin.params.values()))
+    if first is not conv:  # a shallow copy of a Sequential has the same layers
+        assert not first._packed
+    for params in (twin.params, first.params):
+        for name, param in params.items():
+            assert not param.flags.writeable
+            with pytest.raises(ValueError, match="read-only in eval mode"):
+                params[name] = np.zeros_like(param)
+    np.testing.assert_array_equal(twin(x), wanted)
+    if twin_of is not copy.copy:
+        twin.train().params.update({name: -param for name, param in twin.params.items()})
+        np.testing.assert_array_equal(first.eval()(x), -conv(x))
+        np.testing.assert_array_equal(model(x), wanted)
 
 
 @pytest.mark.skipif(bool(why_missing("cython")), reason="needs the native engine")
@@ -576,8 +647,44 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(weights: Path, other
 def test_load_never_unpickles(tmp_path: Path) -> None:
     path = tmp_path / "weights.npz"
     np.savez(path, weight=np.array([{"a": "pickle"}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"weights.npz is no .npz file of arrays, .*: it holds a pickle"):
         Linear(3, 2).load(path)
+
+
+def damaged(path: Path, how: str) -> None:
+    """Write a file of weights and damage it."""
+    Linear(3, 2).save(path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        "empty": b"", "text": b"weights", "pickle": pickle.dumps({"weight": 1}), "short": content[:middle],
+        "changed": content[:60] + bytes(byte ^ 255 for byte in content[60:middle]) + content[middle:],
+    }[how])  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "pickle", "short", "changed"])
+def test_load_of_a_damaged_file_names_it(tmp_path: Path, how: str) -> None:
+    path, layer = tmp_path / "weights.npz", Linear(3, 2)
+    before = layer.params["weight"].copy()
+    damaged(path, how)
+    with pytest.raises(ValueError, match=r"weights.npz is no .npz file of arrays, or is damaged: ") as caught:
+        layer.load(path)
+    assert "allow_pickle" not in str(caught.value)
+    np.testing.assert_array_equal(layer.params["weight"], before)
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "short"])
+def test_load_of_a_damaged_safetensors_file_names_it(tmp_path: Path, how: str) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "weights.safetensors"
+    damaged(path, how)
+    with pytest.raises(ValueError, match=r"weights.safetensors is no .safetensors file, or is damaged: "):
+        Linear(3, 2).load(path)
+
+
+def test_load_of_no_file_says_so(weights: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Linear(3, 2).load(weights)
 
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:
@@ -621,6 +728,17 @@ def test_a_missing_safetensors_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         (lambda: MaxPool2d(0), ValueError, "kernel_size must be at least 1, got 0"),
         (lambda: MaxPool2d(2, padding=2), ValueError, "padding must be at most half"),
         (lambda: AvgPool2d(2, ceil_mode=1), TypeError, "ceil_mode must be True or False"),  # type: ignore[arg-type]
+        (lambda: AvgPool2d(2, divisor_override=0), ValueError, "divisor_override must not be 0, got 0"),
+        (
+            lambda: AvgPool2d(2, divisor_override=0.5),  # type: ignore[arg-type]
+            TypeError,
+            "divisor_override must be an integer, got 0.5",
+        ),
+        (
+            lambda: AvgPool2d(2, count_include_pad=None),  # type: ignore[arg-type]
+            TypeError,
+            "count_include_pad must be True or False, got None",
+        ),
         (lambda: MaxBlurPool2d(2, 2, filter_size=0), ValueError, "filter_size must be at least 1, got 0"),
         (lambda: Linear(0, 2), ValueError, "in_features must be at least 1, got 0"),
     ],
@@ -645,11 +763,34 @@ def test_constructors_say_at_once_what_is_wrong(
         (Linear(5, 2), np.zeros((2, 4), np.float32), ValueError, r"input must have 5 features .* got shape \(2, 4\)"),
         (Linear(5, 2), np.zeros((2, 5)), TypeError, "input must have the dtype of weight, float32, got float64"),
         (Linear(5, 2), [[0.0] * 5], TypeError, "input must be a numpy.ndarray, got list"),
+        *[
+            (layer, x, TypeError, f"input must be a numpy.ndarray, got {type(x).__name__}")
+            for layer in (ReLU(), Flatten(), Softmax(), AvgPool2d(2), MaxPool2d(2), MaxBlurPool2d(2, 2))
+            for x in ([[0.0] * 5], None)
+        ],
+        (Flatten(), np.zeros(()), ValueError, r"input must have a batch axis, got shape \(\)"),
+        (Softmax(), np.zeros(()), ValueError, r"input must have an axis -1, got shape \(\)"),
     ],
 )
 def test_forward_says_what_does_not_fit(layer: Layer, x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         layer(x)
+
+
+def test_backward_says_what_does_not_fit(case: tuple[Layer, Array]) -> None:
+    layer, x = case
+    output = layer(x)
+    wrong = output.sum(axis=0, keepdims=True), output[..., :1], output[None, None], output.ravel()
+    for backward in (layer.backward, layer.backward_params):
+        for grad_output in wrong:
+            with pytest.raises(ValueError, match=r"grad_output.*, got (shape )?\("):
+                backward(grad_output)
+        with pytest.raises(TypeError, match=r"float64|dtype"):
+            backward(output.astype(np.float32))
+        for other in (None, output.tolist()):
+            with pytest.raises(TypeError, match=r"grad_output must be a numpy.ndarray"):
+                backward(other)  # type: ignore[arg-type]
+    layer.backward(output)
 
 
 def test_output_shape_says_what_does_not_fit() -> None:

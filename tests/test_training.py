@@ -109,6 +109,13 @@ def test_losses_keep_the_dtype(dtype: type) -> None:
             TypeError,
             "prediction must be float32",
         ),
+        (lambda: squared_error(np.ones(2), [1j, 1]), TypeError, "target must be real numbers, got dtype complex128"),
+        (lambda: squared_error(np.ones(2), ["1", "2"]), TypeError, "target must be real numbers, got dtype <U1"),
+        (
+            lambda: squared_error(np.ones(2), np.ones(2, object)),
+            TypeError,
+            "target must be real numbers, got dtype object",
+        ),
         (lambda: cross_entropy(np.ones((2, 3)), [0.0, 1.0]), TypeError, "classes must be integers, got dtype float64"),
         (lambda: cross_entropy(np.ones((2, 3)), [0, 3]), ValueError, "classes must be from 0 to 2, got 0 to 3"),
         (lambda: cross_entropy(np.ones((2, 3)), [-1, 0]), ValueError, "classes must be from 0 to 2, got -1 to 0"),
@@ -200,6 +207,9 @@ def test_a_step_needs_gradients_and_training_mode() -> None:
         (lambda: SGD(one_weight(), lr="fast"), TypeError, "lr must be a number, got 'fast'"),  # type: ignore[arg-type]
         (lambda: SGD(one_weight(), lr=1, momentum=1), ValueError, "momentum must be at least 0 and below 1, got 1"),
         (lambda: Adam(one_weight(), betas=(0.9, 2)), ValueError, r"betas\[1\] must be at least 0 and below 1, got 2"),
+        (lambda: Adam(one_weight(), betas=0.9), TypeError, "betas must be a pair of numbers, got 0.9"),  # type: ignore[arg-type]
+        (lambda: Adam(one_weight(), betas=(0.9,)), ValueError, "betas must be a pair of numbers, got 1 values"),  # type: ignore[arg-type]
+        (lambda: Adam(one_weight(), betas=[0.9] * 3), ValueError, "betas must be a pair of numbers, got 3 values"),  # type: ignore[arg-type]
         (lambda: Adam([one_weight()]), TypeError, "model must be a Layer, got list"),  # type: ignore[arg-type]
     ],
 )
@@ -301,6 +311,11 @@ def test_training_works_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: py
         ({"epochs": -1}, ValueError, "epochs must be at least 0, got -1"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"validation": (np.ones((2, 1)), np.ones(3))}, ValueError, r"validation\[0\] and validation\[1\] must have"),
+        ({"validation": 5}, TypeError, "validation must be a pair of arrays, got int"),
+        ({"validation": (np.ones((2, 1)),) * 3}, ValueError, "validation must be a pair of arrays, got 3 values"),
+        ({"loss": "ce"}, TypeError, "loss must be a function of prediction and target, got 'ce'"),
+        ({"optimizer": None}, TypeError, "optimizer must be an Optimizer, got NoneType"),
+        ({"model": None}, TypeError, "model must be a Layer, got NoneType"),
         ({"optimizer": SGD(one_weight(), lr=0.1)}, ValueError, "optimizer must be of the model that is trained"),
     ],
 )
@@ -308,10 +323,11 @@ def test_fit_says_what_does_not_fit(change: dict[str, Any], error: type[Exceptio
     model = one_weight()
     arguments: dict[str, Any] = {
         "x": np.ones((4, 1)), "y": np.ones((4, 1)), "loss": squared_error, "optimizer": SGD(model, lr=0.1), "epochs": 1,
-        "batch_size": 2, "progress": False,
+        "batch_size": 2, "progress": False, "model": model,
     }  # fmt: skip
     with pytest.raises(error, match=message):
-        fc.fit(model, **(arguments | change))
+        fc.fit(**(arguments | change))
+    assert model.params["weight"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,3 +348,32 @@ def test_predict_does_not_depend_on_the_batch_size_and_restores_the_mode(rng: np
 def test_accuracy_is_the_share_of_right_classes() -> None:
     logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert accuracy(Softmax(), logits, np.array([1, 0, 0, 1])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: predict(None, np.ones((2, 1))), TypeError, "model must be a Layer, got NoneType"),
+        (lambda: predict(Softmax(), None), TypeError, "x must be a numpy.ndarray with a batch axis, got NoneType"),
+        (lambda: predict(Softmax(), np.ones((2, 1)), 0), ValueError, "batch_size must be at least 1, got 0"),
+        (
+            lambda: accuracy(Softmax(), np.eye(3), np.array([[0], [1], [2]])),
+            ValueError,
+            r"classes must have shape \(3,\), one for each sample, got \(3, 1\)",
+        ),
+        (
+            lambda: accuracy(Softmax(), np.eye(3), np.eye(3, dtype=int)),
+            ValueError,
+            r"classes must have shape \(3,\), .* got \(3, 3\)",
+        ),
+        (lambda: accuracy(Softmax(), np.eye(3), np.arange(3.0)), TypeError, "classes must be integers, got dtype fl"),
+        (
+            lambda: accuracy(Softmax(), np.ones((3, 2, 3)), np.arange(3)),
+            ValueError,
+            r"model must have outputs of shape \(samples, classes\), got \(3, 2, 3\)",
+        ),
+    ],
+)
+def test_predict_and_accuracy_say_what_does_not_fit(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

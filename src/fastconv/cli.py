@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from . import __version__
 from .arrays import DTYPES
-from .runtime import ENGINES, config_context, get_config, show_config
+from .runtime import ENGINES, check_isa, config_context, get_config, show_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         get_config()  # a mistake in an environment variable is one line here, and not a traceback
+        check_isa()
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     add = demo.add_argument
     add("--epochs", type=bench.positive, default=15, help="times through the digits (default: %(default)s)")
     add("--engine", choices=ENGINES, help="engine to train on (default: the fastest there is)")
-    add("--threads", type=bench.positive, help="largest number of threads (default: what the machine has)")
-    add("--seed", type=int, default=0, help="of weights and order of the digits (default: %(default)s)")
+    add("--threads", type=bench.threads, help="largest number of threads (default: what the machine has)")
+    add("--seed", type=bench.natural, default=0, help="of weights and order of the digits (default: %(default)s)")
     add("--no-progress", dest="progress", action="store_false", help="show no progress bars")
     demo.set_defaults(run=_demo)
 

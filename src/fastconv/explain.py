@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from . import functional, grad
-from .arrays import as_image, as_weight, first_shape, first_weight_shape, plain_shape
+from .arrays import as_image, as_weight, check_array, check_same_dtype, first_shape, first_weight_shape, plain_shape
 from .dims import ConvDims, PoolDims, channels_last, conv_dims, pool_dims
 from .functional import freeze, transpose_dims
-from .registry import Verdict, verdicts
-from .runtime import check_engine, check_precision, get_config
+from .registry import Verdict, check_algorithm, verdicts
+from .runtime import check_engine, settings
 
 _GRADIENTS = {f"conv{n}d_{what}" for n in (1, 2, 3) for what in ("input", "weight")}
 _OPERATIONS = {f"{name}{n}d" for name in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
@@ -54,7 +54,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises
     ------
     ValueError, TypeError
-        For an unknown ``op``, and all that the function itself would raise.
+        For an unknown ``op``, and what the function itself would raise for such shapes, types and words.
 
     Examples
     --------
@@ -71,10 +71,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     function: Callable[..., Any] = getattr(grad if name in _GRADIENTS else functional, name)
     call = inspect.signature(function).bind(*args, **kwargs)
     call.apply_defaults()
+    words = {key: call.arguments.get(key) for key in ("activation", "precision", "algorithm", "engine")}
+    functional.check_words(**words)
     kernel_op, dims = _dims(name, call.arguments)
-    engine = check_engine(call.arguments["engine"]) or get_config().engine
-    precision = check_precision(call.arguments.get("precision") or get_config().precision)
-    explanation = Explanation(verdicts(kernel_op, dims, engine, call.arguments["algorithm"], precision))
+    engine, precision, threads = settings(check_engine(words["engine"]), words["precision"])
+    functional.kernel_options(words["activation"], precision, threads)
+    algorithm = check_algorithm(kernel_op, words["algorithm"])
+    explanation = Explanation(verdicts(kernel_op, dims, engine, algorithm, precision))
     print(explanation)
     return explanation
 
@@ -90,27 +93,42 @@ def _dims(name: str, call: dict[str, Any]) -> tuple[str, ConvDims | PoolDims]:
     spatial, last = int(digit), channels_last(call["layout"])
     if operation in ("max_pool", "avg_pool"):
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
+        if operation == "avg_pool":
+            functional.check_average(call["count_include_pad"], call.get("divisor_override"))
         sizes = [call.get(key, 1) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
         pool = pool_dims(plain_shape(x, spatial), *sizes)
         return ("max_pool_forward", pool) if operation == "max_pool" else ("conv_forward", pool.as_depthwise(last))
+    _check_types(call)
     image, weight = _shapes(call, spatial, last)
     names = [key for key in ("stride", "padding", "dilation", "groups", "output_padding") if key in call]
     geometry = dict(zip(names, freeze(tuple(names), *[call[key] for key in names]), strict=True))
     if operation == "conv_transpose":
         return "conv_input_grad", transpose_dims(image, weight, **geometry, last=last)
     kernel_op = {"": "conv_forward", "_input": "conv_input_grad", "_weight": "conv_weight_grad"}[of]
-    return kernel_op, conv_dims(image, weight, **geometry, channels_last=last)
+    dims = conv_dims(image, weight, **geometry, channels_last=last)
+    if of:
+        shape = np.shape(_stand_in(call["grad_output"]))
+        grad.check_grad_output(shape, dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    return kernel_op, dims
+
+
+def _check_types(call: dict[str, Any]) -> None:
+    """Raise TypeError if the arrays of a call differ in type; shapes have none."""
+    given = [name for name in ("input", "grad_output", "weight", "bias") if isinstance(call.get(name), np.ndarray)]
+    for name in given[1:]:
+        check_same_dtype(check_array(call[name], name), name, check_array(call[given[0]], given[0]), given[0])
 
 
 def _shapes(call: dict[str, Any], spatial: int, last: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the (N, C, *spatial) and (K, C, *kernel) shapes of a call that gives arrays, shapes or sizes."""
     if "input_size" in call:
-        size = tuple(call["input_size"])
+        size = grad.checked_size(call["input_size"], "input_size", (spatial + 1, spatial + 2))
         image = first_shape(size if len(size) == spatial + 2 else (1, *size), spatial, last)
     else:
         x = as_image(_stand_in(call["input"]), "input", spatial, last)
         image = plain_shape(x, spatial)
     if "weight_size" in call:
-        return image, first_weight_shape(tuple(call["weight_size"]), spatial, last)
+        size = grad.checked_size(call["weight_size"], "weight_size", (spatial + 2,))
+        return image, first_weight_shape(size, spatial, last)
     w = as_weight(_stand_in(call["weight"]), "weight", spatial, last, False)
     return image, plain_shape(w, spatial)

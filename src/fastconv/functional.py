@@ -58,7 +58,11 @@ BLUR = ("kernel_size", "stride", "filter_size")
 
 def options(activation: str | None = None, precision: str | None = None) -> Options:
     """Return what a kernel is told beside arrays and dims, from the arguments of the call and the settings in force."""
-    return kernel_options(activation, *settings(None, precision)[1:])
+    try:
+        return kernel_options(activation, *settings(None, precision)[1:])
+    except TypeError:
+        check_words(activation=activation, precision=precision)
+        raise
 
 
 @lru_cache
@@ -86,6 +90,16 @@ def _freeze(value: Any, name: str) -> Any:
     return integer(value, name, -(2**31))
 
 
+def check_words(**arguments: object) -> None:
+    """Raise TypeError if an argument, such as a list, can be no word: called when a cache has refused the arguments."""
+    for name, value in arguments.items():
+        try:
+            hash(value)
+        except TypeError:
+            wanted = "True or False" if name in ("ceil_mode", "count_include_pad") else "a word or None"
+            raise TypeError(f"{name} must be {wanted}, got {value!r}") from None
+
+
 def check_sequence(value: object, name: str) -> None:
     """Raise TypeError if ``name`` is a shape that the user gives, and ``value`` no sequence."""
     if name in ("input_size", "weight_size") and not isinstance(value, (list, tuple)):
@@ -105,7 +119,12 @@ def run(
     op: str, dims: ConvDims | PoolDims, *arrays: Array | None, how: Options, engine: str | None, algorithm: str | None
 ) -> None:
     """Select a kernel and run it on (N, C, D, H, W) and (K, C, KD, KH, KW) views, results last."""
-    kernel(op, dims, engine or get_config().engine, algorithm, how.precision)(*arrays, dims, how)
+    try:
+        chosen = kernel(op, dims, get_config().engine if engine is None else engine, algorithm, how.precision)
+    except TypeError:
+        check_words(engine=engine, algorithm=algorithm)
+        raise
+    chosen(*arrays, dims, how)
 
 
 class Plan(NamedTuple):
@@ -171,10 +190,14 @@ def _conv(
     last = channels_last(layout)
     x, w = check_array(input, "input"), check_array(weight, "weight")
     check_same_dtype(w, "weight", x, "input")
-    dims, shape, axes, run_kernel, how = _conv_plan(
-        spatial, last, x.shape, w.shape, freeze(CONV, stride, padding, dilation, groups), algorithm, activation,
-        settings(engine, precision),
-    )  # fmt: skip
+    try:
+        dims, shape, axes, run_kernel, how = _conv_plan(
+            spatial, last, x.shape, w.shape, freeze(CONV, stride, padding, dilation, groups), algorithm, activation,
+            settings(engine, precision),
+        )  # fmt: skip
+    except TypeError:
+        check_words(activation=activation, precision=precision, algorithm=algorithm, engine=engine)
+        raise
     b = None if bias is None else as_bias(bias, x, dims.out_channels)
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, w, b)
     kept = packed()
@@ -551,6 +574,11 @@ def _max_pool_plan(
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads))
 
 
+def _check_return_indices(value: object) -> None:
+    if isinstance(value, np.ndarray) or value not in (False, True, "compact"):
+        raise ValueError(f"return_indices must be False, True or 'compact', got {value!r}")
+
+
 def _max_pool(
     spatial: int,
     input: Array,
@@ -567,12 +595,16 @@ def _max_pool(
 ) -> Any:
     last = channels_last(layout)
     x = check_array(input, "input")
-    if return_indices not in (False, True, "compact"):
-        raise ValueError(f"return_indices must be False, True or 'compact', got {return_indices!r}")
-    dims, shape, (image,), run_kernel, how = _max_pool_plan(
-        spatial, last, x.shape, freeze(POOL, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
-        settings(engine, None),
-    )  # fmt: skip
+    if return_indices is not False:
+        _check_return_indices(return_indices)
+    try:
+        dims, shape, (image,), run_kernel, how = _max_pool_plan(
+            spatial, last, x.shape, freeze(POOL, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
+            settings(engine, None),
+        )  # fmt: skip
+    except TypeError:
+        check_words(ceil_mode=ceil_mode, algorithm=algorithm, engine=engine)
+        raise
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
     winners = empty(shape, arrays.winner_dtype(dims.taps)) if return_indices else None
     where = None if winners is None else arrange(winners, image)
@@ -760,18 +792,26 @@ def averaging(
     Its weight is 1, or the reciprocal of what all sums are divided by if that is a power of two: such a weight rounds
     nothing, and leaves nothing to divide by.
     """
-    if divisor_override is None:
-        divisors = _window_counts(dims, count_include_pad)
-    else:
-        divisors = np.full((1, 1, 1), float(integer(divisor_override, "divisor_override", -(2**31))))
-        if not divisors.all():
-            raise ValueError("divisor_override must not be 0, got 0")
+    divisor = check_average(count_include_pad, divisor_override)
+    divisors = _window_counts(dims, count_include_pad) if divisor is None else np.full((1, 1, 1), float(divisor))
     if divisors.size and (divisors == divisors.flat[0]).all():
         divisors = divisors[:1, :1, :1]
     exact = divisors.size == 1 and abs(math.frexp(divisors.item())[0]) == 0.5
     weight = np.asarray(1 / divisors.item() if exact else 1, dtype)
     weights = np.broadcast_to(weight, (dims.channels, 1, *dims.kernel_size))
     return Averaging(dims.as_depthwise(last), weights, None if exact else divisors.astype(dtype))
+
+
+def check_average(count_include_pad: Any, divisor_override: object) -> int | None:
+    """Return ``divisor_override`` as an int or None, or say what is wrong with what an average divides by."""
+    if np.ndim(count_include_pad) or count_include_pad not in (False, True):
+        raise TypeError(f"count_include_pad must be True or False, got {count_include_pad!r}")
+    if divisor_override is None:
+        return None
+    divisor = integer(divisor_override, "divisor_override", -(2**31))
+    if not divisor:
+        raise ValueError("divisor_override must not be 0, got 0")
+    return divisor
 
 
 def _window_counts(dims: PoolDims, count_include_pad: bool) -> Array:
@@ -803,10 +843,14 @@ def _avg_pool(
 ) -> Array:
     last = channels_last(layout)
     x = check_array(input, "input")
-    plan, weight, divisors = _avg_pool_plan(
-        spatial, last, x.shape, freeze(AVERAGE, kernel_size, stride, padding, divisor_override), ceil_mode,
-        bool(count_include_pad), x.dtype, algorithm, settings(engine, None),
-    )  # fmt: skip
+    try:
+        plan, weight, divisors = _avg_pool_plan(
+            spatial, last, x.shape, freeze(AVERAGE, kernel_size, stride, padding, divisor_override), ceil_mode,
+            count_include_pad, x.dtype, algorithm, settings(engine, None),
+        )  # fmt: skip
+    except TypeError:
+        check_words(ceil_mode=ceil_mode, count_include_pad=count_include_pad, algorithm=algorithm, engine=engine)
+        raise
     dims, shape, (image,), run_kernel, how = plan
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x)
     target = arrange(result, image)

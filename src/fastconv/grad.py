@@ -44,6 +44,7 @@ from .functional import (
     averaging,
     blur_plan,
     check_sequence,
+    check_words,
     deliver,
     freeze,
     kernel,
@@ -82,7 +83,7 @@ class ConvGradients(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
+def checked_size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape that the user gave as a tuple of ints."""
     check_sequence(size, name)
     assert isinstance(size, (list, tuple))
@@ -94,13 +95,13 @@ def _size(size: object, name: str, ndims: tuple[int, ...]) -> tuple[int, ...]:
 
 def _image_size(size: object, spatial: int, ndim: int) -> tuple[int, ...]:
     """Return ``input_size``, which has a batch axis exactly if ``grad_output``, of that ndim, has."""
-    shape = _size(size, "input_size", (spatial + 1, spatial + 2))
+    shape = checked_size(size, "input_size", (spatial + 1, spatial + 2))
     if len(shape) != ndim:
         raise ValueError(f"input_size must have as many entries as grad_output, {ndim}, got {shape}")
     return shape
 
 
-def _check_grad_output(
+def check_grad_output(
     grad: tuple[int, ...], batch: int, channels: int, size: tuple[int, int, int], spatial: int, last: bool
 ) -> None:
     """Raise ValueError unless the gradient, of that shape, is as an image of that size in the caller's layout."""
@@ -129,12 +130,12 @@ def _conv_plan(
         image = shape = _image_size(size, spatial, len(grad))
         weight, names = other, ("input_size", "weight")
     else:
-        weight = shape = _size(size, "weight_size", (spatial + 2,))
+        weight = shape = checked_size(size, "weight_size", (spatial + 2,))
         image, names = other, ("input", "weight_size")
     axes = (image_axes(image, "input", spatial, last), weight_axes(weight, "weight", spatial, last), grad_axes)
     sizes = first_shape(image, spatial, last), first_weight_shape(weight, spatial, last)
     dims = conv_dims(*sizes, stride, padding, dilation, groups, last, input_name=names[0], weight_name=names[1])
-    _check_grad_output(grad, dims.batch, dims.out_channels, dims.output_size, spatial, last)
+    check_grad_output(grad, dims.batch, dims.out_channels, dims.output_size, spatial, last)
     chosen = kernel(op, dims, engine, algorithm, precision)
     return Plan(dims, shape, axes, chosen, kernel_options(None, precision, threads))
 
@@ -147,11 +148,15 @@ def _conv_input(
     last = channels_last(layout)
     g, w = check_array(grad_output, "grad_output"), check_array(weight, "weight")
     check_same_dtype(w, "weight", g, "grad_output")
-    dims, shape, axes, run_kernel, how = _conv_plan(
-        "conv_input_grad", spatial, last, w.shape, g.shape,
-        freeze(_CONV_INPUT, input_size, stride, padding, dilation, groups), algorithm,
-        settings(engine, precision),
-    )  # fmt: skip
+    try:
+        dims, shape, axes, run_kernel, how = _conv_plan(
+            "conv_input_grad", spatial, last, w.shape, g.shape,
+            freeze(_CONV_INPUT, input_size, stride, padding, dilation, groups), algorithm,
+            settings(engine, precision),
+        )  # fmt: skip
+    except TypeError:
+        check_words(precision=precision, algorithm=algorithm, engine=engine)
+        raise
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, w)
     filters = flipped(arrange(w, axes[1]), flip_kernel)
     run_kernel(arrange(g, axes[2]), filters, None, arrange(result, axes[0]), dims, how)
@@ -166,11 +171,15 @@ def _conv_weight(
     last = channels_last(layout)
     x, g = check_array(input, "input"), check_array(grad_output, "grad_output")
     check_same_dtype(g, "grad_output", x, "input")
-    dims, shape, axes, run_kernel, how = _conv_plan(
-        "conv_weight_grad", spatial, last, x.shape, g.shape,
-        freeze(_CONV_WEIGHT, weight_size, stride, padding, dilation, groups), algorithm,
-        settings(engine, precision),
-    )  # fmt: skip
+    try:
+        dims, shape, axes, run_kernel, how = _conv_plan(
+            "conv_weight_grad", spatial, last, x.shape, g.shape,
+            freeze(_CONV_WEIGHT, weight_size, stride, padding, dilation, groups), algorithm,
+            settings(engine, precision),
+        )  # fmt: skip
+    except TypeError:
+        check_words(precision=precision, algorithm=algorithm, engine=engine)
+        raise
     result = empty(shape, x.dtype) if out is None else allocate(out, shape, x, g)
     bias = np.empty(dims.out_channels, x.dtype) if with_bias else None
     target = flipped(arrange(result, axes[1]), flip_kernel)
@@ -183,9 +192,7 @@ def _conv(
     groups: int, needs: Sequence[str], layout: str, flip_kernel: bool, precision: str | None, algorithm: str | None,
     engine: str | None,
 ) -> ConvGradients:  # fmt: skip
-    unknown = [need for need in needs if need not in ConvGradients._fields]
-    if isinstance(needs, str) or unknown:
-        raise ValueError(f"needs must be a sequence of 'input', 'weight' and 'bias', got {needs!r}")
+    needs = _needed(needs)
     geometry = (stride, padding, dilation, groups, layout, flip_kernel, precision, algorithm, engine)
     grad_input = grad_weight = grad_bias = None
     if "input" in needs:
@@ -194,6 +201,18 @@ def _conv(
         size = np.shape(weight)
         grad_weight, grad_bias = _conv_weight(spatial, input, size, grad_output, *geometry, None, "bias" in needs)
     return ConvGradients(grad_input, grad_weight if "weight" in needs else None, grad_bias)
+
+
+def _needed(needs: Any) -> tuple[str, ...]:
+    """Return the names of the gradients that are asked for, which may come from a generator, or say what is wrong."""
+    wanted = "needs must be a sequence of 'input', 'weight' and 'bias'"
+    try:
+        names = needs if isinstance(needs, str) else tuple(needs)
+    except TypeError:
+        raise TypeError(f"{wanted}, got {needs!r}") from None
+    if isinstance(names, str) or not all(isinstance(name, str) and name in ConvGradients._fields for name in names):
+        raise ValueError(f"{wanted}, got {names!r}")
+    return names
 
 
 def conv1d_input(
@@ -553,7 +572,7 @@ def _transpose_dims(
 ) -> ConvDims:
     """Return the transposed convolution's dims; ``small`` and ``weight`` are (N, C, *spatial) and (C, K/g, *kernel)."""
     dims = transpose_dims(small, weight, *geometry, last)
-    _check_grad_output(grad, dims.batch, dims.in_channels, dims.input_size, spatial, last)
+    check_grad_output(grad, dims.batch, dims.in_channels, dims.input_size, spatial, last)
     return dims
 
 
@@ -586,7 +605,7 @@ def _conv_transpose_weight(
     x = as_image(input, "input", spatial, last)
     g = as_image(grad_output, "grad_output", spatial, last)
     check_same_dtype(g, "grad_output", x, "input")
-    shape = _size(weight_size, "weight_size", (spatial + 2,))
+    shape = checked_size(weight_size, "weight_size", (spatial + 2,))
     geometry = freeze(TRANSPOSE, stride, padding, output_padding, groups, dilation)
     small = plain_shape(x, spatial)
     kernel_shape = first_weight_shape(shape, spatial, last)
@@ -858,7 +877,7 @@ def _max_pool_plan(
     dims = pool_dims(
         first_shape(shape, spatial, last), kernel_size, stride, padding, dilation, ceil_mode, input_name="input_size"
     )
-    _check_grad_output(grad, dims.batch, dims.channels, dims.output_size, spatial, last)
+    check_grad_output(grad, dims.batch, dims.channels, dims.output_size, spatial, last)
     chosen = kernel("max_pool_backward", dims, engine, algorithm)
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads))
 
@@ -870,11 +889,15 @@ def _max_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = check_array(grad_output, "grad_output")
-    dims, shape, (image,), run_kernel, how = _max_pool_plan(
-        spatial, last, g.shape,
-        freeze(_POOL, input_size, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
-        settings(engine, None),
-    )  # fmt: skip
+    try:
+        dims, shape, (image,), run_kernel, how = _max_pool_plan(
+            spatial, last, g.shape,
+            freeze(_POOL, input_size, kernel_size, stride, padding, dilation), ceil_mode, algorithm,
+            settings(engine, None),
+        )  # fmt: skip
+    except TypeError:
+        check_words(ceil_mode=ceil_mode, algorithm=algorithm, engine=engine)
+        raise
     winners = _winners(indices, g.shape, image, dims)
     result = empty(shape, g.dtype) if out is None else allocate(out, shape, g, winners)
     run_kernel(arrange(g, image), winners, arrange(result, image), dims, how)
@@ -1019,7 +1042,7 @@ def _avg_pool_plan(
     pool = pool_dims(
         first_shape(shape, spatial, last), kernel_size, stride, padding, 1, ceil_mode, input_name="input_size"
     )
-    _check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
+    check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
     dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype, last)
     chosen = kernel("conv_input_grad", dims, engine, algorithm, precision)
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
@@ -1032,11 +1055,15 @@ def _avg_pool(
 ) -> Array:  # fmt: skip
     last = channels_last(layout)
     g = check_array(grad_output, "grad_output")
-    plan, weight, divisors = _avg_pool_plan(
-        spatial, last, g.shape,
-        freeze(_AVERAGE, input_size, kernel_size, stride, padding, divisor_override), ceil_mode,
-        bool(count_include_pad), g.dtype, algorithm, settings(engine, None),
-    )  # fmt: skip
+    try:
+        plan, weight, divisors = _avg_pool_plan(
+            spatial, last, g.shape,
+            freeze(_AVERAGE, input_size, kernel_size, stride, padding, divisor_override), ceil_mode,
+            count_include_pad, g.dtype, algorithm, settings(engine, None),
+        )  # fmt: skip
+    except TypeError:
+        check_words(ceil_mode=ceil_mode, count_include_pad=count_include_pad, algorithm=algorithm, engine=engine)
+        raise
     dims, shape, (image,), run_kernel, how = plan
     share = arrange(g, image)
     if divisors is not None:
@@ -1180,7 +1207,7 @@ def _max_blur_pool(
     shape = _image_size(input_size, spatial, grad_output.ndim)
     plan = blur_plan(first_shape(shape, spatial, last), kernel_size, stride, filter_size, g.dtype, last)
     blur, dense = plan.blur, plan.dense
-    _check_grad_output(grad_output.shape, blur.batch, blur.out_channels, blur.output_size, spatial, last)
+    check_grad_output(grad_output.shape, blur.batch, blur.out_channels, blur.output_size, spatial, last)
     padded = empty(image_shape(blur.batch, blur.in_channels, blur.input_size, spatial, last), g.dtype)
     maxima = first_image(padded, spatial, last)
     run("conv_input_grad", blur, g, plan.weight, None, maxima, how=options(), engine=engine, algorithm=algorithm)

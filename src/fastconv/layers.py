@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -41,7 +43,7 @@ from .buffers import Buffers, Packed, empty, keep, reuse
 from .dims import Padding, channels_last, conv_dims, conv_transpose_shape, integer, per_dimension, pool_dims
 from .functional import Array, Ints
 from .registry import elementwise
-from .runtime import get_config
+from .runtime import check_engine, get_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,19 +63,43 @@ class Params(dict[str, Array]):
     """The parameters of a layer by name; assigning copies into the array, so that a captured one stays the live one."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name not in self:
-            raise KeyError(f"there is no parameter {name!r}; there are {', '.join(map(repr, self)) or 'none'}")
-        param, value = self[name], np.asarray(value)
-        if value.shape != param.shape:
-            raise ValueError(f"params[{name!r}] must have shape {param.shape}, got {value.shape}")
-        if not param.flags.writeable:
-            raise ValueError(f"params[{name!r}] is read-only in eval mode; call train() first")
-        np.copyto(param, value)
+        self.update({name: value})
 
     def update(self, *others: Any, **values: Any) -> None:
-        """Assign several."""
-        for name, value in dict(*others, **values).items():
-            self[name] = value
+        """Assign several; nothing is assigned unless everything fits."""
+        checked = [(self._live(name), self._fitting(name, value)) for name, value in dict(*others, **values).items()]
+        for param, value in checked:
+            np.copyto(param, value, casting="same_kind")
+
+    def __ior__(self, others: Any) -> Self:  # type: ignore[override, misc]
+        self.update(others)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Array:
+        """Return a parameter; it has a value, and there can be no other ones."""
+        return self._live(name)
+
+    def _live(self, name: str) -> Array:
+        """Return the array of a parameter, or say which ones there are."""
+        if name not in self:
+            raise KeyError(f"there is no parameter {name!r}; there are {', '.join(map(repr, self)) or 'none'}")
+        return self[name]
+
+    def _fitting(self, name: str, given: Any) -> Array:
+        """Return a value as an array that can be assigned to a parameter, or say what is wrong with it."""
+        param, value = self[name], np.asarray(given)
+        if value.shape != param.shape:
+            raise ValueError(f"params[{name!r}] must have shape {param.shape}, got {value.shape}")
+        if not np.can_cast(value.dtype, param.dtype, "same_kind"):
+            raise TypeError(f"params[{name!r}] must be real numbers, got dtype {value.dtype}")
+        if not param.flags.writeable:
+            raise ValueError(f"params[{name!r}] is read-only in eval mode; call train() first")
+        return value
+
+    def _refuse(self, *names: Any) -> NoReturn:
+        raise TypeError("params must keep all their arrays: a layer computes with them; assign values instead")
+
+    __delitem__ = pop = popitem = clear = _refuse
 
     def __reduce__(self) -> tuple[type[Params], tuple[dict[str, Array]]]:
         return Params, (dict(self),)  # copy and pickle would assign to names that are not there yet
@@ -143,6 +169,13 @@ class Layer:
         self._kept = None
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, or what was unpickled; either has arrays that are writable whatever the mode is."""
+        self.__dict__.update(state)
+        for param in self.params.values():
+            _own_memory(param)
+            param.setflags(write=self.training)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``params`` to a file.
 
@@ -172,13 +205,9 @@ class Layer:
         Raises
         ------
         ValueError
-            If names, shapes or dtypes differ from those of ``params``, or for another ending.
+            If names, shapes or dtypes differ from those of ``params``, for another ending, or for a damaged file.
         """
-        if _suffix(path) == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-        else:
-            arrays = _safetensors().load_file(path)
+        arrays = _read_npz(path) if _suffix(path) == ".npz" else _read_safetensors(path)
         _check_same(arrays, self.params, os.fspath(path))
         training = self.training
         self.train().params.update(arrays)
@@ -202,6 +231,23 @@ class Layer:
         return kept
 
 
+def _own_memory(param: Array) -> None:
+    """Give an array that was unpickled memory of its own, in place, as other layers may share it.
+
+    Before, it lies in a bytes object, and once read-only it could never be made writable again.
+    """
+    base: Any = param
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if base is None:
+        return
+    values = param.copy()
+    empty: Any = (1, (0,), param.dtype, False, b"")  # such an array owns its memory, and may grow
+    param.__setstate__(empty)
+    param.resize(values.shape, refcheck=False)
+    param[...] = values
+
+
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
@@ -215,6 +261,35 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ImportError("a .safetensors file needs safetensors: pip install safetensors (or use .npz)") from error
     return safetensors.numpy
+
+
+def _read_npz(path: str | os.PathLike[str]) -> dict[str, Array]:
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file):  # NumPy takes all other files for pickles, and says how to load those
+                file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return dict(archive)
+        except _UNREADABLE as error:
+            reason = "it holds a pickle" if "allow_pickle" in str(error) else error or type(error).__name__
+            raise ValueError(f"{os.fspath(path)} is no .npz file of arrays, or is damaged: {reason}") from None
+
+
+#: What NumPy, zipfile and zlib raise for files that they can't make sense of.
+_UNREADABLE = (
+    ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Array]:
+    numpy_form = _safetensors()
+    from safetensors import SafetensorError
+
+    try:
+        arrays: dict[str, Array] = numpy_form.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is no .safetensors file, or is damaged: {error}") from None
+    return arrays
 
 
 def _check_same(arrays: Mapping[str, Array], params: Mapping[str, Array], path: str) -> None:
@@ -363,6 +438,10 @@ class _Conv(_Filters):
     def eval(self) -> Self:
         self._packed = Packed()  # filled by the first call that has a use for it
         return super().eval()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed = Packed()
 
     def _backward(self, grad_output: Array, needs: tuple[str, ...]) -> Any:
         (input,) = self._recall()
@@ -551,12 +630,12 @@ class _Maximum(_Pool):
             return maxima
         output: Array
         output, winners = self._pool(input, return_indices="compact", **self._how())
-        self._keep(input.shape, winners)
+        self._keep(input.shape, winners, output.dtype)
         return output
 
     def backward(self, grad_output: Array) -> Array:
-        input_shape, winners = self._recall()
-        return self._pool_grad(input_shape, winners, grad_output, **self._how())
+        input_shape, winners, dtype = self._recall()
+        return self._pool_grad(input_shape, winners, _of_type(grad_output, dtype), **self._how())
 
 
 class _MaxPool(_Maximum):
@@ -660,15 +739,17 @@ class AvgPool2d(_Pool):
             "kernel_size": kernel_size, "stride": stride, "padding": padding, "ceil_mode": ceil_mode,
             "count_include_pad": count_include_pad, "divisor_override": divisor_override,
         }  # fmt: skip
+        functional.check_average(count_include_pad, divisor_override)
         super().__init__(layout, geometry)
 
     def forward(self, input: Array) -> Array:
-        self._keep(input.shape)
-        return functional.avg_pool2d(input, **self._how())
+        output = functional.avg_pool2d(input, **self._how())
+        self._keep(input.shape, output.dtype)
+        return output
 
     def backward(self, grad_output: Array) -> Array:
-        (input_shape,) = self._recall()
-        return grad.avg_pool2d(input_shape, grad_output, **self._how())
+        input_shape, dtype = self._recall()
+        return grad.avg_pool2d(input_shape, _of_type(grad_output, dtype), **self._how())
 
     def _output_shape(self, shape: Shape) -> Shape:
         window = {name: self._geometry[name] for name in ("kernel_size", "stride", "padding", "ceil_mode")}
@@ -706,6 +787,29 @@ class MaxBlurPool2d(_Maximum):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _is_array(value: object, name: str) -> Array:
+    """Return an array of any type; TypeError says what else came."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
+    return value
+
+
+def _of_type(grad_output: object, dtype: np.dtype[Any]) -> Array:
+    """Return a gradient if it has the type of the output, in whatever byte order."""
+    gradient = _is_array(grad_output, "grad_output")
+    if gradient.dtype != dtype and gradient.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+        raise TypeError(f"grad_output must have the dtype of the output, {dtype}, got {gradient.dtype}")
+    return gradient
+
+
+def _like_output(grad_output: object, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """Return a gradient if it has shape and type of the output: nothing is broadcast."""
+    gradient = _of_type(grad_output, dtype)
+    if gradient.shape != shape:
+        raise ValueError(f"grad_output must have the shape of the output, {shape}, got {gradient.shape}")
+    return gradient
+
+
 class ReLU(Layer):
     """max(x, 0), element by element; the derivative at 0 is 0, as in section 9.4.1 of the lecture notes.
 
@@ -717,15 +821,18 @@ class ReLU(Layer):
     """
 
     def forward(self, input: Array) -> Array:
+        input = _is_array(input, "input")
         output: Array = np.maximum(input, 0, out=empty(input.shape, input.dtype))
         self._keep(output)
         return output
 
     def backward(self, grad_output: Array) -> Array:
         (output,) = self._recall()
+        grad_output = _like_output(grad_output, output.shape, output.dtype)
         grad_input = empty(grad_output.shape, grad_output.dtype)
         plain = _are_plain(output, grad_output)
-        kernel = elementwise("relu_backward", self.options.get("engine") or get_config().engine if plain else "numpy")
+        engine = check_engine(self.options.get("engine")) or get_config().engine
+        kernel = elementwise("relu_backward", engine if plain else "numpy")
         kernel(output, grad_output, grad_input, functional.options())
         return grad_input
 
@@ -763,6 +870,9 @@ class Softmax(Layer):
         self.dim = dim
 
     def forward(self, input: Array) -> Array:
+        input = _is_array(input, "input")
+        if not input.ndim:
+            raise ValueError(f"input must have an axis {self.dim}, got shape ()")
         output: Array = np.exp(input - input.max(self.dim, keepdims=True))
         output /= output.sum(self.dim, keepdims=True)
         self._keep(output)
@@ -770,6 +880,7 @@ class Softmax(Layer):
 
     def backward(self, grad_output: Array) -> Array:
         (output,) = self._recall()
+        grad_output = _like_output(grad_output, output.shape, output.dtype)
         # The Jacobian is diag(y) - y y^T.
         grad_input: Array = output * (grad_output - (output * grad_output).sum(self.dim, keepdims=True))
         return grad_input
@@ -789,14 +900,18 @@ class Flatten(Layer):
     """
 
     def forward(self, input: Array) -> Array:
-        self._keep(input.shape)
-        return input.reshape(self.output_shape(input.shape))
+        input = _is_array(input, "input")
+        output = input.reshape(self.output_shape(input.shape))
+        self._keep(input.shape, input.dtype)
+        return output
 
     def backward(self, grad_output: Array) -> Array:
-        (input_shape,) = self._recall()
-        return grad_output.reshape(input_shape)
+        input_shape, dtype = self._recall()
+        return _like_output(grad_output, self.output_shape(input_shape), dtype).reshape(input_shape)
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
+        if not input_shape:
+            raise ValueError("input must have a batch axis, got shape ()")
         return (input_shape[0], math.prod(input_shape[1:]))
 
 
@@ -842,13 +957,14 @@ class Linear(Layer):
         return output
 
     def backward(self, grad_output: Array) -> Array:
-        self.backward_params(grad_output)
+        self.backward_params(grad_output)  # says what is wrong with it, too
         grad_input: Array = grad_output @ self.params["weight"]  # (..., out) x (out, in) -> (..., in)
         return grad_input
 
     def backward_params(self, grad_output: Array) -> None:
         (input,) = self._recall()
         outputs, inputs = self.params["weight"].shape
+        grad_output = _like_output(grad_output, (*input.shape[:-1], outputs), self.params["weight"].dtype)
         rows = grad_output.reshape(-1, outputs)
         self._grads["weight"] = rows.T @ input.reshape(-1, inputs)  # (out, rows) x (rows, in) -> (out, in)
         if "bias" in self.params:

@@ -53,6 +53,8 @@ def squared_error(prediction: Array, target: Any) -> tuple[float, Array]:
         raise ValueError(f"prediction must have a batch of at least one sample, got shape {prediction.shape}")
     if target.shape != prediction.shape:
         raise ValueError(f"target must have the shape of prediction, {prediction.shape}, got {target.shape}")
+    if not np.can_cast(target.dtype, prediction.dtype, "same_kind"):
+        raise TypeError(f"target must be real numbers, got dtype {target.dtype}")
     difference = prediction - target.astype(prediction.dtype)
     batch = len(prediction)
     return float(np.square(difference).sum(dtype=np.float64)) / batch, difference * (2 / batch)

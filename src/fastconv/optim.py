@@ -162,6 +162,10 @@ class Adam(Optimizer):
         self, model: Layer, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         super().__init__(model, lr)
+        if not isinstance(betas, (tuple, list)):
+            raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+        if len(betas) != 2:
+            raise ValueError(f"betas must be a pair of numbers, got {len(betas)} values")
         self.betas = _number(betas[0], "betas[0]", below=1), _number(betas[1], "betas[1]", below=1)
         self.eps = _number(eps, "eps")
         self._mean = {name: np.zeros_like(param) for name, param in model.params.items()}

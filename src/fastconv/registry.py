@@ -204,6 +204,14 @@ def _reason(row: Row, op: str, dims: Dims, engine: str | None, algorithm: str | 
     return "" if algorithm is not None and row.can(op, dims) else row.why_not(op, dims, precision)
 
 
+def check_algorithm(op: str, algorithm: object) -> str | None:
+    """Return ``algorithm`` if it is None or the name of a row of ``op``; ValueError says which there are."""
+    names = sorted({row.algorithm for row in ROWS[op]})
+    if algorithm is None or (isinstance(algorithm, str) and algorithm in names):
+        return algorithm
+    raise ValueError(f"algorithm must be one of {', '.join(map(repr, names))} or None, got {algorithm!r}")
+
+
 def select(
     op: str, dims: Dims, engine: str | None = None, algorithm: str | None = None, precision: str = "highest"
 ) -> Row:
@@ -218,9 +226,7 @@ def select(
     for row, reason in found:
         if not reason:
             return row
-    names = sorted({row.algorithm for row in ROWS[op]})
-    if algorithm is not None and algorithm not in names:
-        raise ValueError(f"algorithm must be one of {', '.join(map(repr, names))} or None, got {algorithm!r}")
+    check_algorithm(op, algorithm)
     there = ", ".join(f"{row.engine}/{row.algorithm}" for row in ROWS[op] if not why_missing(row.engine))
     raise ValueError(
         f"algorithm {algorithm!r} with engine {engine!r} does not exist for {op}; there are {there} "

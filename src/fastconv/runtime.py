@@ -22,6 +22,7 @@ from .buffers import Packed
 ENGINES = ("cython", "numba", "numpy")  #: fastest first
 PRECISIONS = ("highest", "high", "medium")
 ACTIVATIONS = (None, "relu")
+MOST_THREADS = 1024
 ISAS = ("scalar", "avx2", "avx512", "amx")
 
 
@@ -49,9 +50,8 @@ def check_engine(engine: object, name: str = "engine") -> str | None:
     """Return ``engine`` if it is None or an engine that works here; ValueError or ImportError says what is missing."""
     if engine is None:
         return None
-    if engine not in ENGINES:
+    if not isinstance(engine, str) or engine not in ENGINES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, ENGINES))} or None, got {engine!r}")
-    assert isinstance(engine, str)
     reason = why_missing(engine)
     if reason:
         raise ImportError(f"{name} {engine!r} is not available: {reason}")
@@ -60,9 +60,8 @@ def check_engine(engine: object, name: str = "engine") -> str | None:
 
 def check_precision(precision: object) -> str:
     """Return ``precision`` if it is one of the three words."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    assert isinstance(precision, str)
     return precision
 
 
@@ -71,8 +70,8 @@ def check_threads(threads: object, name: str = "num_threads") -> int:
     if isinstance(threads, bool) or not hasattr(threads, "__index__"):
         raise TypeError(f"{name} must be an integer, got {threads!r}")
     number = threads.__index__()
-    if not 1 <= number <= 1024:
-        raise ValueError(f"{name} must be from 1 to 1024, got {number}")
+    if not 1 <= number <= MOST_THREADS:
+        raise ValueError(f"{name} must be from 1 to {MOST_THREADS}, got {number}")
     return int(number)
 
 
@@ -224,7 +223,7 @@ def settings(engine: str | None, precision: str | None) -> Setting:
     """Return engine, precision and threads of a call that asks for these two, from the settings in force."""
     usual_engine, usual_precision, threads = get_config()
     return (
-        engine or usual_engine,
+        usual_engine if engine is None else engine,
         usual_precision if precision is None else precision,
         _count_threads()() if threads is None else threads,
     )
@@ -249,7 +248,7 @@ def _count_threads() -> Callable[[], int]:
 
 @cache
 def _import_native() -> tuple[ModuleType | None, str]:
-    _check_isa()
+    check_isa()
     try:
         with _patient_openmp():
             return importlib.import_module("fastconv.kernels.native.machine"), ""
@@ -285,7 +284,8 @@ def native_module() -> ModuleType | None:
     return _import_native()[0]
 
 
-def _check_isa() -> None:
+def check_isa() -> None:
+    """Raise ValueError if the environment asks for an instruction set that does not exist."""
     cap = os.environ.get("FASTCONV_ISA")
     if cap and cap not in ISAS:
         raise ValueError(f"environment variable FASTCONV_ISA must be one of {', '.join(ISAS)}, got {cap!r}")

@@ -63,7 +63,7 @@ def fit(
     Raises
     ------
     ValueError, TypeError
-        For arrays of different length or numbers out of range.
+        For arrays of different length, numbers out of range, or something that is no model, loss or optimizer.
 
     Examples
     --------
@@ -75,9 +75,14 @@ def fit(
     >>> history["loss"][-1] < history["loss"][0]
     True
     """
+    _check_model(model)
     _check_samples(x, y, "x", "y")
     if validation is not None:
-        _check_samples(*validation, "validation[0]", "validation[1]")
+        _check_samples(*_pair(validation), "validation[0]", "validation[1]")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of prediction and target, got {loss!r}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
     if optimizer.model is not model:
         raise ValueError("optimizer must be of the model that is trained, got that of another one")
     epochs, batch_size = integer(epochs, "epochs", 0), integer(batch_size, "batch_size", 1)
@@ -107,10 +112,12 @@ def predict(model: Layer, x: Array, batch_size: int = 256) -> Array:
     >>> fc.training.predict(fc.layers.ReLU(), np.array([[-1.0], [1.0]])).ravel()
     array([0., 1.])
     """
+    _check_model(model)
+    _check_array(x, "x")
+    size = integer(batch_size, "batch_size", 1)
     training = model.training
     model.eval()
     try:
-        size = integer(batch_size, "batch_size", 1)
         return np.concatenate([model(x[i : i + size]) for i in range(0, max(len(x), 1), size)])
     finally:
         if training:
@@ -120,6 +127,8 @@ def predict(model: Layer, x: Array, batch_size: int = 256) -> Array:
 def accuracy(model: Layer, x: Array, classes: Array, batch_size: int = 256) -> float:
     """Return the share of samples (N, ...) whose largest output is at their class number.
 
+    The model's outputs are (N, number of classes), ``classes`` are integers, (N,).
+
     Examples
     --------
     >>> import numpy as np, fastconv as fc
@@ -127,7 +136,14 @@ def accuracy(model: Layer, x: Array, classes: Array, batch_size: int = 256) -> f
     0.5
     """
     _check_samples(x, classes, "x", "classes")
-    return _accuracy(predict(model, x, batch_size), classes)
+    if not np.issubdtype(classes.dtype, np.integer):
+        raise TypeError(f"classes must be integers, got dtype {classes.dtype}")
+    if classes.ndim != 1:
+        raise ValueError(f"classes must have shape ({len(x)},), one for each sample, got {classes.shape}")
+    prediction = predict(model, x, batch_size)
+    if prediction.ndim != 2:
+        raise ValueError(f"model must have outputs of shape (samples, classes), got {prediction.shape}")
+    return _accuracy(prediction, classes)
 
 
 def _step(model: Layer, x: Array, y: Array, loss: Loss, optimizer: Optimizer) -> float:
@@ -155,10 +171,27 @@ def _batches(rows: Array, batch_size: int) -> Iterator[Array]:
         yield rows[start : start + batch_size]
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, Layer):
+        raise TypeError(f"model must be a Layer, got {type(model).__name__}")
+
+
+def _check_array(array: object, name: str) -> None:
+    if not isinstance(array, np.ndarray) or not array.ndim:
+        raise TypeError(f"{name} must be a numpy.ndarray with a batch axis, got {type(array).__name__}")
+
+
+def _pair(validation: Any) -> tuple[Any, Any]:
+    if not isinstance(validation, (tuple, list)):
+        raise TypeError(f"validation must be a pair of arrays, got {type(validation).__name__}")
+    if len(validation) != 2:
+        raise ValueError(f"validation must be a pair of arrays, got {len(validation)} values")
+    return validation[0], validation[1]
+
+
 def _check_samples(x: Any, y: Any, x_name: str, y_name: str) -> None:
-    for array, name in ((x, x_name), (y, y_name)):
-        if not isinstance(array, np.ndarray) or not array.ndim:
-            raise TypeError(f"{name} must be a numpy.ndarray with a batch axis, got {type(array).__name__}")
+    _check_array(x, x_name)
+    _check_array(y, y_name)
     if len(x) != len(y) or not len(x):
         raise ValueError(
             f"{x_name} and {y_name} must have the same number of samples, not 0, got {len(x)} and {len(y)}"
