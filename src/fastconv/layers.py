@@ -170,10 +170,10 @@ class Layer:
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, or what was unpickled; either has arrays that are writable whatever the mode is."""
+        """Become a copy, or what was unpickled, whose arrays have whatever flags, and may never be writable again."""
         self.__dict__.update(state)
+        self.params = Params({name: param.copy("K") for name, param in self.params.items()})
         for param in self.params.values():
-            _own_memory(param)
             param.setflags(write=self.training)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -229,23 +229,6 @@ class Layer:
             raise RuntimeError(f"{name}.backward needs a {name}.forward in training mode before it (see Layer.train)")
         kept: tuple[Any, ...] = self._kept
         return kept
-
-
-def _own_memory(param: Array) -> None:
-    """Give an array that was unpickled memory of its own, in place, as other layers may share it.
-
-    Before, it lies in a bytes object, and once read-only it could never be made writable again.
-    """
-    base: Any = param
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if base is None:
-        return
-    values = param.copy()
-    empty: Any = (1, (0,), param.dtype, False, b"")  # such an array owns its memory, and may grow
-    param.__setstate__(empty)
-    param.resize(values.shape, refcheck=False)
-    param[...] = values
 
 
 def _suffix(path: str | os.PathLike[str]) -> str:
@@ -1016,11 +999,15 @@ class Sequential(Layer):
                 raise TypeError(f"layers[{position}] must be a Layer, got {type(layer).__name__}")
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError("layers must be different objects: each keeps one forward for one backward, got one twice")
-        super().__init__(**{f"{i}.{name}": p for i, layer in enumerate(layers) for name, p in layer.params.items()})
+        super().__init__(**_joined(layers))
         self.layers = layers
         self._order = _relu_after_pool(layers)
         self._fused = _convolved_relus(layers)
         self._buffers = Buffers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.params = Params(_joined(self.layers))  # the layers' own
 
     @property
     def grads(self) -> dict[str, Array]:
@@ -1118,6 +1105,11 @@ def _convolved_relus(layers: Sequence[Layer]) -> dict[Layer, Layer]:
         for layer, after in pairwise(layers)
         if isinstance(layer, _Conv) and type(layer).forward is _Conv.forward and type(after) is ReLU
     }
+
+
+def _joined(layers: Sequence[Layer]) -> dict[str, Array]:
+    """Return the parameters of all layers, named by position and name."""
+    return {f"{i}.{name}": param for i, layer in enumerate(layers) for name, param in layer.params.items()}
 
 
 def _relu_after_pool(layers: Sequence[Layer]) -> tuple[Layer, ...]:
