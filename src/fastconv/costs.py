@@ -504,22 +504,30 @@ def _planar_weights(w: Weights) -> tuple[str, Parts] | None:
 
 def _im2col_weights(w: Weights) -> tuple[str, Parts]:
     d = w.dims
-    patches, products = w.images * d.reduction * w.pixels, w.images * w.lanes * w.pixels * d.reduction
+    in_place = d.taps == 1 and set(d.stride) == {1}
+    turned, others = w.filters, w.channels
+    if in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
+        turned, others = w.channels, w.filters  # for image and gradients are alike
+    lanes, patches = _up(turned, w.machine.lanes), w.images * others * d.taps * w.pixels
     parts: Parts = {"patch": patches, "group": w.images, "call": 1}
     if has_few_pixels("conv_weight_grad", d):
         passes = math.ceil(d.batch / (TOGETHER // w.pixels))  # over the gradients, each of some images
-        weights = d.groups * w.filters * d.reduction * passes
-        return "im2col few", {**parts, "product": patches * w.filters, "weight": weights}
-    in_place = d.taps == 1 and set(d.stride) == {1}
+        patches, weights = w.images * d.reduction * w.pixels, d.groups * w.filters * d.reduction * passes
+        return "im2col few", {**parts, "patch": patches, "product": patches * w.filters, "weight": weights}
     return f"im2col{' in place' if in_place else ' depthwise' if d.depthwise else ''}", {
         **parts,
-        "product": products,
-        "narrow": products if w.lanes == w.machine.lanes else 0,
+        "product": patches * lanes,
+        "narrow": patches * lanes if lanes == w.machine.lanes else 0,
         "patch_row": 0 if in_place else w.images * d.reduction * w.rows,
         "strided": patches if d.stride[2] > 1 else 0,
-        "number": w.images * w.lanes * w.pixels,
-        "sum": d.groups * w.lanes * d.reduction,
+        "number": w.images * lanes * w.pixels,
+        "sum": d.groups * lanes * others * d.taps,
     }
+
+
+def _turning(turned: int, others: int) -> int:
+    """Return what a pixel of 1x1 layers takes, in products, if the so many channels of one side are turned."""
+    return _up(turned, VECTOR) * others + 14 * turned
 
 
 def _winograd_weights(w: Weights) -> tuple[str, Parts] | None:
