@@ -123,6 +123,7 @@ def native(file: str, name: str) -> int:
         (costs.SUMMED, "conv_planar.pyx", "TERMS"),
         (4 * costs.PLANES, "conv_planar.pyx", "NEAR_BYTES"),
         (costs.TOGETHER, "few_pixels.pyx", "ROWS"),
+        (costs.TURN, "weight_im2col.pyx", "TURN"),
         (costs.VECTOR, "blocking.pxd", "CHANNELS"),
         (costs.VECTOR, "blocking.pyx", "SPLIT_CHANNELS"),
     ],

@@ -73,7 +73,7 @@ cdef bint _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray g
     plan.as_it_lies = sees_one_cell(c) and c.stride[1] == c.stride[2] == 1 and <uintptr_t>c.x.data % c.item == 0
     if plan.as_it_lies:
         join_rows(c)
-        plan.as_it_lies = grad_bias is None or c.out[1] == 1  # rows that are anywhere have no ones like them
+        plan.as_it_lies = grad_bias is None or c.out[1] == 1  # else rows are where packed ones aren't
     divide(c, max(1, UNIT_PIXELS // c.out[2]), min(c.out[2], UNIT_PIXELS), &plan.base.blocks)
     plan.base.high = extent(c, 1, plan.base.blocks.rows)
     lay_out(&plan.base)

@@ -60,6 +60,7 @@ IMAGES = 2  #: that any batch counts as
 CACHED = 2**18  #: numbers of image, weights and result that L2 holds
 PLANE_ROWS, PLANES = 7, 2**13  #: rows of planes that planar has in L1, and numbers of them, ...
 SUMMED = 384  #: ... and the terms that it sums up at once
+TURN = 14  #: products of im2col in the time of turning a number, in the gradient of 1x1 weights
 TOGETHER = 32  #: pixels of small images whose weights' gradients are added up at once
 READ_ALONG = 256  #: filters whose gradients are read side by side, from L1
 PIECES, DIGITS = 32, 64  #: numbers that AMX's tile sums up at once, if it multiplies pieces or digits of them
@@ -504,18 +505,21 @@ def _planar_weights(w: Weights) -> tuple[str, Parts] | None:
 
 def _im2col_weights(w: Weights) -> tuple[str, Parts]:
     d = w.dims
+    if has_few_pixels("conv_weight_grad", d):
+        passes = math.ceil(d.batch / (TOGETHER // w.pixels))  # over the gradients, each of some images
+        patches, weights = w.images * d.reduction * w.pixels, d.groups * w.filters * d.reduction
+        return "im2col few", {
+            "patch": patches, "group": w.images, "call": 1, "product": patches * w.filters, "weight": weights * passes
+        }  # fmt: skip
     in_place = d.taps == 1 and set(d.stride) == {1}
     turned, others = w.filters, w.channels
     if in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
         turned, others = w.channels, w.filters  # for image and gradients are alike
     lanes, patches = _up(turned, w.machine.lanes), w.images * others * d.taps * w.pixels
-    parts: Parts = {"patch": patches, "group": w.images, "call": 1}
-    if has_few_pixels("conv_weight_grad", d):
-        passes = math.ceil(d.batch / (TOGETHER // w.pixels))  # over the gradients, each of some images
-        patches, weights = w.images * d.reduction * w.pixels, d.groups * w.filters * d.reduction * passes
-        return "im2col few", {**parts, "patch": patches, "product": patches * w.filters, "weight": weights}
     return f"im2col{' in place' if in_place else ' depthwise' if d.depthwise else ''}", {
-        **parts,
+        "patch": patches,
+        "group": w.images,
+        "call": 1,
         "product": patches * lanes,
         "narrow": patches * lanes if lanes == w.machine.lanes else 0,
         "patch_row": 0 if in_place else w.images * d.reduction * w.rows,
@@ -527,7 +531,7 @@ def _im2col_weights(w: Weights) -> tuple[str, Parts]:
 
 def _turning(turned: int, others: int) -> int:
     """Return what a pixel of 1x1 layers takes, in products, if the so many channels of one side are turned."""
-    return _up(turned, VECTOR) * others + 14 * turned
+    return _up(turned, VECTOR) * others + TURN * turned
 
 
 def _winograd_weights(w: Weights) -> tuple[str, Parts] | None:
