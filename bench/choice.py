@@ -111,7 +111,7 @@ def _suits(dims: ConvDims) -> bool:
 
 
 def _draw(rng: np.random.Generator) -> Layer:
-    shares = {"square": 44, "1x1": 18, "depthwise": 10, "grouped": 8, "row": 8, "dilated": 6, "first": 6}
+    shares = {"square": 40, "1x1": 18, "depthwise": 10, "grouped": 8, "row": 8, "dilated": 6, "first": 6, "few": 4}
     kind = rng.choice(list(shares), p=[share / 100 for share in shares.values()])
     channels, filters, groups, dilation = _channels(rng, 1, 700), _channels(rng, 1, 700), 1, 1
     stride, batch = int(rng.choice([1, 1, 1, 1, 2, 2, 4])), int(rng.choice([1, 1, 1, 2, 4, 16]))
@@ -144,6 +144,10 @@ def _draw(rng: np.random.Generator) -> Layer:
         kernel = (1, taps) if rng.random() < 0.6 else (taps, 1)
         if rng.random() < 0.4:
             height, width, kernel = 1, int(rng.choice([100, 200, 500, 1000, 2000])), (1, taps)
+    elif kind == "few":
+        channels, filters, stride = _channels(rng, 32, 2048), _channels(rng, 32, 2048), 1
+        height, batch = int(rng.choice([1, 1, 1, 2, 2, 3, 4])), int(rng.choice([1, 1, 1, 2, 4, 16, 64]))
+        width, kernel = height, (int(rng.choice([1, 1, 1, min(height, 3), height])),) * 2
     high, wide = (0 if rng.random() < 0.1 else dilation * (size - 1) // 2 for size in kernel)
     return Layer(batch, channels, height, width, filters, kernel[0], kernel[1], stride, high, wide, dilation, groups)
 

@@ -188,6 +188,8 @@ CONV_CASES = [
     ConvCase("1x1, stride 2", (2, 16, 7, 7), (8, 16, 1, 1), 2),
     ConvCase("1x1, padding", (1, 3, 4, 4), (2, 3, 1, 1), 1, 1),
     ConvCase("1x1 of one pixel", (5, 40, 1, 1), (10, 40, 1, 1)),
+    ConvCase("1x1 of nine pixels", (1, 70, 3, 3), (36, 70, 1, 1)),
+    ConvCase("1x1 of one pixel, many weights", (2, 520, 1, 1), (70, 520, 1, 1)),
     ConvCase("stride beyond the kernel", (2, 3, 13, 11), (4, 3, 2, 2), (5, 4)),
     ConvCase("stride beyond the image", (2, 3, 6, 5), (4, 3, 3, 3), 10**6, (1, 0)),
     ConvCase("one filter, one channel, one pixel", (1, 1, 1, 1), (1, 1, 1, 1)),

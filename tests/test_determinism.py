@@ -24,8 +24,22 @@ CASES = [
     ConvCase("columns of several blocks of filters", (4, 34, 10, 11), (520, 34, 1, 1)),
     ConvCase("few pixels in each of many images", (37, 60, 3, 3), (35, 60, 2, 2)),
     ConvCase("few pixels, many weights", (4, 260, 3, 3), (230, 260, 3, 3), 1, 1),
+    ConvCase("1x1 of few pixels", (4, 320, 1, 2), (105, 320, 1, 1)),
     ConvCase("columns of 3x3", (4, 9, 12, 11), (260, 9, 3, 3), 1, 1),
 ]
+
+
+def layouts(row: Row) -> tuple[str, ...]:
+    """Those that an engine computes differently: for others a layout is only strides."""
+    return ("NCHW", "NHWC") if row.engine == "cython" else ("NCHW",)
+
+
+def arranged(case: ConvCase, dtype: Any, layout: str) -> ConvArrays:
+    x, w, b, dy = case.arrays(dtype)
+    if layout == "NCHW":
+        return ConvArrays(x, w, b, dy)
+    x, dy = (np.ascontiguousarray(np.moveaxis(array, 1, -1)) for array in (x, dy))
+    return ConvArrays(x, np.ascontiguousarray(np.moveaxis(w, (1, 0), (-2, -1))), b, dy)
 
 
 def assert_same_bits(a: Array, b: Array, name: str) -> None:
@@ -41,12 +55,13 @@ def assert_same_results(a: ConvResults | PoolResults, b: ConvResults | PoolResul
 
 @for_every_row(CASES)
 def test_convolution_does_not_depend_on_the_number_of_threads(row: Row, case: ConvCase, dtype: Any) -> None:
-    arrays = case.arrays(dtype)
-    with fc.config_context(num_threads=1):
-        alone = conv_results(case, arrays, row)
-    for threads in (1, 2, 3):
-        with fc.config_context(num_threads=threads):
-            assert_same_results(alone, conv_results(case, arrays, row))
+    for layout in layouts(row):
+        arrays = arranged(case, dtype, layout)
+        with fc.config_context(num_threads=1):
+            alone = conv_results(case, arrays, row, layout=layout)
+        for threads in (1, 2, 3):
+            with fc.config_context(num_threads=threads):
+                assert_same_results(alone, conv_results(case, arrays, row, layout=layout))
 
 
 @pytest.mark.parametrize("tiny", [slice(20, 44), slice(30, 52), slice(41, 70)])
@@ -78,13 +93,15 @@ def test_convolution_does_not_depend_on_where_arrays_begin_in_a_cache_line(
 
 @for_every_row(CASES)
 def test_convolution_does_not_depend_on_the_batch(row: Row, case: ConvCase, dtype: Any) -> None:
-    x, w, b, dy = case.arrays(dtype)
-    together = conv_results(case, ConvArrays(x, w, b, dy), row)
-    for part in (slice(0, 1), slice(2, 3), slice(1, 4), slice(None, None, -1)):
-        some = conv_results(case._replace(input=x[part].shape), ConvArrays(x[part], w, b, dy[part]), row)
-        for name in ("output", "grad_input"):
-            if (whole := getattr(together, name)) is not None:
-                assert_same_bits(getattr(some, name), whole[part].copy(), f"{name} of {part}")
+    for layout in layouts(row):
+        x, w, b, dy = arranged(case, dtype, layout)
+        together = conv_results(case, ConvArrays(x, w, b, dy), row, layout=layout)
+        for part in (slice(0, 1), slice(2, 3), slice(1, 4), slice(None, None, -1)):
+            fewer = case._replace(input=(len(x[part]), *case.input[1:]))
+            some = conv_results(fewer, ConvArrays(x[part], w, b, dy[part]), row, layout=layout)
+            for name in ("output", "grad_input"):
+                if (whole := getattr(together, name)) is not None:
+                    assert_same_bits(getattr(some, name), whole[part].copy(), f"{name} of {part}, {layout}")
 
 
 def test_pooling_does_not_depend_on_threads_or_batch(pool_row: Row, rng: np.random.Generator, dtype: Any) -> None:

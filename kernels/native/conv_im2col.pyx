@@ -37,7 +37,7 @@ cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels import interleave
-from fastconv.kernels.few_pixels import has_few_pixels
+from fastconv.kernels.few_pixels import suits
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, bias_at, ceil_div, make_conv, pack_bias, piece_products, piece_tile, round_up, run_tasks, share_out,
     start_sums, use_tile,
@@ -80,7 +80,7 @@ cdef enum:
 
 def conv_forward(input, weight, bias, output, dims, options):
     """See ``fastconv.kernels``."""
-    if has_few_pixels("conv_forward", dims) and weight.flags.c_contiguous:
+    if suits("conv_forward", dims, weight):
         few_pixels.conv_forward(input, weight, bias, output, dims, options)
         return
     rows = weight.reshape(*weight.shape[:2], -1)  # (K, C, taps): a copy, if taps are not evenly spaced
@@ -92,7 +92,7 @@ def conv_forward(input, weight, bias, output, dims, options):
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
     """See ``fastconv.kernels``."""
     plain = bias is None and options.activation is None
-    if plain and has_few_pixels("conv_input_grad", dims) and weight.flags.c_contiguous:
+    if plain and suits("conv_input_grad", dims, weight):
         few_pixels.conv_input_grad(grad_output, weight, grad_input, dims, options)
         return
     most = FEW_PIXELS if max(dims.stride) == 1 else COLUMN_PIXELS

@@ -16,13 +16,17 @@
             +---------+       | patches | pixels      takes a multiple of it.
                               +---------+
 
-The last layers of a network are such, those of squeeze-and-excitation, and a fully connected layer as a convolution.
+The last layers of a network are such, those of squeeze-and-excitation, and a fully connected layer as a convolution. Where a channel's
+weights are one row, as of 1x1 filters channels last, the layer is computed from the other side: forward as a gradient of the input.
 """
+
+import numpy as np
 
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
 from fastconv.kernels import interleave
+from fastconv.kernels.few_pixels import other_side
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, View, ceil_div, make_conv, pack_bias, round_up, run_tasks,
 )
@@ -139,8 +143,17 @@ cdef void _lay_patches(const Plan *plan, const Task *t, Py_ssize_t first, Py_ssi
 
 # --------------------------------------------------------------------------------------------------------- forward
 
-def conv_forward(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options):
-    """See ``fastconv.kernels``; weights are contiguous."""
+def conv_forward(input, weight, bias, output, dims, options):
+    """See ``fastconv.kernels``; weights are in order."""
+    if weight.flags.c_contiguous:
+        _convolve(input, weight, bias, output, dims, options)
+        return
+    _input_grad(input, weight.swapaxes(0, 1), bias, output, other_side(dims), options)
+    if options.activation == "relu":
+        np.maximum(output, 0, out=output)
+
+
+cdef void _convolve(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray output, dims, options) except *:
     cdef Plan plan
     cdef Conv *c = &plan.c
     _plan(&plan, input, weight, output, dims, options)
@@ -215,8 +228,15 @@ cdef void _store(const Plan *plan, const Task *t, Py_ssize_t image, Py_ssize_t i
 
 # ------------------------------------------------------------------------------------------ gradient of the weights
 
-def conv_weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options):
-    """See ``fastconv.kernels``; ``grad_weight`` is contiguous, and the gradient of the bias isn't wanted."""
+def conv_weight_grad(input, grad_output, grad_weight, dims, options):
+    """See ``fastconv.kernels``; ``grad_weight`` is in order, and the gradient of the bias isn't wanted."""
+    if grad_weight.flags.c_contiguous:
+        _weight_grad(input, grad_output, grad_weight, dims, options)
+    else:
+        _weight_grad(grad_output, input, grad_weight.swapaxes(0, 1), other_side(dims), options)
+
+
+cdef void _weight_grad(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndarray grad_weight, dims, options) except *:
     cdef Plan plan
     cdef Conv *c = &plan.c
     _plan(&plan, input, grad_weight, grad_output, dims, options)
@@ -266,11 +286,18 @@ cdef void _lay_grads(const Plan *plan, Py_ssize_t image, Py_ssize_t images, Py_s
 
 # -------------------------------------------------------------------------------------------- gradient of the input
 
-def conv_input_grad(cnp.ndarray grad_output, cnp.ndarray weight, cnp.ndarray grad_input, dims, options):
-    """See ``fastconv.kernels``; weights are contiguous, and there are neither bias nor activation."""
+def conv_input_grad(grad_output, weight, grad_input, dims, options):
+    """See ``fastconv.kernels``; weights are in order, and there are neither bias nor activation."""
+    if weight.flags.c_contiguous:
+        _input_grad(grad_output, weight, None, grad_input, dims, options)
+    else:
+        _convolve(grad_output, weight.swapaxes(0, 1), None, grad_input, other_side(dims), options)
+
+
+cdef void _input_grad(cnp.ndarray grad_output, cnp.ndarray weight, bias, cnp.ndarray grad_input, dims, options) except *:
     cdef Plan plan
     cdef Conv *c = &plan.c
-    interleave.fill(grad_input, None, None)
+    interleave.fill(grad_input, bias, None)
     _plan(&plan, grad_input, weight, grad_output, dims, options)
     _share(&plan, c.channels)
     run_tasks(_input_task, &plan, c.groups * plan.shares, c.threads)

@@ -21,7 +21,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from fastconv.kernels.few_pixels import has_few_pixels
+from fastconv.kernels.few_pixels import suits
 from fastconv.kernels.native import few_pixels
 from fastconv.kernels.native.blocking cimport (
     Block, Conv, ceil_div, divide, locate, make_conv, pack_pixels, panel_vectors, round_up,
@@ -45,7 +45,7 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
 
     Through 1x1 filters each pixel sees itself: image and gradients are alike, and what takes less to be turned is.
     """
-    if has_few_pixels("conv_weight_grad", dims) and grad_weight.flags.c_contiguous:
+    if suits("conv_weight_grad", dims, grad_weight):
         few_pixels.conv_weight_grad(input, grad_output, grad_weight, dims, options)
         if grad_bias is not None:
             np.sum(grad_output, axis=(0, 2, 3, 4), out=grad_bias)

@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 from .dims import ConvDims
 from .kernels import winograd
-from .kernels.few_pixels import has_few_pixels
+from .kernels.few_pixels import has_few_pixels, other_side
 
 Parts = dict[str, float]
 Times = Mapping[str, Mapping[str, Mapping[str, float]]]  #: [operation][algorithm and how it multiplies][part]
@@ -289,6 +289,7 @@ def _im2col(p: Problem) -> tuple[str, Parts]:
     pixels, lanes = math.prod(d.output_size), p.machine.lanes
     parts: Parts = {"number": p.images * p.results * p.made, "weight": p.weights, "group": p.images, "call": 1}
     if has_few_pixels(p.op, d):
+        d = other_side(d) or d
         patches = p.images * d.reduction * pixels
         rows = p.images * d.group_in_channels * pixels * d.kernel_size[0] * d.kernel_size[1]
         return "im2col few", {**parts, "product": patches * d.group_out_channels, "patch": patches, "patch_row": rows}
@@ -506,10 +507,12 @@ def _planar_weights(w: Weights) -> tuple[str, Parts] | None:
 def _im2col_weights(w: Weights) -> tuple[str, Parts]:
     d = w.dims
     if has_few_pixels("conv_weight_grad", d):
+        d = other_side(d) or d
         passes = math.ceil(d.batch / (TOGETHER // w.pixels))  # over the gradients, each of some images
-        patches, weights = w.images * d.reduction * w.pixels, d.groups * w.filters * d.reduction
+        patches, weights = w.images * d.reduction * w.pixels, d.groups * d.group_out_channels * d.reduction
         return "im2col few", {
-            "patch": patches, "group": w.images, "call": 1, "product": patches * w.filters, "weight": weights * passes
+            "patch": patches, "group": w.images, "call": 1, "product": patches * d.group_out_channels,
+            "weight": weights * passes,
         }  # fmt: skip
     in_place = d.taps == 1 and set(d.stride) == {1}
     turned, others = w.filters, w.channels
