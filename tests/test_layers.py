@@ -197,7 +197,9 @@ def test_options_reach_all_that_a_layer_computes(
         np.testing.assert_allclose(gradient, wanted[name], rtol=1e-12, atol=1e-13, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [name for name, (build, _) in CASES.items() if isinstance(build(), _Windowed)])
+@pytest.mark.parametrize(
+    "name", [name for name, (build, _) in CASES.items() if isinstance(build(), (_Windowed, Linear))]
+)
 def test_a_wrong_option_is_an_error_forward_and_backward(name: str, rng: np.random.Generator) -> None:
     build, shape = CASES[name]
     layer, x = build(), rng.standard_normal(shape)
@@ -206,6 +208,45 @@ def test_a_wrong_option_is_an_error_forward_and_backward(name: str, rng: np.rand
     for call in (lambda: layer.backward(grad_output), lambda: layer(x)):
         with pytest.raises(ValueError, match=r"algorithm must be one of .* got 'magic'"):
             call()
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (70, 5), (2, 3, 5), (0, 5), (2, 0, 5)])
+def test_linear_takes_any_number_of_rows(shape: tuple[int, ...], dtype: type, rng: np.random.Generator) -> None:
+    layer = Linear(5, 3, rng=0, dtype=dtype)
+    x, grad_output = (rng.standard_normal((*shape[:-1], n)).astype(dtype)[..., ::-1] for n in (5, 3))
+    weight, rows = layer.params["weight"].astype(float), grad_output.reshape(-1, 3).astype(float)
+    wanted = {
+        "output": x @ weight.T + layer.params["bias"],
+        "input": grad_output @ weight,
+        "weight": rows.T @ x.reshape(-1, 5),
+        "bias": rows.sum(axis=0),
+    }
+    found = {"output": layer(x), "input": layer.backward(grad_output), **layer.grads}
+    assert list(found) == list(wanted)
+    for name, result in found.items():
+        assert result.dtype == dtype
+        np.testing.assert_allclose(result, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert result.shape == wanted[name].shape
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 300, 10), (64, 512, 100), (100, 64, 200)])
+def test_linear_keeps_the_promises_of_precision(
+    rows: int, inputs: int, outputs: int, precision: str, rng: np.random.Generator
+) -> None:
+    layer = Linear(inputs, outputs, bias=False, rng=0)
+    layer.options = {"precision": precision}
+    x, grad_output = (rng.standard_normal((rows, n), np.float32) for n in (inputs, outputs))
+    weight = layer.params["weight"]
+    found = layer(x), layer.backward(grad_output), layer.grads["weight"]
+    for result, left, right in zip(found, (x, grad_output, grad_output.T), (weight.T, weight, x), strict=True):
+        plain = np.zeros(result.shape, np.float32)
+        for i in range(left.shape[1]):
+            plain += left[:, i : i + 1] * right[i : i + 1]
+        exact = left.astype(float) @ right.astype(float)
+        size = np.linalg.norm(exact)
+        bound = {"highest": np.linalg.norm(plain - exact) / size, "high": 1e-5, "medium": 1e-2}[precision]
+        assert np.linalg.norm(result - exact) / size <= bound
 
 
 @pytest.mark.parametrize(
@@ -442,6 +483,23 @@ def test_weights_packed_for_evaluation_give_the_same_bits(rng: np.random.Generat
     layer.eval()
     np.testing.assert_array_equal(layer(images[0]), -wanted[0])
     np.testing.assert_array_equal(twin(images[0]), wanted[0])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(20, 33), (300, 10), (64, 512)])
+def test_linear_gives_the_same_bits_in_evaluation_fused_and_by_any_threads(
+    inputs: int, outputs: int, rng: np.random.Generator
+) -> None:
+    layer, x = Linear(inputs, outputs, rng=0), rng.standard_normal((64, inputs), np.float32)
+    wanted, grad_output = layer(x), rng.standard_normal((64, outputs), np.float32)
+    gradients = [layer.backward(grad_output), *layer.grads.values()]
+    np.testing.assert_array_equal(Sequential(layer, ReLU())(x), np.maximum(wanted, 0))
+    for threads in (1, 2, 3):
+        with fc.config_context(num_threads=threads):
+            np.testing.assert_array_equal(layer.train()(x), wanted)
+            for gradient, same in zip([layer.backward(grad_output), *layer.grads.values()], gradients, strict=True):
+                np.testing.assert_array_equal(gradient, same)
+            for _ in range(2):  # packs, and uses what is packed
+                np.testing.assert_array_equal(layer.eval()(x), wanted)
 
 
 @pytest.mark.parametrize("twin_of", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

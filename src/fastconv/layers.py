@@ -5,7 +5,8 @@
 ``ConvTranspose2d``                             their transpose: the gradient of a convolution's input
 ``MaxPool1d`` ``MaxPool2d`` ``MaxPool3d``       the maximum of each window
 ``AvgPool2d`` ``MaxBlurPool2d``                 the mean of each window; the maximum, blurred and subsampled
-``ReLU`` ``Softmax`` ``Flatten`` ``Linear``     what a network needs around them, in plain NumPy
+``Linear``                                      fully connected: a convolution of one tap
+``ReLU`` ``Softmax`` ``Flatten``                what a network needs around them, in plain NumPy
 ``Sequential``                                  one layer after the other
 ==============================================  ========================================================
 
@@ -231,6 +232,47 @@ class Layer:
         return kept
 
 
+class _Weighted(Layer):
+    """What convolutions and `Linear` share: packed weights in evaluation mode, an activation, gradients in one call."""
+
+    def forward(self, input: Array) -> Array:
+        return self.activated(input, None)
+
+    def activated(self, input: Array, activation: str | None) -> Array:
+        """Return the output after an activation, which is computed where it is stored; it has a backward of its own."""
+        self._kept = None  # a call that fails leaves nothing to differentiate
+        with keep(None if self.training else self._packed):
+            output = self._convolve(input, activation)
+        self._keep(input)
+        return output
+
+    def backward(self, grad_output: Array) -> Array:
+        grad_input: Array = self._backward(grad_output, ("input", *self.params))
+        return grad_input
+
+    def backward_params(self, grad_output: Array) -> None:
+        self._backward(grad_output, tuple(self.params))
+
+    def train(self) -> Self:
+        self._packed = Packed()
+        return super().train()
+
+    def eval(self) -> Self:
+        self._packed = Packed()  # filled by the first call that has a use for it
+        return super().eval()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed = Packed()
+
+    def _convolve(self, input: Array, activation: str | None) -> Array:
+        raise NotImplementedError
+
+    def _backward(self, grad_output: Array, needs: tuple[str, ...]) -> Any:
+        """Set ``grads`` and return the gradient of the input if ``needs`` names it."""
+        raise NotImplementedError
+
+
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
@@ -371,8 +413,8 @@ class _Filters(_Windowed):
         return ", ".join(map(str, self._signature))
 
 
-class _Conv(_Filters):
-    """What `Conv2d` and its siblings share; in evaluation mode they pack their weights only once."""
+class _Conv(_Weighted, _Filters):
+    """What `Conv2d` and its siblings share."""
 
     _conv: ClassVar[Callable[..., Array]]
     _gradients: ClassVar[Callable[..., Any]]  #: returns a ConvGradients
@@ -398,33 +440,8 @@ class _Conv(_Filters):
             channels, (channels[1], channels[0] // groups), kernel_size, geometry, bias, layout, rng, dtype
         )
 
-    def forward(self, input: Array) -> Array:
-        return self.activated(input, None)
-
-    def backward(self, grad_output: Array) -> Array:
-        grad_input: Array = self._backward(grad_output, ("input", *self.params))
-        return grad_input
-
-    def backward_params(self, grad_output: Array) -> None:
-        self._backward(grad_output, tuple(self.params))
-
-    def activated(self, input: Array, activation: str | None) -> Array:
-        """Return the output after an activation, which is computed where it is stored; it has a backward of its own."""
-        self._keep(input)
-        with keep(None if self.training else self._packed):
-            return self._conv(input, **self.params, activation=activation, **self._how())
-
-    def train(self) -> Self:
-        self._packed = Packed()
-        return super().train()
-
-    def eval(self) -> Self:
-        self._packed = Packed()  # filled by the first call that has a use for it
-        return super().eval()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._packed = Packed()
+    def _convolve(self, input: Array, activation: str | None) -> Array:
+        return self._conv(input, **self.params, activation=activation, **self._how())
 
     def _backward(self, grad_output: Array, needs: tuple[str, ...]) -> Any:
         (input,) = self._recall()
@@ -585,6 +602,82 @@ class ConvTranspose2d(_Filters):
 
     def _output_shape(self, shape: Shape) -> Shape:
         return conv_transpose_shape(shape, self._first_weight_shape, **self._geometry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fully connected
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Linear(_Weighted):
+    """Fully connected: y = x W^T + b.
+
+    It is a convolution of one tap, and computed as one: a row is a pixel, a feature is a channel. In evaluation mode
+    its weights are packed for the kernels only once.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last axis of input and output.
+    bias : bool
+        Whether there is a b.
+    rng, dtype
+        As in `Conv2d`.
+
+    Attributes
+    ----------
+    params, grads : dict
+        ``weight``, (out_features, in_features); ``bias``, (out_features,).
+
+    Examples
+    --------
+    >>> import numpy as np, fastconv as fc
+    >>> fc.layers.Linear(256, 10, rng=0)(np.zeros((64, 256), np.float32)).shape
+    (64, 10)
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rng: Seed = None, dtype: DTypeLike = np.float32
+    ) -> None:
+        outputs, inputs = integer(out_features, "out_features", 1), integer(in_features, "in_features", 1)
+        weight, shift = _uniform(rng, (outputs, inputs), inputs, outputs if bias else 0, dtype)
+        super().__init__(weight=weight, bias=shift)
+
+    def output_shape(self, input_shape: Sequence[int]) -> Shape:
+        outputs, inputs = self.params["weight"].shape
+        if not input_shape or input_shape[-1] != inputs:
+            raise ValueError(f"input must have {inputs} features in its last axis, got shape {tuple(input_shape)}")
+        return (*input_shape[:-1], outputs)
+
+    def _convolve(self, input: Array, activation: str | None) -> Array:
+        weight = self.params["weight"]
+        check_same_dtype(check_array(input, "input"), "input", weight, "weight")
+        shape = self.output_shape(input.shape)
+        pixels, taps = _as_pixels(input), weight.T[None]  # (1, rows, in), (1, in, out)
+        how = {"activation": activation, "layout": "NHWC", **self.options}
+        return functional.conv1d(pixels, taps, self.params.get("bias"), **how).reshape(shape)
+
+    def _backward(self, grad_output: Array, needs: tuple[str, ...]) -> Any:
+        (input,) = self._recall()
+        weight = self.params["weight"]
+        grad_output = _like_output(grad_output, self.output_shape(input.shape), weight.dtype)
+        rows, pixels = _as_pixels(grad_output), _as_pixels(input)
+        how = {"layout": "NHWC", **self.options}
+        self._grads = {"weight": grad.conv1d_weight(rows, (1, *weight.shape), pixels, **how)[0]}  # (out, in), in place
+        if "bias" in self.params:
+            self._grads["bias"] = rows[0].sum(axis=0) if rows.size else np.zeros_like(self.params["bias"])
+        if "input" in needs:
+            return grad.conv1d_input(pixels.shape, weight.T[None], rows, **how).reshape(input.shape)
+        return None
+
+    def _arguments(self) -> str:
+        outputs, inputs = self.params["weight"].shape
+        return f"{inputs}, {outputs}"
+
+
+def _as_pixels(rows: Array) -> Array:
+    """Return (..., features) as one signal, channels last; a signal without pixels can't be, no signals can."""
+    return rows.reshape((1, -1, rows.shape[-1]) if rows.size else (0, 1, rows.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,72 +991,6 @@ class Flatten(Layer):
         return (input_shape[0], math.prod(input_shape[1:]))
 
 
-class Linear(Layer):
-    """Fully connected: y = x W^T + b.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-        Sizes of the last axis of input and output.
-    bias : bool
-        Whether there is a b.
-    rng, dtype
-        As in `Conv2d`.
-
-    Attributes
-    ----------
-    params, grads : dict
-        ``weight``, (out_features, in_features); ``bias``, (out_features,).
-
-    Examples
-    --------
-    >>> import numpy as np, fastconv as fc
-    >>> fc.layers.Linear(256, 10, rng=0)(np.zeros((64, 256), np.float32)).shape
-    (64, 10)
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, rng: Seed = None, dtype: DTypeLike = np.float32
-    ) -> None:
-        outputs, inputs = integer(out_features, "out_features", 1), integer(in_features, "in_features", 1)
-        weight, shift = _uniform(rng, (outputs, inputs), inputs, outputs if bias else 0, dtype)
-        super().__init__(weight=weight, bias=shift)
-
-    def forward(self, input: Array) -> Array:
-        weight = self.params["weight"]
-        check_same_dtype(check_array(input, "input"), "input", weight, "weight")
-        self.output_shape(input.shape)
-        self._keep(input)
-        output: Array = input @ weight.T  # (..., in) x (in, out) -> (..., out)
-        if "bias" in self.params:
-            output += self.params["bias"]
-        return output
-
-    def backward(self, grad_output: Array) -> Array:
-        self.backward_params(grad_output)  # says what is wrong with it, too
-        grad_input: Array = grad_output @ self.params["weight"]  # (..., out) x (out, in) -> (..., in)
-        return grad_input
-
-    def backward_params(self, grad_output: Array) -> None:
-        (input,) = self._recall()
-        outputs, inputs = self.params["weight"].shape
-        grad_output = _like_output(grad_output, (*input.shape[:-1], outputs), self.params["weight"].dtype)
-        rows = grad_output.reshape(-1, outputs)
-        self._grads["weight"] = rows.T @ input.reshape(-1, inputs)  # (out, rows) x (rows, in) -> (out, in)
-        if "bias" in self.params:
-            self._grads["bias"] = rows.sum(axis=0)
-
-    def output_shape(self, input_shape: Sequence[int]) -> Shape:
-        outputs, inputs = self.params["weight"].shape
-        if not input_shape or input_shape[-1] != inputs:
-            raise ValueError(f"input must have {inputs} features in its last axis, got shape {tuple(input_shape)}")
-        return (*input_shape[:-1], outputs)
-
-    def _arguments(self) -> str:
-        outputs, inputs = self.params["weight"].shape
-        return f"{inputs}, {outputs}"
-
-
 class Sequential(Layer):
     """One layer after the other.
 
@@ -1022,7 +1049,7 @@ class Sequential(Layer):
         rectified = self._fused.values()
         with reuse(self._buffers if self.training else None):
             for layer in self._order:
-                if isinstance(layer, _Conv) and layer in self._fused:
+                if isinstance(layer, _Weighted) and layer in self._fused:
                     input = layer.activated(input, "relu")
                 elif layer in rectified:
                     layer._keep(input)
@@ -1099,11 +1126,11 @@ class Sequential(Layer):
 
 
 def _convolved_relus(layers: Sequence[Layer]) -> dict[Layer, Layer]:
-    """Return the ReLUs that the convolutions before them apply as they store their output."""
+    """Return the ReLUs that the layers with weights before them apply as they store their output."""
     return {
         layer: after
         for layer, after in pairwise(layers)
-        if isinstance(layer, _Conv) and type(layer).forward is _Conv.forward and type(after) is ReLU
+        if isinstance(layer, _Weighted) and type(layer).forward is _Weighted.forward and type(after) is ReLU
     }
 
 
