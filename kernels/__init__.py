@@ -8,7 +8,8 @@ A kernel family is one algorithm in one engine, one module::
 
 Beside these folders is what several engines, or kernels and the choice between them, share: ``interleave`` (the
 gradient of the input as convolutions of stride 1), ``exchange`` (the gradient of the weights with image and gradients
-exchanged), ``few_pixels`` (which layers have few pixels for their weights), ``winograd`` (the tile, and what it costs).
+exchanged), ``few_pixels`` (which layers have few pixels for their weights), ``winograd`` (the tile, and what it costs),
+``averages`` (of whole images, and gradients of windows that don't overlap, in NumPy).
 
 The same algorithm has the same file name and the same function names in each engine::
 

@@ -274,6 +274,37 @@ def test_a_divisor_replaces_the_number_of_cells(engine: str, rng: np.random.Gene
     np.testing.assert_allclose(y, x[None].reshape(1, 1, 2, 3, 2, 3, 2).sum(axis=(4, 6)), rtol=1e-13)
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("size", "window", "stride"),
+    [
+        ((7, 7), 7, 1),
+        ((9, 8), (9, 8), 3),
+        ((8, 12), 4, 4),
+        ((11, 14), (5, 4), (6, 4)),
+        ((40,), 40, 1),
+        ((4, 5, 6), 3, 3),
+    ],
+)
+def test_large_windows_that_share_no_cells_are_those_of_a_convolution(
+    size: tuple[int, ...], window: Any, stride: Any, layout: str, rng: np.random.Generator, dtype: Any
+) -> None:
+    last, spatial = layout == "NHWC", len(size)
+    pool, gradient = (getattr(module, f"avg_pool{spatial}d") for module in (fc, fc.grad))
+    x = rng.standard_normal((3, *size, 5) if last else (3, 5, *size)).astype(dtype)
+    for image in (x, np.asfortranarray(x), x[::-1]):  # of the second, an image's cells lie among those of others
+        y = pool(image, window, stride, layout=layout)
+        grad_output = rng.standard_normal(y.shape).astype(dtype)[::-1]
+        exact = pool(image.astype(float), window, stride, layout=layout, algorithm="naive")
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(pool(image[1:2], window, stride, layout=layout), y[1:2])
+        wanted = gradient(x.shape, grad_output, window, stride, layout=layout, algorithm="naive")
+        np.testing.assert_array_equal(gradient(x.shape, grad_output, window, stride, layout=layout), wanted)
+        out = np.full((*x.shape, 2), np.nan, dtype)[..., 1]
+        assert gradient(x.shape, grad_output, window, stride, layout=layout, out=out) is out
+        np.testing.assert_array_equal(out, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Max-blur pooling (arXiv 1904.11486)
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .arrays import (
 )
 from .buffers import empty, packed
 from .dims import ConvDims, Padding, PoolDims, channels_last, conv_dims, conv_transpose_shape, integer, pool_dims
+from .kernels import averages
 from .registry import Kernel, select
 from .runtime import ACTIVATIONS, Options, Setting, check_engine, check_precision, get_config, settings
 
@@ -873,6 +874,8 @@ def _avg_pool_plan(
     shape = result_shape(pool, pool.channels, pool.output_size, len(x), last)
     engine, precision, threads = setting
     chosen = kernel("conv_forward", dims, engine, algorithm, precision)
+    if algorithm is None and averages.sees_whole_image(dims):
+        chosen = averages.conv_forward
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
 
 
@@ -929,7 +932,7 @@ def avg_pool2d(
     divisor_override : int, optional
         Divide by this instead.
     layout, algorithm, engine, out
-        As in `conv2d`; the algorithm is that of a depthwise convolution.
+        As in `conv2d`; the algorithm is that of a depthwise convolution. Without one, whole images are summed at once.
 
     Returns
     -------

@@ -55,6 +55,7 @@ from .functional import (
     run,
     transpose_dims,
 )
+from .kernels import averages
 from .runtime import Setting, settings
 
 __all__ = [f"{name}{n}d" for name in ("conv", "max_pool", "avg_pool", "max_blur_pool") for n in (1, 2, 3)] + [
@@ -1045,6 +1046,8 @@ def _avg_pool_plan(
     check_grad_output(grad, pool.batch, pool.channels, pool.output_size, spatial, last)
     dims, weight, divisors = averaging(pool, count_include_pad, divisor, dtype, last)
     chosen = kernel("conv_input_grad", dims, engine, algorithm, precision)
+    if algorithm is None and averages.has_windows_apart(dims):
+        chosen = averages.conv_input_grad
     return Plan(dims, shape, (image,), chosen, kernel_options(None, precision, threads)), weight, divisors
 
 
