@@ -78,10 +78,10 @@ def gradient_in_place(grad_output, weight, grad_input, dims, options):
     if weight.shape[0] != dims.groups:
         return False
     make_conv(&c, grad_output, weight, grad_input, dims, options)
-    return _suits_in_place(&c)
+    return suits_in_place(&c)
 
 
-cdef bint _suits_in_place(const Conv *c) noexcept nogil:
+cdef bint suits_in_place(const Conv *c) noexcept nogil:
     """Whether images are channels-last, and their cells, apart as they are, not read so often that packing them pays. (Measured.) That is
     a matter of one image: its bits must not depend on the others."""
     cdef Py_ssize_t strides = c.stride[0] * c.stride[1] * c.stride[2]
@@ -107,7 +107,7 @@ cdef void _convolve(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray out
     make_conv(c, input, weight, output, dims, options)
     plan.relu = options.activation == "relu"
     plan.backward = False
-    if _suits_in_place(c):
+    if suits_in_place(c):
         _convolve_in_place(&plan, bias)
     else:
         _convolve_blocks(&plan, bias)

@@ -131,7 +131,7 @@ cdef extern from "ukernels.h" nogil:
         void (*transpose)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, void *, Py_ssize_t) noexcept nogil
         void (*depthwise)(const fc_depthwise *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
-                                 Py_ssize_t, void *) noexcept nogil
+                                 Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
         int planar_filters, planar_rows
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil

@@ -40,6 +40,7 @@ cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel
 cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil
 cdef void store_bias(const WeightPlan *plan, Py_ssize_t first, Py_ssize_t filters, const char *sums) noexcept nogil
 cdef bint reduce_chunks(WeightPlan *plan, TaskFunction task, const void *whole) except *
-cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil
+cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pitch, Py_ssize_t pixels, Py_ssize_t width,
+                     char *sums) noexcept nogil
 cdef void store_weight(const Conv *c, Py_ssize_t filter, Py_ssize_t channel, Py_ssize_t filters, Py_ssize_t channels,
                        Py_ssize_t block_channels, Py_ssize_t width, const char *accumulators) noexcept nogil

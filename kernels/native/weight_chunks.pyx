@@ -94,20 +94,23 @@ cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel
                    Py_ssize_t pixels) noexcept nogil:
     """Add a panel's packed gradients, [pixel][filter], to that of the bias; of the tasks of a panel one does."""
     cdef const Conv *c = &plan.c
+    cdef Py_ssize_t width
     if plan.bias != NULL and t.channel == 0:
+        width = panel_vectors(c, t.panel + panel) * c.kernels.lanes
         sum_pixels(
-            c, grads, pixels, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
+            c, grads, width, pixels, width,
             t.accumulators + plan.bias_bytes + panel * c.panel * c.item,
         )
 
 
-cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pixels, Py_ssize_t width, char *sums) noexcept nogil:
-    """sums[i] += sum over pixels of grads[pixel][i], first added up by themselves."""
+cdef void sum_pixels(const Conv *c, const char *grads, Py_ssize_t pitch, Py_ssize_t pixels, Py_ssize_t width,
+                     char *sums) noexcept nogil:
+    """sums[i] += sum over pixels of grads[pixel * pitch + i], first added up by themselves."""
     cdef double[MOST_LANES] block
     cdef Py_ssize_t tap = 0
     memset(block, 0, sizeof(block))
     c.kernels.depthwise_weight(
-        &tap, 1, <const char *>ONES_32 if c.item == 4 else <const char *>ONES_64, 0, grads, pixels, width, block
+        &tap, 1, <const char *>ONES_32 if c.item == 4 else <const char *>ONES_64, 0, grads, pitch, pixels, width, block
     )
     c.kernels.add(sums, block, width)
 

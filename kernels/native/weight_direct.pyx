@@ -15,16 +15,18 @@
              +--------------+          +-----------+          +---------+
 
 Where the machine has a tile that multiplies digits or pieces of numbers, ``weight_digits`` and ``weight_pieces`` have it, and this
-is for what they leave. A depthwise convolution has a microkernel of its own.
+is for what they leave. A depthwise convolution has a microkernel of its own, which reads channels-last arrays where they are, if their
+cells are not seen often.
 """
 
 cimport numpy as cnp
 from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
-    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Conv, ceil_div, cut, locate, make_conv, pack_image, pack_pixels,
+    CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Conv, View, ceil_div, cut, locate, make_conv, pack_image, pack_pixels,
     panel_vectors, part_cells, run_tasks, tap_offsets,
 )
+from fastconv.kernels.native.depthwise cimport suits_in_place
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction, fc_reduction_over
 from fastconv.kernels.native.weight_chunks cimport (
     WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
@@ -198,7 +200,10 @@ cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndar
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
     want_bias(&plan, grad_bias)
-    run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)
+    if suits_in_place(c) and c.groups % CHANNELS == 0:
+        run_tasks(_task_in_place, &plan, plan.channel_blocks, c.threads)
+    else:
+        run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)
 
 
 cdef int _depthwise_weight_task(const void *shared, Py_ssize_t task) noexcept nogil:
@@ -229,12 +234,98 @@ cdef int _depthwise_weight_task(const void *shared, Py_ssize_t task) noexcept no
         pack_image(c, &block, first, channels, CHANNELS, part)
         pack_pixels(c, &block, first, channels, CHANNELS, 0, block.rows * block.columns, grads)
         if plan.bias != NULL:
-            sum_pixels(c, grads, block.rows * block.columns, CHANNELS, bias_sums)
+            sum_pixels(c, grads, CHANNELS, block.rows * block.columns, CHANNELS, bias_sums)
         for r in range(block.rows):
             c.kernels.depthwise_weight(
                 taps, c.taps, part + r * c.stride[1] * block.wide * CHANNELS * c.item, c.stride[2] * CHANNELS,
-                grads + r * block.columns * CHANNELS * c.item, block.columns, CHANNELS, accumulators,
+                grads + r * block.columns * CHANNELS * c.item, CHANNELS, block.columns, CHANNELS, accumulators,
             )
     store_weight(c, first, 0, channels, 1, 1, CHANNELS, accumulators)
     store_bias(plan, first, channels, bias_sums)
     return 0
+
+
+# Which are inside the image: of the taps along an axis, or of the columns of pixels all of whose taps are.
+ctypedef struct Range:
+    Py_ssize_t first, end
+
+
+cdef int _task_in_place(const void *shared, Py_ssize_t task) noexcept nogil:
+    """Sum a block of channels over all rows of pixels of channels-last arrays."""
+    cdef const WeightPlan *plan = <const WeightPlan *>shared
+    cdef const Conv *c = &plan.c
+    cdef Py_ssize_t first = task * CHANNELS, tap_bytes = (c.taps + 8) // 8 * 64, t, row
+    cdef char *memory = arena(FC_ARENA_BLOCK, tap_bytes + (c.taps + 1) * CHANNELS * c.item)
+    if memory == NULL:
+        return 1
+    cdef Py_ssize_t *taps = <Py_ssize_t *>memory
+    cdef char *sums = memory + tap_bytes
+    cdef char *bias_sums = sums + c.taps * CHANNELS * c.item
+    memset(sums, 0, <size_t>((c.taps + 1) * CHANNELS * c.item))
+    for t in range(c.taps):
+        taps[t] = t // (c.kernel[1] * c.kernel[2]) * c.dilation[0] * c.x.stride[2]
+        taps[t] += t // c.kernel[2] % c.kernel[1] * c.dilation[1] * c.x.stride[3] + t % c.kernel[2] * c.dilation[2] * c.x.stride[4]
+    for row in range(c.batch * c.out[0] * c.out[1]):
+        _sum_row(plan, row, first, taps, sums, bias_sums)
+    store_weight(c, first, 0, CHANNELS, 1, 1, CHANNELS, sums)
+    store_bias(plan, first, CHANNELS, bias_sums)
+    return 0
+
+
+cdef void _sum_row(const WeightPlan *plan, Py_ssize_t row, Py_ssize_t channel, const Py_ssize_t *taps, char *sums,
+                   char *bias_sums) noexcept nogil:
+    """Add what a row of pixels has: the taps of rows inside the image, of inner columns all at once."""
+    cdef const Conv *c = &plan.c
+    cdef const View *x = &c.x
+    cdef const View *y = &c.y
+    cdef Py_ssize_t image = row // (c.out[0] * c.out[1]), depth = row // c.out[1] % c.out[0], high = row % c.out[1], d, h, t, column
+    cdef Py_ssize_t z = depth * c.stride[0] - c.pad[0], top = high * c.stride[1] - c.pad[1]
+    cdef Py_ssize_t cells = image * x.stride[0] + z * x.stride[2] + top * x.stride[3] - c.pad[2] * x.stride[4] + channel
+    cdef const char *grads = y.data + (
+        image * y.stride[0] + depth * y.stride[2] + high * y.stride[3] + channel
+    ) * c.item
+    cdef Range depths = _taps_inside(c, 0, z), rows = _taps_inside(c, 1, top), inner = _inner_columns(c), wide, alone
+    for d in range(depths.first, depths.end):
+        t = (d * c.kernel[1] + rows.first) * c.kernel[2]
+        if rows.end > rows.first:
+            _sum_columns(c, cells, grads, &inner, taps, t, (rows.end - rows.first) * c.kernel[2], sums)
+        for column in range(c.out[2]):
+            if inner.first <= column < inner.end:
+                continue
+            wide = _taps_inside(c, 2, column * c.stride[2] - c.pad[2])
+            alone.first, alone.end = column, column + 1
+            for h in range(rows.first, rows.end):
+                t = (d * c.kernel[1] + h) * c.kernel[2] + wide.first
+                _sum_columns(c, cells, grads, &alone, taps, t, wide.end - wide.first, sums)
+    if plan.bias != NULL:
+        sum_pixels(c, grads, y.stride[4], c.out[2], CHANNELS, bias_sums)
+
+
+cdef inline void _sum_columns(const Conv *c, Py_ssize_t cells, const char *grads, const Range *columns, const Py_ssize_t *taps,
+                              Py_ssize_t first, Py_ssize_t count, char *sums) noexcept nogil:
+    """Add what some columns of a row have, of some taps."""
+    cdef Py_ssize_t step = c.stride[2] * c.x.stride[4]
+    if columns.end > columns.first and count > 0:
+        c.kernels.depthwise_weight(
+            taps + first, count, c.x.data + (cells + columns.first * step) * c.item, step,
+            grads + columns.first * c.y.stride[4] * c.item, c.y.stride[4], columns.end - columns.first, CHANNELS,
+            sums + first * CHANNELS * c.item,
+        )
+
+
+cdef inline Range _taps_inside(const Conv *c, int axis, Py_ssize_t start) noexcept nogil:
+    """Return the taps that see the image from where the first one is."""
+    cdef Range inside
+    cdef Py_ssize_t before = max(<Py_ssize_t>0, -start), room = max(<Py_ssize_t>0, c.x.size[axis + 2] - start)
+    inside.first = min(c.kernel[axis], ceil_div(before, c.dilation[axis]))
+    inside.end = max(inside.first, min(c.kernel[axis], ceil_div(room, c.dilation[axis])))
+    return inside
+
+
+cdef inline Range _inner_columns(const Conv *c) noexcept nogil:
+    """Return the columns of pixels all of whose taps are inside the image."""
+    cdef Range inner
+    cdef Py_ssize_t room = c.x.size[4] + c.pad[2] - 1 - (c.kernel[2] - 1) * c.dilation[2]
+    inner.first = min(c.out[2], ceil_div(c.pad[2], c.stride[2]))
+    inner.end = max(inner.first, min(c.out[2], room // c.stride[2] + 1)) if room >= 0 else inner.first
+    return inner

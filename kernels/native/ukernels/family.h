@@ -503,26 +503,50 @@ static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdif
 }
 #undef RUN_CASE
 
-static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, ptrdiff_t a_step,
-                                 const void *grad, ptrdiff_t n_pixels, ptrdiff_t block, void *out)
+enum { FC(summed_taps) = 9 }; /* at a time: of 3x3 filters all, as many as hide the latency */
+
+/* Sums over a row of pixels, of as many taps as stay in registers: a gradient is loaded once for all of them. `count` is a constant where
+ * this is inlined. */
+static inline __attribute__((always_inline)) void FC(depthwise_taps)(const ptrdiff_t *taps, const int count, const T *image, ptrdiff_t a_step,
+                                                                     const T *grad, ptrdiff_t b_step, ptrdiff_t n_pixels, ptrdiff_t block, T *out)
 {
-    const T *b = grad;
-    T *c = out;
-    for (ptrdiff_t t = 0; t < n_taps; t++) {
-        const T *a = (const T *)image + taps[t];
-        for (ptrdiff_t i = 0; i < block; i += LANES) {
-            V acc[2] = {*(const V *)(c + t * block + i), {0}};
-            ptrdiff_t p = 0;
-            for (; p + 2 <= n_pixels; p += 2) {
-                acc[0] += *(const V *)(a + p * a_step + i) * *(const V *)(b + p * block + i);
-                acc[1] += *(const V *)(a + (p + 1) * a_step + i) * *(const V *)(b + (p + 1) * block + i);
+    for (ptrdiff_t i = 0; i < block; i += LANES) {
+        const T *a = image + i, *b = grad + i;
+        ptrdiff_t p = n_pixels;
+        V acc[FC(summed_taps)], odd = {0};
+        UNROLL for (int t = 0; t < count; t++)
+            acc[t] = (V){0};
+        if (count == 1) { /* each sum would wait for the one before */
+            for (; p > 1; p -= 2, a += 2 * a_step, b += 2 * b_step) {
+                acc[0] += *(const V *)(a + taps[0]) * *(const V *)b;
+                odd += *(const V *)(a + a_step + taps[0]) * *(const V *)(b + b_step);
             }
-            if (p < n_pixels)
-                acc[0] += *(const V *)(a + p * a_step + i) * *(const V *)(b + p * block + i);
-            *(V *)(c + t * block + i) = acc[0] + acc[1];
+            acc[0] += odd;
+        }
+        for (; p > 0; p--, a += a_step, b += b_step) {
+            const V factor = *(const V *)b;
+            UNROLL for (int t = 0; t < count; t++)
+                acc[t] += *(const V *)(a + taps[t]) * factor;
+        }
+        UNROLL for (int t = 0; t < count; t++)
+            *(V *)(out + t * block + i) += acc[t];
+    }
+}
+
+#define TAPS_CASE(n) case n: FC(depthwise_taps)(taps, n, image, a_step, grad, b_step, n_pixels, block, sums); break;
+
+static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *image, ptrdiff_t a_step,
+                                 const void *grad, ptrdiff_t b_step, ptrdiff_t n_pixels, ptrdiff_t block, void *out)
+{
+    T *sums = out;
+    for (ptrdiff_t count; n_taps > 0; taps += count, n_taps -= count, sums += count * block) {
+        count = n_taps < FC(summed_taps) ? n_taps : FC(summed_taps);
+        switch (count) {
+            TAPS_CASE(1) TAPS_CASE(2) TAPS_CASE(3) TAPS_CASE(4) TAPS_CASE(5) TAPS_CASE(6) TAPS_CASE(7) TAPS_CASE(8) TAPS_CASE(9)
         }
     }
 }
+#undef TAPS_CASE
 
 static void FC(add)(void *total, const void *more, ptrdiff_t n)
 {

@@ -225,9 +225,9 @@ typedef struct {
     void (*depthwise)(const fc_depthwise *depthwise, const void *a, const ptrdiff_t *pixels, ptrdiff_t n_pixels, const void *b,
                       void *c);
 
-    /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * block + i] for i < block. */
+    /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * b_step + i] for i < block. */
     void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
-                             ptrdiff_t n_pixels, ptrdiff_t block, void *c);
+                             ptrdiff_t b_step, ptrdiff_t n_pixels, ptrdiff_t block, void *c);
 
     /* Planes as they are read below: [row][phase][wide]. */
     void (*pad)(const fc_padding *padding, ptrdiff_t planes, const void *image, void *out);
