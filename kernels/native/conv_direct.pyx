@@ -132,7 +132,8 @@ ctypedef struct Plan:
     Py_ssize_t strands[3]       # phases along each axis, with taps or without, ...
     Py_ssize_t step[3]          # ... and cells from one of a phase to the next
     const Py_ssize_t *phase     # of each phase: its first tap, and how many, (d, h, w)
-    const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in a filter
+    const Py_ssize_t *seen      # of each tap: the cell that it sees, (d, h, w), and its number in a filter; ...
+    Py_ssize_t seen_taps        # ... of so many: phases that a small image doesn't have leave theirs out
     Py_ssize_t shares           # tasks that share the panels of one block
     char *weights               # packed; NULL: each task packs what it uses ...
     bint strips                 # ... and reads several panels' at a time
@@ -271,7 +272,7 @@ cdef void _set_strands(Plan *plan, merged, threads):
     if merged is None:
         return
     phases, seen = merged.phases, merged.taps  # which ``merged`` keeps
-    plan.phase, plan.seen = &phases[0, 0], &seen[0, 0]
+    plan.phase, plan.seen, plan.seen_taps = &phases[0, 0], &seen[0, 0], seen.shape[0]
     for s in range(phases.shape[0]):
         plan.slots += _strand_taps(plan, s) > 0
     for axis in range(3):
@@ -593,7 +594,7 @@ cdef void _strand_offsets(const Plan *plan, const Grid *grid, Py_ssize_t *taps) 
     """Write where the cell is that each tap of each strand sees."""
     cdef const Py_ssize_t *cell = plan.seen
     cdef Py_ssize_t t
-    for t in range(plan.c.taps):
+    for t in range(plan.seen_taps):
         taps[t] = ((cell[0] * grid.high + cell[1]) * grid.wide + cell[2]) * plan.width
         cell += 4
 
@@ -906,7 +907,7 @@ cdef void _multiply_strands(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, co
     cdef Py_ssize_t tap = channels * width if c.kernels.pieces else width, s, t
     reduction.depth = channels
     reduction.b_step = width if c.kernels.pieces else c.taps * width
-    for t in range(c.taps):
+    for t in range(plan.seen_taps):
         space.weight_taps[t] = plan.seen[4 * t + 3] * tap
     for s in range(plan.strands[0] * plan.strands[1] * plan.strands[2]):
         t = plan.phase[4 * s]
