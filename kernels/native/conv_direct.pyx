@@ -64,7 +64,7 @@ from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_direct import conv_weight_grad
 
 cdef enum:
-    REDUCTION = 144             # channels of a block times taps: its share of a panel, 9 KB in float32, stays in L1
+    REDUCTION = 432             # channels of a block times taps, at most: its share of a panel stays in L1, or nearly
     SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
     SPLIT_BYTES = 3 << 20       # of a part then, of which L2 needs a channel block at a time, ...
     SUM_BYTES = 3 << 18         # ... a panel of weights, and so much of sums
@@ -80,6 +80,7 @@ cdef enum:
     PATCH_CELLS = 64            # of a patch, and ...
     PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
     SHORT_SUM = 24              # products of a sum that take less time, as numbers, than copying it
+    READY_PRODUCTS = 80         # of a number, about, that save the time of splitting it if it could be read where it is
     DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
     STRANDS = 16                # phases of a stride whose sums for a chunk share L2: as many as ``interleave`` merges
     APART = 1 << 15             # weights of a group: to copy so many takes longer than a call for each group
@@ -175,16 +176,18 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     cdef Scales scales
     cdef Conv *c = &plan.c
     cdef int axis
-    cdef Py_ssize_t tasks, step, taps, part_bytes, packing
+    cdef Py_ssize_t tasks, step, most, taps, part_bytes, packing
     cdef bytearray refused
     make_conv(&plan.of, input, weight, output, dims, options)
+    if merged is None:
+        _skip_unseen(&plan.of)
     _set_strands(&plan, merged, options.threads)
     plan.of.folded = plan.slots == 0 and plan.of.channels <= FOLDED_CHANNELS and plan.of.dilation[2] == 1
     plan.patches = form != NUMBERS and _multiply_patches(&plan, options.precision, form)
     if not plan.patches:
         if form == DIGITS and not _use_digits(&plan, options.precision):
             return list(range(plan.of.batch))
-        if form == PIECES and not _sums_are_short(&plan.of):
+        if form == PIECES and not _sums_are_short(&plan):
             split_numbers(&plan.of, options.precision)
         c[0] = plan.of
     for axis in range(3 if plan.slots else 0):
@@ -196,13 +199,14 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     elif c.kernels.pieces:
         plan.width = round_up(ceil_div(c.depth, max(1, c.depth * taps // SPLIT_REDUCTION)), step)
     else:
-        plan.width = min(c.depth, max(step, round_up(REDUCTION // taps, step)))
+        most = max(step, REDUCTION // taps // step * step)
+        plan.width = min(c.depth, round_up(ceil_div(c.depth, ceil_div(c.depth, most)), step))
     plan.channel_blocks = ceil_div(c.depth, plan.width)
     part_bytes = SPLIT_BYTES if c.kernels.pieces and not plan.patches else DIRECT_BYTES
     cut(c, plan.channel_blocks * plan.width * c.packed, part_bytes, c.out[2], &plan.blocks)
     _cut_large_blocks(&plan)
     _choose_phases(&plan)
-    plan.in_place = _lies_ready(&plan)
+    plan.in_place = _lies_ready(&plan, c)
     plan.relu = options.activation == "relu"
     refused = bytearray(c.batch + 1)
     plan.refused = <unsigned char *><char *>refused
@@ -224,11 +228,10 @@ def _forward(cnp.ndarray input, cnp.ndarray output, int form, cnp.ndarray weight
     return [image for image in range(c.batch) if refused[image] or refused[c.batch]]
 
 
-cdef bint _lies_ready(const Plan *plan) noexcept nogil:
+cdef bint _lies_ready(const Plan *plan, const Conv *c) noexcept nogil:
     """Whether the image is, where the caller has it, as good as packed: no tap sees padding, and a pixel's channels are neighbours."""
-    cdef const Conv *c = &plan.c
     cdef int axis
-    if c.kernels.pieces or plan.slots or plan.channel_blocks > 1 or c.x.stride[1] != 1 or (c.folded and c.x.stride[4] != c.channels):
+    if c.kernels.pieces or plan.slots or c.x.stride[1] != 1 or (c.folded and c.x.stride[4] != c.channels):
         return False
     for axis in range(3):
         if c.pad[axis] > 0 or extent(c, axis, c.out[axis]) > c.x.size[2 + axis]:
@@ -236,15 +239,32 @@ cdef bint _lies_ready(const Plan *plan) noexcept nogil:
     return True
 
 
-cdef bint _sums_are_short(const Conv *of) noexcept nogil:
-    """Whether to multiply numbers, whose sums are stored where they belong: copying those of pieces takes longer than products save."""
-    return of.channels * of.taps <= SHORT_SUM and of.y.stride[1] == 1 and of.filters % of.kernels.lanes == 0
+cdef void _skip_unseen(Conv *c) noexcept nogil:
+    """Take cells that no tap sees out of the image, along axes where filters have one tap: a stride skips them."""
+    cdef int axis
+    for axis in range(3 if c.x.stride[1] == 1 else 2):  # neighbours in memory stay neighbours
+        if c.kernel[axis] == 1 and c.pad[axis] == 0 and (c.out[axis] - 1) * c.stride[axis] < c.x.size[2 + axis]:
+            c.x.stride[2 + axis] *= c.stride[axis]
+            c.x.size[2 + axis] = c.out[axis]
+            c.stride[axis] = 1
+
+
+cdef bint _sums_are_short(const Plan *plan) noexcept nogil:
+    """Whether to multiply numbers, that are read or whose sums are stored where they belong: splitting those, and copying these,
+    takes longer than products of pieces save."""
+    cdef const Conv *of = &plan.of
+    cdef Py_ssize_t beyond = of.channels * of.taps - SHORT_SUM
+    if _lies_ready(plan, of) and of.filters * beyond <= READY_PRODUCTS * of.channels * of.stride[1] * of.stride[2]:
+        return True
+    return beyond <= 0 and of.y.stride[1] == 1 and of.filters % of.kernels.lanes == 0
 
 
 cdef bint _use_digits(Plan *plan, str precision):
     """Change to the tile that multiplies digits; return whether there is one for such a layer."""
     cdef Conv *c = &plan.of
     cdef const fc_ukernels *kernels
+    if _sums_are_short(plan):
+        return False
     plan.summed = c.channels * c.taps
     if plan.slots:
         plan.summed = plan.summed // (plan.strands[0] * plan.strands[1] * plan.strands[2])
@@ -892,7 +912,7 @@ cdef void _multiply(const Plan *plan, Py_ssize_t panel, Py_ssize_t b, const Grid
         reduction.n_taps = min(most, taps - t)
         reduction.taps = space.taps + t
         c.kernels.brgemm(
-            reduction, space.part + b * grid.cells * plan.width * c.packed, space.offsets + first_pixel,
+            reduction, space.part + b * plan.width * (1 if plan.in_place else grid.cells) * c.packed, space.offsets + first_pixel,
             end_pixel - first_pixel, weights + t * reduction.b_tap * c.packed, vectors, sums, b > 0 or t > 0,
         )
 
