@@ -96,6 +96,7 @@ cdef void pack_image(const Conv *c, const Block *block, Py_ssize_t first, Py_ssi
                      char *out) noexcept nogil
 cdef void pack_rows(const Conv *c, const Block *block, Py_ssize_t d, Py_ssize_t first_row, Py_ssize_t high, Py_ssize_t first,
                     Py_ssize_t count, Py_ssize_t width, char *out) noexcept nogil
+cdef const char *first_output(const Conv *c, const Block *block, Py_ssize_t channel) noexcept nogil
 cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
                       Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil
 cdef void tap_offsets(const Conv *c, const Block *block, Py_ssize_t width, Py_ssize_t *taps) noexcept nogil

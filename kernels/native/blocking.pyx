@@ -357,14 +357,20 @@ cdef void pack_rows(const Conv *c, const Block *block, Py_ssize_t d, Py_ssize_t 
         out += row_bytes
 
 
+cdef const char *first_output(const Conv *c, const Block *block, Py_ssize_t channel) noexcept nogil:
+    """Return where a block's first pixel is in the output."""
+    cdef const View *y = &c.y
+    return y.data + (
+        block.image * y.stride[0] + channel * y.stride[1] + block.depth * y.stride[2] + block.top * y.stride[3]
+        + block.left * y.stride[4]
+    ) * c.item
+
+
 cdef void pack_pixels(const Conv *c, const Block *block, Py_ssize_t first, Py_ssize_t count, Py_ssize_t width,
                       Py_ssize_t first_pixel, Py_ssize_t pixels, char *out) noexcept nogil:
     """Pack channels ``first`` to ``first + count`` of a block's output pixels to [pixel][width], missing ones as zeros."""
     cdef const View *y = &c.y
-    cdef const char *base = y.data + (
-        block.image * y.stride[0] + first * y.stride[1] + block.depth * y.stride[2]
-        + block.top * y.stride[3] + block.left * y.stride[4]
-    ) * c.item
+    cdef const char *base = first_output(c, block, first)
     cdef Py_ssize_t end = first_pixel + pixels, row, column, run
     if count < width:
         memset(out, 0, <size_t>(pixels * width * c.item))

@@ -37,6 +37,9 @@ cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noex
 cdef void clear_sums(const WeightPlan *plan, const WeightTask *t) noexcept nogil
 cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads,
                    Py_ssize_t pixels) noexcept nogil
+cdef void add_pixels(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads, Py_ssize_t pitch,
+                     Py_ssize_t pixels) noexcept nogil
+cdef void sum_gradients(cnp.ndarray grad_output, cnp.ndarray grad_bias, options) except *
 cdef void end_task(const WeightPlan *plan, const WeightTask *t) noexcept nogil
 cdef void store_bias(const WeightPlan *plan, Py_ssize_t first, Py_ssize_t filters, const char *sums) noexcept nogil
 cdef bint reduce_chunks(WeightPlan *plan, TaskFunction task, const void *whole) except *

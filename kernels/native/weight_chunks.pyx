@@ -9,13 +9,18 @@
 """
 
 cimport numpy as cnp
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
-from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, panel_vectors, run_tasks, taps_continue
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue
+from fastconv.kernels.native.blocking cimport Conv, View, ceil_div, make_view, panel_vectors, run_tasks, taps_continue
+from fastconv.kernels.native.machine cimport (
+    FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_epilogue, fc_reduction, fc_reduction_over, fc_ukernels, ukernels, usable_threads,
+)
 
 cdef enum:
     MOST_LANES = 64
+    SUMMED_CHANNELS = 56    # whose gradients one task adds up, if those of the weights don't do it: some tiles
+    SUMMED_PIXELS = 256     # that are added up by themselves
+    SERIAL_NUMBERS = 1 << 17  # that are added up before another thread is awake
 
 cdef float[MOST_LANES] ONES_32
 cdef double[MOST_LANES] ONES_64
@@ -74,6 +79,64 @@ cdef void _locate_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) n
     t.group = task // plan.channel_tasks
 
 
+# What all tasks of the gradient of the bias share, if it is computed by itself.
+ctypedef struct BiasPlan:
+    const fc_ukernels *kernels
+    View y
+    Py_ssize_t item
+    char *out
+    Py_ssize_t step
+
+
+cdef void sum_gradients(cnp.ndarray grad_output, cnp.ndarray grad_bias, options) except *:
+    """Compute the gradient of the bias, if it is wanted, where what computes that of the weights doesn't."""
+    cdef BiasPlan plan
+    cdef int threads = 1
+    if grad_bias is None:
+        return
+    make_view(&plan.y, grad_output)
+    plan.item = cnp.PyArray_ITEMSIZE(grad_output)
+    plan.kernels = ukernels(plan.item)
+    plan.out, plan.step = cnp.PyArray_BYTES(grad_bias), cnp.PyArray_STRIDE(grad_bias, 0)
+    if cnp.PyArray_SIZE(grad_output) > SERIAL_NUMBERS:
+        threads = usable_threads(options.threads)
+    run_tasks(_sum_channels, &plan, ceil_div(plan.y.size[1], <Py_ssize_t>SUMMED_CHANNELS), threads)
+
+
+cdef int _sum_channels(const void *shared, Py_ssize_t task) noexcept nogil:
+    """Sum some channels over all pixels: they are the rows of the tile, and what they are multiplied by is ones."""
+    cdef const BiasPlan *plan = <const BiasPlan *>shared
+    cdef const View *y = &plan.y
+    cdef Py_ssize_t first = task * SUMMED_CHANNELS, channels = min(<Py_ssize_t>SUMMED_CHANNELS, y.size[1] - first)
+    cdef Py_ssize_t together, i, image, row, left
+    cdef Py_ssize_t[SUMMED_CHANNELS] offsets
+    cdef Py_ssize_t[SUMMED_PIXELS] lines
+    cdef double[SUMMED_CHANNELS * 16] sums  # of 16 lanes at most
+    cdef fc_reduction reduction = fc_reduction_over(lines, 0, 0)
+    cdef const char *ones = <const char *>ONES_32 if plan.item == 4 else <const char *>ONES_64
+    memset(sums, 0, sizeof(sums))
+    for i in range(channels):
+        offsets[i] = i * y.stride[1]
+    together = min(y.size[3], max(<Py_ssize_t>1, SUMMED_PIXELS // max(<Py_ssize_t>1, y.size[4])))
+    for i in range(together):
+        lines[i] = i * y.stride[3]
+    reduction.a_step, reduction.c_step = y.stride[4], plan.kernels.lanes
+    for image in range(y.size[0] * y.size[2]):
+        for row from 0 <= row < y.size[3] by together:
+            reduction.n_taps = min(together, y.size[3] - row)
+            for left from 0 <= left < y.size[4] by SUMMED_PIXELS:
+                reduction.depth = min(<Py_ssize_t>SUMMED_PIXELS, y.size[4] - left)
+                plan.kernels.brgemm(
+                    &reduction, y.data + (
+                        image // y.size[2] * y.stride[0] + first * y.stride[1] + image % y.size[2] * y.stride[2] + row * y.stride[3]
+                        + left * y.stride[4]
+                    ) * plan.item, offsets, channels, ones, 1, sums, 1,
+                )
+    for i in range(channels):
+        memcpy(plan.out + (first + i) * plan.step, <char *>sums + i * plan.kernels.lanes * plan.item, <size_t>plan.item)
+    return 0
+
+
 cdef int start_task(const WeightPlan *plan, Py_ssize_t task, WeightTask *t) noexcept nogil:
     """Find task number ``task`` and clear its sums of the bias; return 1 if there is no memory for its accumulators."""
     _locate_task(plan, task, t)
@@ -94,11 +157,16 @@ cdef void add_bias(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel
                    Py_ssize_t pixels) noexcept nogil:
     """Add a panel's packed gradients, [pixel][filter], to that of the bias; of the tasks of a panel one does."""
     cdef const Conv *c = &plan.c
-    cdef Py_ssize_t width
+    add_pixels(plan, t, panel, grads, panel_vectors(c, t.panel + panel) * c.kernels.lanes, pixels)
+
+
+cdef void add_pixels(const WeightPlan *plan, const WeightTask *t, Py_ssize_t panel, const char *grads, Py_ssize_t pitch,
+                     Py_ssize_t pixels) noexcept nogil:
+    """The same with the gradients of pixels ``pitch`` apart."""
+    cdef const Conv *c = &plan.c
     if plan.bias != NULL and t.channel == 0:
-        width = panel_vectors(c, t.panel + panel) * c.kernels.lanes
         sum_pixels(
-            c, grads, width, pixels, width,
+            c, grads, pitch, pixels, panel_vectors(c, t.panel + panel) * c.kernels.lanes,
             t.accumulators + plan.bias_bytes + panel * c.panel * c.item,
         )
 
