@@ -1,3 +1,3 @@
 from fastconv.kernels.native.blocking cimport Conv
 
-cdef bint suits_in_place(const Conv *c) noexcept nogil
+cdef bint loads_once(const Conv *c) noexcept nogil

@@ -5,9 +5,11 @@
 A channels-last image is read where it is:
 
     for rows of output pixels:                             in parallel
-        for columns that see the same columns of taps:     (the interior, or a single one at the border)
-            for pixel: sums over the taps that are inside the image    in registers
+        for pixel: sums over the taps that are inside the image        in registers
         bias, activation
+
+Where neighbouring pixels see neighbouring cells, a cell is loaded once for all taps of a row. Else pixels that see the same columns of taps
+are taken together: those of the interior; one at the border is alone.
 
 The gradient of its input is computed alike, from the gradient of the output: cells a stride apart are a class, and see the same windows.
 
@@ -35,13 +37,11 @@ from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, Block, Blocks, Conv, View, bias_at, ceil_div, cut, locate, make_conv, pack_bias, pack_image, part_cells,
     pixel_offsets, round_up, run_tasks, store, tap_offsets,
 )
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_depthwise
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_DEPTHWISE_PIXELS, arena, fc_depthwise
 
 cdef enum:
     TASK_PRODUCTS = 65_536      # at least: fewer are not worth a task of their own
-    SEEN = 4                    # how often a cell may be seen, for it not to be worth packing, ...
-    SEEN_FAR = 9                # ... or so often, by neighbouring pixels of ...
-    FAR_BYTES = 1 << 19         # ... an image that is far from L1 wherever it is
+    SEEN = 25                   # taps, at most, each of which loads a cell, for the image not to be worth packing
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -58,9 +58,10 @@ ctypedef struct Plan:
     const char *bias
     int relu
 
-# Some pixels of a row, and one class: the first of them and how many; how many taps they see, if they see the same.
+# Some pixels of a row, and one class: the first of them and how many; how many taps they see, if they see the same, but for how far the
+# first one looks beyond the image, and the last one.
 ctypedef struct Columns:
-    Py_ssize_t residue, first, count
+    Py_ssize_t residue, first, count, before, after
     int wide
 
 
@@ -78,17 +79,20 @@ def gradient_in_place(grad_output, weight, grad_input, dims, options):
     if weight.shape[0] != dims.groups:
         return False
     make_conv(&c, grad_output, weight, grad_input, dims, options)
-    return suits_in_place(&c)
+    return _suits_in_place(&c)
 
 
-cdef bint suits_in_place(const Conv *c) noexcept nogil:
-    """Whether images are channels-last, and their cells, apart as they are, not read so often that packing them pays. (Measured.) That is
-    a matter of one image: its bits must not depend on the others."""
-    cdef Py_ssize_t strides = c.stride[0] * c.stride[1] * c.stride[2]
-    cdef Py_ssize_t image_bytes = c.groups * c.out[0] * c.out[1] * c.out[2] * c.item
+cdef bint _suits_in_place(const Conv *c) noexcept nogil:
+    """Whether images are channels-last, and their cells, apart as they are, not loaded so often that packing them pays. (Measured.)"""
     if c.x.stride[1] != 1 or c.y.stride[1] != 1 or c.groups < c.kernels.lanes:
         return False
-    return c.taps <= SEEN * strides or (strides == 1 and c.taps <= SEEN_FAR and image_bytes >= FAR_BYTES)
+    return loads_once(c) or c.taps <= SEEN
+
+
+cdef bint loads_once(const Conv *c) noexcept nogil:
+    """Whether there is a microkernel that loads a cell once for all taps of a row."""
+    cdef bint neighbours = c.stride[2] == c.dilation[2] == 1 and c.out[2] >= FC_DEPTHWISE_PIXELS
+    return neighbours and (c.kernel[2] == 3 or c.kernel[2] == 5 or c.kernel[2] == 7)
 
 
 def conv_input_grad(grad_output, weight, bias, grad_input, dims, options):
@@ -107,7 +111,7 @@ cdef void _convolve(cnp.ndarray input, cnp.ndarray weight, bias, cnp.ndarray out
     make_conv(c, input, weight, output, dims, options)
     plan.relu = options.activation == "relu"
     plan.backward = False
-    if suits_in_place(c):
+    if _suits_in_place(c):
         _convolve_in_place(&plan, bias)
     else:
         _convolve_blocks(&plan, bias)
@@ -141,21 +145,40 @@ cdef int _rows_task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef const Plan *plan = <const Plan *>shared
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t *taps = <Py_ssize_t *>arena(FC_ARENA_BLOCK, 2 * c.taps * <Py_ssize_t>sizeof(Py_ssize_t))
-    cdef Py_ssize_t row, residue, x
-    cdef Columns inner, border
-    if taps == NULL:
-        return 1
-    border.count, border.wide = 1, 0
+    cdef Py_ssize_t row
     for row in range(task * plan.task_rows, min(task * plan.task_rows + plan.task_rows, plan.rows)):
-        for residue in range(min(plan.classes[2], c.out[2])):
-            _find_interior(plan, residue, &inner)
-            if inner.count:
-                _convolve_columns(plan, row, &inner, taps)
-            border.residue = residue
-            for x in range(ceil_div(c.out[2] - residue, plan.classes[2]) - inner.count):
-                border.first = x if x < inner.first else x + inner.count
-                _convolve_columns(plan, row, &border, taps)
+        if loads_once(c):
+            _convolve_row(plan, row, taps)
+        else:
+            _convolve_classes(plan, row, taps)
     return 0
+
+
+cdef void _convolve_row(const Plan *plan, Py_ssize_t row, Py_ssize_t *taps) noexcept nogil:
+    """Compute all pixels of a row at once."""
+    cdef const Conv *c = &plan.c
+    cdef Columns columns
+    cdef Py_ssize_t first = c.pad[2] - c.kernel[2] + 1 if plan.backward else -c.pad[2]
+    columns.residue, columns.first, columns.count, columns.wide = 0, 0, c.out[2], <int>c.kernel[2]
+    columns.before = max(<Py_ssize_t>0, -first)
+    columns.after = max(<Py_ssize_t>0, c.out[2] + first + c.kernel[2] - 1 - c.x.size[4])
+    _convolve_columns(plan, row, &columns, taps)
+
+
+cdef void _convolve_classes(const Plan *plan, Py_ssize_t row, Py_ssize_t *taps) noexcept nogil:
+    """Compute the pixels of a row class by class, those at the border one by one."""
+    cdef const Conv *c = &plan.c
+    cdef Columns inner, border
+    cdef Py_ssize_t residue, x
+    border.count, border.wide, border.before, border.after = 1, 0, 0, 0
+    for residue in range(min(plan.classes[2], c.out[2])):
+        _find_interior(plan, residue, &inner)
+        if inner.count:
+            _convolve_columns(plan, row, &inner, taps)
+        border.residue = residue
+        for x in range(ceil_div(c.out[2] - residue, plan.classes[2]) - inner.count):
+            border.first = x if x < inner.first else x + inner.count
+            _convolve_columns(plan, row, &border, taps)
 
 
 cdef bint _sees(const Plan *plan, int axis, Py_ssize_t residue, Py_ssize_t t, Py_ssize_t *shift) noexcept nogil:
@@ -166,11 +189,19 @@ cdef bint _sees(const Plan *plan, int axis, Py_ssize_t residue, Py_ssize_t t, Py
     return not plan.backward or (residue - distance) % c.stride[axis] == 0
 
 
+cdef bint _sees_cell(const Plan *plan, int axis, Py_ssize_t pixel, Py_ssize_t t, Py_ssize_t *cell) noexcept nogil:
+    """Whether a pixel sees a cell of the image by tap ``t``, and which."""
+    if not _sees(plan, axis, pixel % plan.classes[axis], t, cell):
+        return False
+    cell[0] += pixel // plan.classes[axis] * plan.step[axis]
+    return 0 <= cell[0] < plan.c.x.size[2 + axis]
+
+
 cdef void _find_interior(const Plan *plan, Py_ssize_t residue, Columns *inner) noexcept nogil:
     """Find the pixels of a class whose taps are all inside the image."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t t, shift, first = 0, last = ceil_div(c.out[2] - residue, plan.classes[2])
-    inner.residue, inner.wide = residue, 0
+    inner.residue, inner.wide, inner.before, inner.after = residue, 0, 0, 0
     for t in range(c.kernel[2]):
         if _sees(plan, 2, residue, t, &shift):
             inner.wide += 1
@@ -192,7 +223,7 @@ cdef void _convolve_columns(const Plan *plan, Py_ssize_t row, const Columns *col
     ) * c.item
     cdef fc_depthwise seen
     _list_taps(plan, depth, high, columns, taps, &seen)
-    seen.wide, seen.channels = columns.wide, c.groups
+    seen.wide, seen.channels, seen.before, seen.after = columns.wide, c.groups, columns.before, columns.after
     seen.cell, seen.out_step = x.stride[4], plan.classes[2] * y.stride[4]
     seen.bias, seen.relu = plan.bias, plan.relu
     c.kernels.depthwise(
@@ -202,24 +233,24 @@ cdef void _convolve_columns(const Plan *plan, Py_ssize_t row, const Columns *col
 
 cdef void _list_taps(const Plan *plan, Py_ssize_t depth, Py_ssize_t high, const Columns *columns, Py_ssize_t *taps,
                      fc_depthwise *seen) noexcept nogil:
-    """List the taps of some pixels that are inside the image, in the order of their cells."""
+    """List the taps of some pixels that are inside the image, for the first of them or another, in the order of their cells."""
     cdef const Conv *c = &plan.c
     cdef Py_ssize_t *weights = taps + c.taps
-    cdef Py_ssize_t i, t, d, h, w, z, y, x, n = 0
-    for i in range(c.taps):
-        t = c.taps - 1 - i if plan.backward else i
-        d, h, w = t // (c.kernel[1] * c.kernel[2]), t // c.kernel[2] % c.kernel[1], t % c.kernel[2]
-        if not (
-            _sees(plan, 0, depth % plan.classes[0], d, &z) and _sees(plan, 1, high % plan.classes[1], h, &y)
-            and _sees(plan, 2, columns.residue, w, &x)
-        ):
+    cdef Py_ssize_t i, j, k, d, h, w, z, y, x, first = columns.first * plan.step[2], n = 0
+    for i in range(c.kernel[0]):
+        d = c.kernel[0] - 1 - i if plan.backward else i
+        if not _sees_cell(plan, 0, depth, d, &z):
             continue
-        z += depth // plan.classes[0] * plan.step[0]
-        y += high // plan.classes[1] * plan.step[1]
-        if 0 <= z < c.x.size[2] and 0 <= y < c.x.size[3] and 0 <= x + columns.first * plan.step[2] < c.x.size[4]:
-            taps[n] = z * c.x.stride[2] + y * c.x.stride[3] + x * c.x.stride[4]
-            weights[n] = t * c.groups
-            n += 1
+        for j in range(c.kernel[1]):
+            h = c.kernel[1] - 1 - j if plan.backward else j
+            if not _sees_cell(plan, 1, high, h, &y):
+                continue
+            for k in range(c.kernel[2]):
+                w = c.kernel[2] - 1 - k if plan.backward else k
+                if _sees(plan, 2, columns.residue, w, &x) and (columns.before + columns.after or 0 <= x + first < c.x.size[4]):
+                    taps[n] = z * c.x.stride[2] + y * c.x.stride[3] + x * c.x.stride[4]
+                    weights[n] = ((d * c.kernel[1] + h) * c.kernel[2] + w) * c.groups
+                    n += 1
     seen.taps, seen.weights, seen.n_taps = taps, weights, n
 
 
@@ -304,7 +335,7 @@ cdef int _task(const void *shared, Py_ssize_t task) noexcept nogil:
     cdef fc_depthwise seen
     seen.taps, seen.weights, seen.n_taps, seen.wide = taps, taps + c.taps, c.taps, <int>c.kernel[2]
     seen.channels = seen.cell = seen.out_step = CHANNELS
-    seen.bias, seen.relu = NULL, False
+    seen.bias, seen.relu, seen.before, seen.after = NULL, False, 0, 0
     pack_image(c, &block, first, channels, CHANNELS, part)
     for p from 0 <= p < pixels by c.chunk:
         count = min(c.chunk, pixels - p)

@@ -79,6 +79,12 @@ cdef extern from "ukernels.h" nogil:
         Py_ssize_t channels, cell, out_step
         const void *bias
         int relu
+        Py_ssize_t before, after
+
+    ctypedef struct fc_window:
+        Py_ssize_t wide, pixels, to
+        Py_ssize_t before "from"
+        Py_ssize_t channels, cell_step, grad_step
 
     ctypedef struct fc_phases:
         Py_ssize_t stride[3]
@@ -132,6 +138,7 @@ cdef extern from "ukernels.h" nogil:
         void (*depthwise)(const fc_depthwise *, const void *, const Py_ssize_t *, Py_ssize_t, const void *, void *) noexcept nogil
         void (*depthwise_weight)(const Py_ssize_t *, Py_ssize_t, const void *, Py_ssize_t, const void *, Py_ssize_t,
                                  Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        void (*depthwise_weight_rows)(const fc_window *, const Py_ssize_t *, Py_ssize_t, const void *, const void *, void *) noexcept nogil
         void (*pad)(const fc_padding *, Py_ssize_t, const void *, void *) noexcept nogil
         int planar_filters, planar_rows
         void (*planar)(const fc_planes *, const void *, Py_ssize_t, const void *, void *) noexcept nogil
@@ -193,7 +200,7 @@ cdef extern from "ukernels.h" nogil:
         const fc_ukernels *split[3]
         const fc_ukernels *digits
 
-    enum: FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_BEYOND
+    enum: FC_DEPTHWISE_PIXELS, FC_FLAT_ROWS, FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, FC_BEYOND
 
 
 # One copy of the C library in the process: the other modules reach it through these.

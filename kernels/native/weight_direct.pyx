@@ -24,12 +24,12 @@ from libc.string cimport memset
 
 from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Conv, View, ceil_div, cut, locate, make_conv, pack_image, pack_pixels,
-    panel_vectors, part_cells, run_tasks, tap_offsets,
+    panel_vectors, part_cells, place_taps, run_tasks, tap_offsets,
 )
-from fastconv.kernels.native.depthwise cimport suits_in_place
-from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, arena, fc_reduction, fc_reduction_over
+from fastconv.kernels.native.depthwise cimport loads_once
+from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction, fc_reduction_over, fc_window
 from fastconv.kernels.native.weight_chunks cimport (
-    WEIGHT_ROWS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
+    CHUNK_PIXELS, WEIGHT_ROWS, WEIGHT_TASKS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
     start_task, store_bias, store_weight, sum_pixels, want_bias,
 )
 from fastconv.kernels.native.weight_digits cimport digits_weight_grad
@@ -200,8 +200,8 @@ cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndar
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
     want_bias(&plan, grad_bias)
-    if suits_in_place(c) and c.groups % CHANNELS == 0:
-        run_tasks(_task_in_place, &plan, plan.channel_blocks, c.threads)
+    if c.x.stride[1] == 1 and c.y.stride[1] == 1 and c.groups >= CHANNELS:
+        _sum_in_place(&plan)
     else:
         run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)
 
@@ -250,32 +250,77 @@ ctypedef struct Range:
     Py_ssize_t first, end
 
 
-cdef int _task_in_place(const void *shared, Py_ssize_t task) noexcept nogil:
-    """Sum a block of channels over all rows of pixels of channels-last arrays."""
-    cdef const WeightPlan *plan = <const WeightPlan *>shared
-    cdef const Conv *c = &plan.c
-    cdef Py_ssize_t first = task * CHANNELS, tap_bytes = (c.taps + 8) // 8 * 64, t, row
-    cdef char *memory = arena(FC_ARENA_BLOCK, tap_bytes + (c.taps + 1) * CHANNELS * c.item)
+# Of channels-last arrays, where they are: sums of whole vectors of channels, [tap][channel], and of the last channels, which overlap these.
+ctypedef struct InPlace:
+    WeightPlan base
+    Py_ssize_t rows, chunks     # of pixels, and what they are summed in
+    Py_ssize_t first[2]         # channel of either, ...
+    Py_ssize_t count[2]         # ... how many, ...
+    Py_ssize_t offset[2]        # ... and where their sums are in those of a chunk
+    Py_ssize_t chunk_bytes
+    char *sums
+    Py_ssize_t *taps
+    bint at_once                # a row's cells are loaded once for all of its pixels
+    Py_ssize_t *starts          # of the rows of taps, then
+    fc_window window
+
+
+cdef void _sum_in_place(const WeightPlan *base) except *:
+    """Sum chunks of rows of pixels by themselves, and all of them in their order."""
+    cdef InPlace plan
+    cdef const Conv *c = &base.c
+    cdef Py_ssize_t t, chunk, part, tap_bytes = (2 * c.taps + 8) // 8 * 64
+    plan.base = base[0]
+    plan.rows = c.batch * c.out[0] * c.out[1]
+    plan.chunks = max(1, min(<Py_ssize_t>WEIGHT_TASKS, min(plan.rows, plan.rows * c.out[2] // CHUNK_PIXELS)))
+    plan.first[0], plan.first[1] = 0, c.groups - CHANNELS
+    plan.count[0] = c.groups // CHANNELS * CHANNELS
+    plan.count[1] = CHANNELS if c.groups % CHANNELS else 0
+    plan.offset[0], plan.offset[1] = 0, plan.count[0] * (c.taps + 1) * c.item
+    plan.chunk_bytes = plan.offset[1] + plan.count[1] * (c.taps + 1) * c.item
+    cdef char *memory = arena(FC_ARENA_WEIGHTS, tap_bytes + plan.chunks * plan.chunk_bytes)
     if memory == NULL:
-        return 1
-    cdef Py_ssize_t *taps = <Py_ssize_t *>memory
-    cdef char *sums = memory + tap_bytes
-    cdef char *bias_sums = sums + c.taps * CHANNELS * c.item
-    memset(sums, 0, <size_t>((c.taps + 1) * CHANNELS * c.item))
-    for t in range(c.taps):
-        taps[t] = t // (c.kernel[1] * c.kernel[2]) * c.dilation[0] * c.x.stride[2]
-        taps[t] += t // c.kernel[2] % c.kernel[1] * c.dilation[1] * c.x.stride[3] + t % c.kernel[2] * c.dilation[2] * c.x.stride[4]
-    for row in range(c.batch * c.out[0] * c.out[1]):
-        _sum_row(plan, row, first, taps, sums, bias_sums)
-    store_weight(c, first, 0, CHANNELS, 1, 1, CHANNELS, sums)
-    store_bias(plan, first, CHANNELS, bias_sums)
+        raise MemoryError("no memory for the gradient of the weights")
+    plan.taps, plan.sums = <Py_ssize_t *>memory, memory + tap_bytes
+    place_taps(c, c.dilation[0] * c.x.stride[2], c.x.stride[3], c.x.stride[4], plan.taps)
+    _set_window(&plan)
+    run_tasks(_chunk_in_place, &plan, plan.chunks, c.threads)
+    for chunk in range(1, plan.chunks):
+        c.kernels.add(plan.sums, plan.sums + chunk * plan.chunk_bytes, plan.chunk_bytes // c.item)
+    for part in range(2 if plan.count[1] else 1):
+        t = plan.count[part]
+        store_weight(c, plan.first[part], 0, t, 1, 1, t, plan.sums + plan.offset[part])
+        store_bias(base, plan.first[part], t, plan.sums + plan.offset[part] + c.taps * t * c.item)
+
+
+cdef void _set_window(InPlace *plan) noexcept nogil:
+    """Say what a row of pixels sees, and whether its pixels are taken at once."""
+    cdef const Conv *c = &plan.base.c
+    cdef fc_window *window = &plan.window
+    cdef Py_ssize_t row
+    window.wide, window.pixels, window.cell_step, window.grad_step = c.kernel[2], c.out[2], c.x.stride[4], c.y.stride[4]
+    window.before, window.to = c.pad[2], c.x.size[4] + c.pad[2]
+    plan.at_once = loads_once(c) and window.before <= window.wide and window.to >= window.pixels
+    plan.starts = plan.taps + c.taps
+    for row in range(c.kernel[0] * c.kernel[1]):
+        plan.starts[row] = plan.taps[row * c.kernel[2]]
+
+
+cdef int _chunk_in_place(const void *shared, Py_ssize_t chunk) noexcept nogil:
+    """Sum a chunk of rows."""
+    cdef const InPlace *plan = <const InPlace *>shared
+    cdef char *sums = plan.sums + chunk * plan.chunk_bytes
+    cdef Py_ssize_t row, part
+    memset(sums, 0, <size_t>plan.chunk_bytes)
+    for row in range(plan.rows * chunk // plan.chunks, plan.rows * (chunk + 1) // plan.chunks):
+        for part in range(2 if plan.count[1] else 1):
+            _sum_row(plan, row, plan.first[part], plan.count[part], sums + plan.offset[part])
     return 0
 
 
-cdef void _sum_row(const WeightPlan *plan, Py_ssize_t row, Py_ssize_t channel, const Py_ssize_t *taps, char *sums,
-                   char *bias_sums) noexcept nogil:
+cdef void _sum_row(const InPlace *plan, Py_ssize_t row, Py_ssize_t channel, Py_ssize_t channels, char *sums) noexcept nogil:
     """Add what a row of pixels has: the taps of rows inside the image, of inner columns all at once."""
-    cdef const Conv *c = &plan.c
+    cdef const Conv *c = &plan.base.c
     cdef const View *x = &c.x
     cdef const View *y = &c.y
     cdef Py_ssize_t image = row // (c.out[0] * c.out[1]), depth = row // c.out[1] % c.out[0], high = row % c.out[1], d, h, t, column
@@ -284,11 +329,19 @@ cdef void _sum_row(const WeightPlan *plan, Py_ssize_t row, Py_ssize_t channel, c
     cdef const char *grads = y.data + (
         image * y.stride[0] + depth * y.stride[2] + high * y.stride[3] + channel
     ) * c.item
+    cdef fc_window window = plan.window
+    window.channels = channels
     cdef Range depths = _taps_inside(c, 0, z), rows = _taps_inside(c, 1, top), inner = _inner_columns(c), wide, alone
     for d in range(depths.first, depths.end):
         t = (d * c.kernel[1] + rows.first) * c.kernel[2]
+        if plan.at_once:
+            c.kernels.depthwise_weight_rows(
+                &window, plan.starts + d * c.kernel[1] + rows.first, rows.end - rows.first, c.x.data + cells * c.item, grads,
+                sums + t * channels * c.item,
+            )
+            continue
         if rows.end > rows.first:
-            _sum_columns(c, cells, grads, &inner, taps, t, (rows.end - rows.first) * c.kernel[2], sums)
+            _sum_columns(c, cells, grads, &inner, plan.taps, t, (rows.end - rows.first) * c.kernel[2], channels, sums)
         for column in range(c.out[2]):
             if inner.first <= column < inner.end:
                 continue
@@ -296,20 +349,21 @@ cdef void _sum_row(const WeightPlan *plan, Py_ssize_t row, Py_ssize_t channel, c
             alone.first, alone.end = column, column + 1
             for h in range(rows.first, rows.end):
                 t = (d * c.kernel[1] + h) * c.kernel[2] + wide.first
-                _sum_columns(c, cells, grads, &alone, taps, t, wide.end - wide.first, sums)
-    if plan.bias != NULL:
-        sum_pixels(c, grads, y.stride[4], c.out[2], CHANNELS, bias_sums)
+                _sum_columns(c, cells, grads, &alone, plan.taps, t, wide.end - wide.first, channels, sums)
+    sums += c.taps * channels * c.item
+    for channel from 0 <= channel < (channels if plan.base.bias != NULL else 0) by CHANNELS:
+        sum_pixels(c, grads + channel * c.item, y.stride[4], c.out[2], CHANNELS, sums + channel * c.item)
 
 
 cdef inline void _sum_columns(const Conv *c, Py_ssize_t cells, const char *grads, const Range *columns, const Py_ssize_t *taps,
-                              Py_ssize_t first, Py_ssize_t count, char *sums) noexcept nogil:
+                              Py_ssize_t first, Py_ssize_t count, Py_ssize_t channels, char *sums) noexcept nogil:
     """Add what some columns of a row have, of some taps."""
     cdef Py_ssize_t step = c.stride[2] * c.x.stride[4]
     if columns.end > columns.first and count > 0:
         c.kernels.depthwise_weight(
             taps + first, count, c.x.data + (cells + columns.first * step) * c.item, step,
-            grads + columns.first * c.y.stride[4] * c.item, c.y.stride[4], columns.end - columns.first, CHANNELS,
-            sums + first * CHANNELS * c.item,
+            grads + columns.first * c.y.stride[4] * c.item, c.y.stride[4], columns.end - columns.first, channels,
+            sums + first * channels * c.item,
         )
 
 

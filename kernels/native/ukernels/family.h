@@ -411,7 +411,7 @@ static void FC(weave)(const fc_epilogue *e, const void *const *c, ptrdiff_t tile
 
 /* ------------------------------------------------------------------------------------------------------- depthwise */
 
-enum { FC(pixels) = 8 }; /* whose sums are in registers, beside a row of 7 weights */
+enum { FC(pixels) = FC_DEPTHWISE_PIXELS + 1 }; /* whose sums are in registers, beside a row of 7 weights */
 
 /* Sums of channel i on, finished. */
 static inline __attribute__((always_inline)) V FC(finished)(const fc_depthwise *d, V sum, ptrdiff_t i)
@@ -423,9 +423,33 @@ static inline __attribute__((always_inline)) V FC(finished)(const fc_depthwise *
     return sum;
 }
 
+/* A single pixel, some vectors of channels at once: one would wait for each of its sums. */
+static void FC(depthwise_one)(const fc_depthwise *d, const T *a, const T *b, T *c)
+{
+    enum { TOGETHER = 4 };
+    const int vectors = d->channels >= TOGETHER * LANES ? TOGETHER : 1;
+    for (ptrdiff_t next = 0; next < d->channels; next += vectors * LANES) {
+        const ptrdiff_t i = next + vectors * LANES <= d->channels ? next : d->channels - vectors * LANES;
+        V acc[TOGETHER] = {{0}};
+        for (ptrdiff_t t = 0; t < d->n_taps; t++) {
+            const V *x = (const V *)(a + d->taps[t] + i), *w = (const V *)(b + d->weights[t] + i);
+            acc[0] += x[0] * w[0];
+            if (vectors > 1)
+                UNROLL for (int n = 1; n < TOGETHER; n++)
+                    acc[n] += x[n] * w[n];
+        }
+        for (int n = 0; n < vectors; n++)
+            *(V *)(c + i + n * LANES) = FC(finished)(d, acc[n], i + n * LANES);
+    }
+}
+
 static void FC(depthwise_any)(const fc_depthwise *d, const T *a, const ptrdiff_t *pixels, ptrdiff_t n_pixels, const T *b, T *c)
 {
     enum { PIXELS = 6 };
+    if (n_pixels == 1) {
+        FC(depthwise_one)(d, a + pixels[0], b, c);
+        return;
+    }
     for (ptrdiff_t p = 0; p < n_pixels; p += PIXELS) {
         const T *row[PIXELS];
         UNROLL for (int n = 0; n < PIXELS; n++)
@@ -444,9 +468,10 @@ static void FC(depthwise_any)(const fc_depthwise *d, const T *a, const ptrdiff_t
     }
 }
 
-/* Some neighbouring pixels and rows of `wide` neighbouring taps (constants): a cell is loaded once for all taps of a row. */
-static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_depthwise *d, const int some, const int wide,
-                                                                    const T *a, const T *b, T *c)
+/* Some neighbouring pixels and rows of `wide` neighbouring taps (constants): a cell is loaded once for all taps of a row. At an edge there
+ * are only those of a row's cells from `from` on and before `to`. */
+static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_depthwise *d, const int some, const int wide, const int edge,
+                                                                    ptrdiff_t from, ptrdiff_t to, const T *a, const T *b, T *c)
 {
     const ptrdiff_t cell = d->cell, out_step = d->out_step, next_weight = d->weights[1] - d->weights[0];
     for (ptrdiff_t next = 0; next < d->channels; next += LANES) {
@@ -458,7 +483,10 @@ static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_dep
             UNROLL for (int n = 0; n < wide; n++)
                 w[n] = *(const V *)(b + d->weights[t] + n * next_weight + i);
             UNROLL for (int j = 0; j < some + wide - 1; j++, cells += cell) {
-                const V x = *(const V *)cells;
+                if (edge && (j < from || j >= to))
+                    continue;
+                V x = *(const V *)cells;
+                HELD(x);
                 UNROLL for (int n = 0; n < wide; n++)
                     if (j - n >= 0 && j - n < some)
                         acc[j - n] += x * w[n];
@@ -469,13 +497,21 @@ static inline __attribute__((always_inline)) void FC(depthwise_run)(const fc_dep
     }
 }
 
-#define RUN_CASE(wide)                                                                              \
-    case wide:                                                                                      \
-        FC(depthwise_run)(d, FC(pixels), wide, a + pixels[i], b, c + i * d->out_step);              \
-        break;                                                                                      \
-    case -wide:                                                                                     \
-        FC(depthwise_run)(d, FC(pixels) - 1, wide, a + pixels[i], b, c + i * d->out_step);          \
-        break;
+/* The same at pixel p of a row of them. */
+#define RUN(some, wide)                                                                                                     \
+    static void FC(depthwise_##some##_##wide)(const fc_depthwise *d, ptrdiff_t p, ptrdiff_t n_pixels, const T *a, const T *b, T *c) \
+    {                                                                                                                       \
+        const ptrdiff_t from = d->before - p, to = n_pixels - p + wide - 1 - d->after;                                      \
+        if (from <= 0 && to >= some + wide - 1)                                                                             \
+            FC(depthwise_run)(d, some, wide, 0, 0, 0, a, b, c);                                                             \
+        else                                                                                                                \
+            FC(depthwise_run)(d, some, wide, 1, from, to, a, b, c);                                                         \
+    }
+RUN(7, 3) RUN(7, 5) RUN(7, 7) RUN(8, 3) RUN(8, 5) RUN(8, 7)
+#undef RUN
+static void (*const FC(depthwise_runs)[2][3])(const fc_depthwise *d, ptrdiff_t p, ptrdiff_t n_pixels, const T *a, const T *b, T *c) = {
+    {FC(depthwise_7_3), FC(depthwise_7_5), FC(depthwise_7_7)}, {FC(depthwise_8_3), FC(depthwise_8_5), FC(depthwise_8_7)}};
+
 static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdiff_t *pixels, ptrdiff_t n_pixels,
                           const void *weight, void *out)
 {
@@ -486,22 +522,17 @@ static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdif
     for (ptrdiff_t p = 0, run; p < n_pixels; p += run) {
         for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * d->cell;)
             run++;
-        const ptrdiff_t some = run < FC(pixels) ? FC(pixels) - 1 : FC(pixels);
+        const int some = run < FC(pixels) ? FC(pixels) - 1 : FC(pixels);
         if (!neighbours || run < some) {
             FC(depthwise_any)(d, a, pixels + p, run, b, c + p * d->out_step);
             continue;
         }
         for (ptrdiff_t next = 0; next < run; next += some) { /* the last pixels overlap those before them */
-            const ptrdiff_t i = p + (next + some <= run ? next : run - some);
-            switch (some == FC(pixels) ? wide : -wide) {
-                RUN_CASE(3)
-                RUN_CASE(5)
-                RUN_CASE(7)
-            }
+            const ptrdiff_t i = next + some <= run ? next : run - some;
+            FC(depthwise_runs)[some == FC(pixels)][wide / 2 - 1](d, i, run, a + pixels[p + i], b, c + (p + i) * d->out_step);
         }
     }
 }
-#undef RUN_CASE
 
 enum { FC(summed_taps) = 9 }; /* at a time: of 3x3 filters all, as many as hide the latency */
 
@@ -547,6 +578,66 @@ static void FC(depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const 
     }
 }
 #undef TAPS_CASE
+
+/* Some steps over a row's cells, from number j on, a gradient of each in its turn: all of them are there, with all the pixels that see them,
+ * unless it is an edge. `rows` of neighbouring taps, `wide`, `edge` and `steps` are constants where this is inlined. */
+static inline __attribute__((always_inline)) void FC(weight_steps)(const fc_window *w, const int rows, const int wide, const int edge,
+                                                                   const int steps, ptrdiff_t j, const T *const *cells, const T *grad,
+                                                                   V acc[][7], V *g)
+{
+    UNROLL for (int u = 0; u < steps; u++, j++) {
+        if (!edge || j < w->pixels)
+            g[u % wide] = *(const V *)(grad + j * w->grad_step);
+        if (edge && (j < w->from || j >= w->to))
+            continue;
+        UNROLL for (int r = 0; r < rows; r++) {
+            V x = *(const V *)(cells[r] + j * w->cell_step);
+            HELD(x);
+            UNROLL for (int n = 0; n < wide; n++)
+                if (!edge || (j - n >= 0 && j - n < w->pixels))
+                    acc[r][n] += x * g[(u - n + 2 * wide) % wide];
+        }
+    }
+}
+
+/* Sums over a row of pixels: a cell is loaded once for all taps that see it, a gradient for some rows of them. */
+static inline __attribute__((always_inline)) void FC(weight_rows)(const fc_window *w, const int rows, const int wide, const ptrdiff_t *starts,
+                                                                  const T *image, const T *grad, T *out)
+{
+    for (ptrdiff_t i = 0; i < w->channels; i += LANES) {
+        const T *cells[3];
+        V acc[3][7], g[7];
+        ptrdiff_t j = wide;
+        UNROLL for (int r = 0; r < rows; r++) {
+            cells[r] = image + starts[r] + i;
+            UNROLL for (int n = 0; n < wide; n++)
+                acc[r][n] = (V){0};
+        }
+        FC(weight_steps)(w, rows, wide, 1, wide, 0, cells, grad + i, acc, g);
+        for (; j + wide <= w->pixels; j += wide)
+            FC(weight_steps)(w, rows, wide, 0, wide, j, cells, grad + i, acc, g);
+        FC(weight_steps)(w, rows, wide, 1, 2 * wide - 2, j, cells, grad + i, acc, g);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int n = 0; n < wide; n++)
+                *(V *)(out + (r * wide + n) * w->channels + i) += acc[r][n];
+    }
+}
+
+/* Rows of taps taken together are as many as hide the latency, and leave registers for gradients. */
+static void FC(depthwise_weight_rows)(const fc_window *w, const ptrdiff_t *starts, ptrdiff_t n_rows, const void *image, const void *grad,
+                                      void *out)
+{
+    T *sums = out;
+    for (ptrdiff_t rows; n_rows > 0; n_rows -= rows, starts += rows, sums += rows * w->wide * w->channels) {
+        const ptrdiff_t most = w->wide == 3 ? 3 : w->wide == 5 ? 2 : 1;
+        rows = n_rows < most ? n_rows : most;
+#define ROWS_CASE(rows, wide) case 8 * rows + wide: FC(weight_rows)(w, rows, wide, starts, image, grad, sums); break;
+        switch (8 * rows + w->wide) {
+            ROWS_CASE(1, 3) ROWS_CASE(2, 3) ROWS_CASE(3, 3) ROWS_CASE(1, 5) ROWS_CASE(2, 5) ROWS_CASE(1, 7)
+        }
+#undef ROWS_CASE
+    }
+}
 
 static void FC(add)(void *total, const void *more, ptrdiff_t n)
 {
@@ -808,6 +899,7 @@ static const fc_ukernels FC(table) = {
     .transpose = FC(transpose),
     .depthwise = FC(depthwise),
     .depthwise_weight = FC(depthwise_weight),
+    .depthwise_weight_rows = FC(depthwise_weight_rows),
     .pad = FC(pad),
     .planar_filters = FC(filters),
     .planar = FC(planar),

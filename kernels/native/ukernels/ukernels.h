@@ -113,7 +113,9 @@ typedef struct {
     ptrdiff_t image_step, plane_step; /* from plane to plane */
 } fc_padding;
 
-/* What pixels see of a depthwise convolution whose channels are neighbours. */
+/* What pixels see of a depthwise convolution whose channels are neighbours. Pixels whose windows reach beyond an image's edge are at least
+ * FC_DEPTHWISE_PIXELS neighbours, and so are the taps of a row. */
+enum { FC_DEPTHWISE_PIXELS = 7 };
 typedef struct {
     const ptrdiff_t *taps, *weights; /* from a pixel's first cell, from the first weights */
     ptrdiff_t n_taps;
@@ -122,7 +124,16 @@ typedef struct {
     ptrdiff_t out_step;
     const void *bias;                /* of each channel, or NULL */
     int relu;
+    ptrdiff_t before, after;         /* how far the first window reaches beyond the image, and the last one */
 } fc_depthwise;
+
+/* A row of a depthwise convolution's pixels, `wide` neighbouring taps of each, and the cells that they see from the first pixel's first tap
+ * on: of these, from `from` and before `to` are in the image. Pixels are `wide` at least, and all but the first `wide` cells and those beyond
+ * the pixels are there. */
+typedef struct {
+    ptrdiff_t wide, pixels, from, to;
+    ptrdiff_t channels, cell_step, grad_step;
+} fc_window;
 
 /* Windows of max pooling, [z][y][x], and their cells: where they are from a window's first one, in memory and along each axis. `lanes` of
  * them are found at once, neighbours or the same one in neighbouring channels, in each of some turns. Steps are in elements. */
@@ -228,6 +239,9 @@ typedef struct {
     /* c[t][i] += sum over pixels p of a[p * a_step + taps[t] + i] * b[p * b_step + i] for i < block. */
     void (*depthwise_weight)(const ptrdiff_t *taps, ptrdiff_t n_taps, const void *a, ptrdiff_t a_step, const void *b,
                              ptrdiff_t b_step, ptrdiff_t n_pixels, ptrdiff_t block, void *c);
+
+    /* The same for rows of taps, whose first ones are at `starts`: c[row * wide + t][i]. */
+    void (*depthwise_weight_rows)(const fc_window *window, const ptrdiff_t *starts, ptrdiff_t n_rows, const void *a, const void *b, void *c);
 
     /* Planes as they are read below: [row][phase][wide]. */
     void (*pad)(const fc_padding *padding, ptrdiff_t planes, const void *image, void *out);
