@@ -23,7 +23,7 @@ import numpy as np
 
 import fastconv as fc
 from fastconv import costs, registry, runtime
-from fastconv.dims import ConvDims
+from fastconv.dims import ConvDims, conv_dims
 from fastconv.progress import progress_bar
 
 from .cli import positive
@@ -79,7 +79,7 @@ class Layer(NamedTuple):
         return ConvLayer("", self.input_size, self.weight_size, *self.geometry)
 
     def dims(self, channels_last: bool) -> ConvDims:
-        return self.convolution.dims._replace(channels_last=channels_last)
+        return conv_dims(self.input_size, self.weight_size, *self.geometry, channels_last=channels_last)
 
 
 Key = tuple[str, str, Layer]  #: machine, operation, layer
@@ -223,7 +223,10 @@ def samples(times: Mapping[Key, Seconds]) -> dict[Kind, list[Sample]]:
     found: dict[Kind, list[Sample]] = defaultdict(list)
     for (name, op, layer), seconds in times.items():
         machine = _machine(name)
-        dims = registry.seen("cython", OPS[op], layer.dims(machine.channels_last))
+        dims = layer.dims(machine.channels_last)
+        if dims.channels_last != machine.channels_last:
+            continue  # of a single channel and a single filter
+        dims = registry.seen("cython", OPS[op], dims)
         assert isinstance(dims, ConvDims)
         for algorithm, value in seconds.items():
             made = costs.parts(OPS[op], algorithm, dims, machine, layer.batch)

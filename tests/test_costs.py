@@ -58,7 +58,8 @@ def test_what_is_timed_is_what_is_counted(machine: costs.Machine) -> None:
 @pytest.mark.parametrize("op", CONV_OPS)
 def test_every_algorithm_has_times(machine: costs.Machine, op: str) -> None:
     names = {name.split()[0] for name in costs.measured()[str(machine)][op]}
-    assert names == set(costs.ALGORITHMS)
+    leaves = {"planar"} if machine.channels_last and op == "conv_weight_grad" else set()  # all of them to others
+    assert names == set(costs.ALGORITHMS) - leaves
 
 
 @on_machines

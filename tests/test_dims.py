@@ -129,3 +129,9 @@ def test_a_stride_beyond_the_image_counts_as_the_first_that_has_no_second_positi
 
 def test_the_stride_of_a_pooling_is_its_window_unless_it_is_given() -> None:
     assert pool_dims((1, 1, 9, 9), (2, 3), None, 0, 1, False).stride == (1, 2, 3)
+
+
+def test_a_single_channel_and_a_single_filter_are_first_and_last() -> None:
+    """Both layouts of such arrays are the same memory."""
+    assert not conv_dims((1, 1, 5, 5), (1, 1, 3, 3), 1, 0, 1, 1, channels_last=True).channels_last
+    assert conv_dims((1, 1, 5, 5), (2, 1, 3, 3), 1, 0, 1, 1, channels_last=True).channels_last

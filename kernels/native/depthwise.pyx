@@ -42,6 +42,7 @@ from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, F
 cdef enum:
     TASK_PRODUCTS = 65_536      # at least: fewer are not worth a task of their own
     SEEN = 25                   # taps, at most, each of which loads a cell, for the image not to be worth packing
+    FEW = 9                     # taps, at most, of which pixels at the border, one by one, don't take longer than packing
 
 # What all tasks of one call share.
 ctypedef struct Plan:
@@ -84,9 +85,13 @@ def gradient_in_place(grad_output, weight, grad_input, dims, options):
 
 cdef bint _suits_in_place(const Conv *c) noexcept nogil:
     """Whether images are channels-last, and their cells, apart as they are, not loaded so often that packing them pays. (Measured.)"""
-    if c.x.stride[1] != 1 or c.y.stride[1] != 1 or c.groups < c.kernels.lanes:
-        return False
-    return loads_once(c) or c.taps <= SEEN
+    return c.groups >= c.kernels.lanes and rows_in_place(c) and (loads_once(c) or c.taps <= SEEN)
+
+
+cdef bint rows_in_place(const Conv *c) noexcept nogil:
+    """Whether images are channels-last, and most of a row's pixels are computed at once. (Measured.)"""
+    cdef bint last = c.x.stride[1] == 1 and c.y.stride[1] == 1
+    return last and (c.taps <= FEW or c.out[2] >= FC_DEPTHWISE_PIXELS)
 
 
 cdef bint loads_once(const Conv *c) noexcept nogil:

@@ -26,7 +26,7 @@ from fastconv.kernels.native.blocking cimport (
     CHANNELS, DEPTHWISE_BYTES, DIRECT_BYTES, Block, Conv, View, ceil_div, cut, locate, make_conv, pack_image, pack_pixels,
     panel_vectors, part_cells, place_taps, run_tasks, tap_offsets,
 )
-from fastconv.kernels.native.depthwise cimport loads_once
+from fastconv.kernels.native.depthwise cimport loads_once, rows_in_place
 from fastconv.kernels.native.machine cimport FC_ARENA_BLOCK, FC_ARENA_WEIGHTS, arena, fc_reduction, fc_reduction_over, fc_window
 from fastconv.kernels.native.weight_chunks cimport (
     CHUNK_PIXELS, WEIGHT_ROWS, WEIGHT_TASKS, WeightPlan, WeightTask, add_bias, clear_sums, end_task, even_panels, plan_chunks, reduce_chunks,
@@ -200,7 +200,7 @@ cdef void _depthwise_weight(cnp.ndarray input, cnp.ndarray grad_output, cnp.ndar
     plan.channel_blocks = (c.groups + CHANNELS - 1) // CHANNELS
     cut(c, CHANNELS * c.item, DEPTHWISE_BYTES, c.out[2], &plan.blocks)
     want_bias(&plan, grad_bias)
-    if c.x.stride[1] == 1 and c.y.stride[1] == 1 and c.groups >= CHANNELS:
+    if rows_in_place(c) and c.groups >= CHANNELS:
         _sum_in_place(&plan)
     else:
         run_tasks(_depthwise_weight_task, &plan, plan.channel_blocks, c.threads)

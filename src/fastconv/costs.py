@@ -60,6 +60,7 @@ IMAGES = 2  #: that any batch counts as
 CACHED = 2**18  #: numbers of image, weights and result that L2 holds
 PLANE_ROWS, PLANES = 7, 2**13  #: rows of planes that planar has in L1, and numbers of them, ...
 SUMMED = 384  #: ... and the terms that it sums up at once
+SHORT_SUM, READY_PRODUCTS = 24, 80  #: direct multiplies numbers where they lie ready and have too few products for it to split them
 TURN = 14  #: products of im2col in the time of turning a number, in the gradient of 1x1 weights
 TOGETHER = 32  #: pixels of small images whose weights' gradients are added up at once
 READ_ALONG = 256  #: filters whose gradients are read side by side, from L1
@@ -166,14 +167,17 @@ def _direct(p: Problem) -> tuple[str, Parts]:
     if p.dims.depthwise and not p.dims.channels_last:
         return "direct", {}  # it leaves them to planar
     how, depth = _how_direct(p)
+    cells, step = _seen(p)
+    if not how and _lies_ready(p):
+        how = " in place"
     terms = _up(p.dims.reduction, depth) if how.startswith(" patches") else _up(p.summed, depth) * p.taps
     products, packed = p.images * p.lanes * p.made * terms, p.dims.groups * p.summed * p.dims.taps
     return "direct" + how, {
         "product": products if p.results > p.machine.lanes else 0,
         "narrow": products if p.results <= p.machine.lanes else 0,
         "step": p.images * math.ceil(p.results / (4 * p.machine.lanes)) * _up(p.made / p.phases, 6) * p.phases * terms,
-        "cell": p.images * _up(p.summed, depth) * p.cells,
-        "strided": p.images * _up(p.summed, depth) * p.cells if p.op == "conv_forward" and p.step > 1 else 0,
+        "cell": p.images * _up(p.summed, depth) * cells,
+        "strided": p.images * _up(p.summed, depth) * cells if p.op == "conv_forward" and step > 1 else 0,
         "line": packed * p.lanes / p.machine.lanes,
         "sum": p.images * p.lanes / p.machine.lanes * p.made,
         "number": p.images * p.results * p.made,
@@ -186,10 +190,34 @@ def _direct(p: Problem) -> tuple[str, Parts]:
     }
 
 
+def _lies_ready(p: Problem) -> bool:
+    """Whether direct reads a channels-last image where it is: no tap sees padding."""
+    return p.machine.channels_last and p.phases == 1 and p.cells == math.prod(_image_size(p))
+
+
+def _image_size(p: Problem) -> tuple[int, ...]:
+    return p.dims.input_size if p.op == "conv_forward" else p.dims.output_size
+
+
+def _seen(p: Problem) -> tuple[int, int]:
+    """Return the cells of a channel that direct reads forward, and how far apart they are in a row: an axis along which filters have one
+    tap, and no padding, has those alone that pixels see."""
+    d, last = p.dims, p.machine.channels_last
+    if p.op != "conv_forward":
+        return p.cells, p.step
+    pads = [before + after for before, after in zip(d.pad_before, d.pad_after, strict=True)]
+    skips = [d.kernel_size[axis] == 1 and pads[axis] == 0 and (axis < 2 or last) for axis in range(3)]
+    sizes = [d.output_size[axis] if skips[axis] else d.input_size[axis] + pads[axis] for axis in range(3)]
+    return math.prod(sizes), 1 if skips[2] else p.step
+
+
 def _how_direct(p: Problem) -> tuple[str, int]:
     """Return how direct multiplies, and up to a multiple of what it fills channels, or patches."""
     pixels, patch = p.made / p.phases, p.dims.reduction
     if p.machine.isa != "amx" or pixels < VECTOR:
+        return "", 1
+    apart = math.prod(step for step, taps in zip(p.dims.stride[1:], p.dims.kernel_size[1:], strict=True) if taps > 1)
+    if _lies_ready(p) and p.results * (p.summed * p.dims.taps - SHORT_SUM) <= READY_PRODUCTS * p.summed * apart:
         return "", 1
     if p.op == "conv_forward" and p.summed <= 8 and p.dims.dilation[2] == 1 and patch >= 64:
         if _sums_digits(p.machine, patch, patch) and p.results * p.dims.kernel_size[2] * p.summed >= 640:
@@ -480,10 +508,10 @@ def _planar_weights(w: Weights) -> tuple[str, Parts] | None:
     d = w.dims
     if d.reduction > MOST_TERMS:
         return None
-    if d.depthwise:
-        return _depthwise_weights("planar", w)
     if d.channels_last:
         return "planar", {}  # it leaves them to another
+    if d.depthwise:
+        return _depthwise_weights("planar", w)
     filled = (
         _up(d.reduction, VECTOR) / d.reduction * w.lanes / w.filters * _up(d.output_size[2], PIECES) / d.output_size[2]
     )
@@ -516,7 +544,9 @@ def _im2col_weights(w: Weights) -> tuple[str, Parts]:
         }  # fmt: skip
     in_place = d.taps == 1 and set(d.stride) == {1}
     turned, others = w.filters, w.channels
-    if in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
+    if d.taps == 1 and d.groups == 1 and w.machine.channels_last and not any(d.pad_before + d.pad_after):
+        in_place, turned, others = True, max(turned, others), min(turned, others)  # nothing is turned: the more lanes, the better
+    elif in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
         turned, others = w.channels, w.filters  # for image and gradients are alike
     lanes, patches = _up(turned, w.machine.lanes), w.images * others * d.taps * w.pixels
     return f"im2col{' in place' if in_place else ' depthwise' if d.depthwise else ''}", {

@@ -247,7 +247,7 @@ def conv_dims(
     stride, padding, dilation, groups
         As the user wrote them.
     channels_last
-        Whether the user's arrays have them so.
+        Whether the user's arrays have them so. A single channel and a single filter are first and last.
     input_name, weight_name
         What the error messages call the two shapes.
 
@@ -293,7 +293,7 @@ def conv_dims(
         spatial, batch, in_channels, out_channels, groups,
         _triple(size, 1), _triple(kernel, 1), _triple(strides, 1),
         _triple([p[0] for p in pads], 0), _triple([p[1] for p in pads], 0),
-        _triple(dilations, 1), _triple(output, 1), channels_last,
+        _triple(dilations, 1), _triple(output, 1), channels_last and in_channels * out_channels > 1,
     )  # fmt: skip
 
 
