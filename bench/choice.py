@@ -223,10 +223,10 @@ def samples(times: Mapping[Key, Seconds]) -> dict[Kind, list[Sample]]:
     found: dict[Kind, list[Sample]] = defaultdict(list)
     for (name, op, layer), seconds in times.items():
         machine = _machine(name)
-        dims = layer.dims(machine.channels_last)
-        if dims.channels_last != machine.channels_last:
+        layer_dims = layer.dims(machine.channels_last)
+        if layer_dims.channels_last != machine.channels_last:
             continue  # of a single channel and a single filter
-        dims = registry.seen("cython", OPS[op], dims)
+        dims = registry.seen("cython", OPS[op], layer_dims)
         assert isinstance(dims, ConvDims)
         for algorithm, value in seconds.items():
             made = costs.parts(OPS[op], algorithm, dims, machine, layer.batch)

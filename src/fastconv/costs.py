@@ -60,10 +60,8 @@ IMAGES = 2  #: that any batch counts as
 CACHED = 2**18  #: numbers of image, weights and result that L2 holds
 PLANE_ROWS, PLANES = 7, 2**13  #: rows of planes that planar has in L1, and numbers of them, ...
 SUMMED = 384  #: ... and the terms that it sums up at once
-SHORT_SUM, READY_PRODUCTS = (
-    24,
-    80,
-)  #: direct multiplies numbers where they lie ready and have too few products for it to split them
+SHORT_SUM = 24  #: products that direct sums up of numbers, not of pieces, ...
+READY_PRODUCTS = 80  #: ... and how many of a number, about, that lies ready for them
 TURN = 14  #: products of im2col in the time of turning a number, in the gradient of 1x1 weights
 TOGETHER = 32  #: pixels of small images whose weights' gradients are added up at once
 READ_ALONG = 256  #: filters whose gradients are read side by side, from L1
@@ -203,8 +201,9 @@ def _image_size(p: Problem) -> tuple[int, ...]:
 
 
 def _seen(p: Problem) -> tuple[int, int]:
-    """Return the cells of a channel that direct reads forward, and how far apart they are in a row: an axis along which filters have one
-    tap, and no padding, has those alone that pixels see.
+    """Return the cells of a channel that direct reads, and how far apart they are in a row.
+
+    Forward, an axis along which filters have one tap, and no padding, has those alone that pixels see.
     """
     d, last = p.dims, p.machine.channels_last
     if p.op != "conv_forward":
@@ -553,7 +552,7 @@ def _im2col_weights(w: Weights) -> tuple[str, Parts]:
             True,
             max(turned, others),
             min(turned, others),
-        )  # nothing is turned: the more lanes, the better
+        )  # nothing is: the more lanes, the better
     elif in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
         turned, others = w.channels, w.filters  # for image and gradients are alike
     lanes, patches = _up(turned, w.machine.lanes), w.images * others * d.taps * w.pixels
