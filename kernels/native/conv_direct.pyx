@@ -80,7 +80,7 @@ cdef enum:
     PATCH_CELLS = 64            # of a patch, and ...
     PATCH_FILTERS = 48          # ... that make up for laying it out, about, or ...
     SHORT_SUM = 24              # products of a sum that take less time, as numbers, than copying it
-    READY_PRODUCTS = 80         # of a number, about, that save the time of splitting it if it could be read where it is
+    READY_PRODUCTS = 64         # of a number, about, that save the time of splitting it if it could be read where it is
     DIGIT_PRODUCTS = 640        # ... of a row of taps, where it is digits
     STRANDS = 16                # phases of a stride whose sums for a chunk share L2: as many as ``interleave`` merges
     APART = 1 << 15             # weights of a group: to copy so many takes longer than a call for each group
