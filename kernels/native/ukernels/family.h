@@ -517,7 +517,7 @@ static void FC(depthwise)(const fc_depthwise *d, const void *image, const ptrdif
 {
     const T *a = image, *b = weight;
     T *c = out;
-    const int wide = d->wide, known = wide == 3 || wide == 5 || wide == 7;
+    const int wide = d->wide, known = d->n_taps > 0 && (wide == 3 || wide == 5 || wide == 7);
     const int neighbours = known && d->taps[1] - d->taps[0] == d->cell && n_pixels > 1 && pixels[1] - pixels[0] == d->cell;
     for (ptrdiff_t p = 0, run; p < n_pixels; p += run) {
         for (run = neighbours ? 1 : n_pixels; p + run < n_pixels && pixels[p + run] - pixels[p] == run * d->cell;)
