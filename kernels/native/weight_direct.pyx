@@ -15,8 +15,8 @@
              +--------------+          +-----------+          +---------+
 
 Where the machine has a tile that multiplies digits or pieces of numbers, ``weight_digits`` and ``weight_pieces`` have it, and this
-is for what they leave. A depthwise convolution has a microkernel of its own, which reads channels-last arrays where they are, if their
-cells are not seen often.
+is for what they leave. A depthwise convolution has microkernels of its own: channels-last arrays are read where they are, row by row and all
+channels of a pixel at a time, others packed, 16 channels at a time.
 """
 
 cimport numpy as cnp
