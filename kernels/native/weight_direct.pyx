@@ -37,6 +37,7 @@ from fastconv.kernels.native.weight_pieces cimport split_weight_grad
 
 cdef enum:
     PIXELS = 256            # that one brgemm reduces over: a panel's share of them stays in L1
+    SUM_BYTES = 1 << 22     # of all chunks of rows of a depthwise layer: half of the promised workspace
     EXCHANGED = 512         # pixels of an image, at least, where gradients and image may change places
 
 
@@ -272,12 +273,13 @@ cdef void _sum_in_place(const WeightPlan *base) except *:
     cdef Py_ssize_t t, chunk, part, tap_bytes = (2 * c.taps + 8) // 8 * 64
     plan.base = base[0]
     plan.rows = c.batch * c.out[0] * c.out[1]
-    plan.chunks = max(1, min(<Py_ssize_t>WEIGHT_TASKS, min(plan.rows, plan.rows * c.out[2] // CHUNK_PIXELS)))
     plan.first[0], plan.first[1] = 0, c.groups - CHANNELS
     plan.count[0] = c.groups // CHANNELS * CHANNELS
     plan.count[1] = CHANNELS if c.groups % CHANNELS else 0
     plan.offset[0], plan.offset[1] = 0, plan.count[0] * (c.taps + 1) * c.item
     plan.chunk_bytes = plan.offset[1] + plan.count[1] * (c.taps + 1) * c.item
+    plan.chunks = min(min(<Py_ssize_t>WEIGHT_TASKS, SUM_BYTES // plan.chunk_bytes), plan.rows * c.out[2] // CHUNK_PIXELS)
+    plan.chunks = max(1, min(plan.chunks, plan.rows))
     cdef char *memory = arena(FC_ARENA_WEIGHTS, tap_bytes + plan.chunks * plan.chunk_bytes)
     if memory == NULL:
         raise MemoryError("no memory for the gradient of the weights")
