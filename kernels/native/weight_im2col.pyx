@@ -47,9 +47,9 @@ def conv_weight_grad(input, grad_output, grad_weight, grad_bias, dims, options):
         few_pixels.conv_weight_grad(input, grad_output, grad_weight, dims, options)
         sum_gradients(grad_output, grad_bias, options)
         return
-    if dims.taps == 1 and max(dims.stride) > 1 and not any(dims.pad_before + dims.pad_after):
-        input, dims = _seen(input, dims)
     last = _channels_are_neighbours(input) and _channels_are_neighbours(grad_output)
+    if last and dims.taps == 1 and max(dims.stride) > 1 and not any(dims.pad_before + dims.pad_after):
+        input, dims = _seen(input, dims)
     if _exchange(input, grad_output, dims, last):
         sum_gradients(grad_output, grad_bias, options)
         input, grad_output, grad_weight, grad_bias = grad_output, input, grad_weight.swapaxes(0, 1), None
