@@ -64,7 +64,7 @@ from fastconv.kernels.native.digits import by_forms
 from fastconv.kernels.native.weight_direct import conv_weight_grad
 
 cdef enum:
-    REDUCTION = 432             # channels of a block times taps, at most: its share of a panel stays in L1, or nearly
+    REDUCTION = 144             # channels of a block times taps, at most: longer sums are no more exact than plain ones
     SPLIT_REDUCTION = 576       # the same where pieces are multiplied: sums are loaded and stored more seldom
     SPLIT_BYTES = 3 << 20       # of a part then, of which L2 needs a channel block at a time, ...
     SUM_BYTES = 3 << 18         # ... a panel of weights, and so much of sums
