@@ -548,11 +548,8 @@ def _im2col_weights(w: Weights) -> tuple[str, Parts]:
     in_place = d.taps == 1 and set(d.stride) == {1}
     turned, others = w.filters, w.channels
     if d.taps == 1 and d.groups == 1 and w.machine.channels_last and not any(d.pad_before + d.pad_after):
-        in_place, turned, others = (
-            True,
-            max(turned, others),
-            min(turned, others),
-        )  # nothing is: the more lanes, the better
+        in_place = True  # nothing is turned: the more lanes, the better
+        turned, others = max(turned, others), min(turned, others)
     elif in_place and d.groups == 1 and 5 * _turning(w.channels, w.filters) < 4 * _turning(w.filters, w.channels):
         turned, others = w.channels, w.filters  # for image and gradients are alike
     lanes, patches = _up(turned, w.machine.lanes), w.images * others * d.taps * w.pixels
